@@ -1,0 +1,5 @@
+//! What hides one provider's machine behind Blanket's uniform host I/O.
+
+pub mod mac;
+pub mod store;
+pub mod tap;

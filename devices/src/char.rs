@@ -1,0 +1,1 @@
+//! Character devices: where a serial port or a console leads.

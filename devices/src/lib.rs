@@ -1,0 +1,13 @@
+//! Everything a guest sees as hardware.
+//!
+//! [`virtio`] has the device models and the PCI transport in front of them,
+//! [`pci`] the bus, [`legacy`] what a PC has always had, [`acpi`] the tables
+//! that tell the guest about it all. Every device follows [`lifecycle`].
+//!
+//! The guest is hostile: each value read from its memory is read once, checked
+//! and then trusted no further, and no access of its may panic or block.
+
+pub mod char;
+pub mod lifecycle;
+pub mod virtio;
+pub mod worker;

@@ -1,0 +1,148 @@
+//! Scatter-gather vectors that point into guest memory.
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
+
+use crate::GuestRam;
+
+/// One piece of guest memory as the kernel's vectored I/O takes it.
+///
+/// It carries no lifetime: whoever hands it to the kernel or to another thread
+/// keeps the [`GuestRam`] that it came from mapped until the I/O is over.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+pub struct IoVec(libc::iovec);
+
+// SAFETY: an IoVec is an address and a length; using it is unsafe anyway.
+unsafe impl Send for IoVec {}
+
+impl IoVec {
+    /// The vector for `len` bytes at `base`.
+    #[must_use]
+    pub fn new(base: *mut u8, len: usize) -> Self {
+        Self(libc::iovec {
+            iov_base: base.cast(),
+            iov_len: len,
+        })
+    }
+
+    /// Its address in this process.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.0.iov_base.cast()
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// Whether it holds no byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Drops the first `n` bytes (all of them if there are fewer).
+    pub fn advance(&mut self, n: usize) {
+        let n = n.min(self.len());
+        // n <= len: the sum stays within the piece.
+        self.0.iov_base = self.as_ptr().wrapping_add(n).cast();
+        self.0.iov_len -= n;
+    }
+
+    /// Keeps the first `n` bytes (all of them if there are fewer).
+    pub fn truncate(&mut self, n: usize) {
+        self.0.iov_len = self.len().min(n);
+    }
+
+    /// A slice of vectors as system calls take it.
+    #[must_use]
+    pub fn as_raw(vectors: &[Self]) -> *const libc::iovec {
+        vectors.as_ptr().cast()
+    }
+
+    /// Bytes in all of `vectors`.
+    #[must_use]
+    pub fn total(vectors: &[Self]) -> usize {
+        vectors.iter().map(Self::len).sum()
+    }
+}
+
+/// Appends the pieces of process memory behind `len` bytes of guest memory at
+/// `addr` to `out`: one piece, or several where the range crosses regions.
+///
+/// # Errors
+/// Part of the range is not guest memory. `out` is then as it was.
+pub fn push(
+    ram: &GuestRam,
+    addr: GuestAddress,
+    len: usize,
+    out: &mut Vec<IoVec>,
+) -> Result<(), GuestMemoryError> {
+    let before = out.len();
+    for slice in ram.get_slices(addr, len) {
+        match slice {
+            Ok(slice) => {
+                let guard = slice.ptr_guard_mut();
+                out.push(IoVec::new(guard.as_ptr(), slice.len()));
+            }
+            Err(error) => {
+                out.truncate(before);
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Drops the first `n` bytes of a list of vectors; empty ones go.
+pub fn advance(vectors: &mut Vec<IoVec>, mut n: usize) {
+    let mut gone = 0;
+    for vector in vectors.iter_mut() {
+        if n < vector.len() {
+            vector.advance(n);
+            break;
+        }
+        n -= vector.len();
+        gone += 1;
+    }
+    vectors.drain(..gone);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestMemoryMmap;
+
+    fn ram() -> GuestRam {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000)])
+            .unwrap()
+    }
+
+    #[test]
+    fn a_range_across_regions_is_several_pieces() {
+        let mut out = Vec::new();
+        push(&ram(), GuestAddress(0xff0), 0x20, &mut out).unwrap();
+        assert_eq!(IoVec::total(&out), 0x20);
+        assert_eq!(out.len(), 2);
+    }
+
+    #[test]
+    fn a_range_that_leaves_memory_is_refused_and_adds_nothing() {
+        let mut out = Vec::new();
+        assert!(push(&ram(), GuestAddress(0x1ff0), 0x20, &mut out).is_err());
+        assert!(push(&ram(), GuestAddress(u64::MAX), 1, &mut out).is_err());
+        assert!(out.is_empty());
+    }
+
+    #[test]
+    fn advancing_drops_whole_and_partial_pieces() {
+        let mut out = Vec::new();
+        push(&ram(), GuestAddress(0xff0), 0x20, &mut out).unwrap();
+        advance(&mut out, 0x18);
+        assert_eq!((out.len(), out[0].len()), (1, 8));
+        advance(&mut out, 8);
+        assert!(out.is_empty());
+    }
+}

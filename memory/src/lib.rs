@@ -1,0 +1,15 @@
+//! Guest memory: where it lies, what backs it, and vectors into it.
+//!
+//! [`GuestRam`] is the one name for a guest's memory in the whole house;
+//! [`layout::regions`] says where it lies in the guest's physical address
+//! space and [`build`] maps it.
+
+pub mod iovec;
+pub mod layout;
+mod map;
+
+pub use iovec::IoVec;
+pub use map::{Backing, Error, Spec, build, touched_bytes};
+
+/// A guest's memory. Cheap to clone: the clones share the mappings.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

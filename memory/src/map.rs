@@ -1,0 +1,302 @@
+//! Mapping guest memory.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+use crate::{GuestRam, layout};
+
+/// Which pages back guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// Ordinary pages.
+    Small,
+    /// Ordinary pages that the kernel may merge into huge ones.
+    #[default]
+    Transparent,
+    /// hugetlbfs pages of `1 << shift` bytes (21 or 30), reserved at once.
+    Hugetlb {
+        /// log2 of the page size.
+        shift: u32,
+    },
+}
+
+/// What to map.
+#[derive(Clone, Copy, Debug)]
+pub struct Spec {
+    /// Bytes of RAM.
+    pub size: u64,
+    /// Pages behind it.
+    pub backing: Backing,
+    /// A memfd that other processes can map, instead of anonymous memory.
+    pub shared: bool,
+}
+
+/// Why memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel did not give the memory.
+    #[error("cannot get {mib} MiB of guest memory: {source}; {remedy}")]
+    Map {
+        /// Asked for, in MiB.
+        mib: u64,
+        /// The kernel's answer.
+        source: io::Error,
+        /// What to do.
+        remedy: String,
+    },
+    /// The size does not fit the pages.
+    #[error("{size} bytes of memory is not a multiple of the {page_kib} KiB huge pages")]
+    Unaligned {
+        /// Bytes asked for.
+        size: u64,
+        /// Page size in KiB.
+        page_kib: u64,
+    },
+    /// The regions could not be put together.
+    #[error("guest memory layout: {0}")]
+    Layout(String),
+}
+
+impl Spec {
+    fn map_error(&self, source: io::Error) -> Error {
+        let mib = self.size >> 20;
+        let remedy = match self.backing {
+            Backing::Hugetlb { shift } => format!(
+                "reserve huge pages first: echo {} > /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages",
+                self.size >> shift,
+                1u64 << (shift - 10)
+            ),
+            _ => "ask for less with --memory, or free some".to_owned(),
+        };
+        Error::Map {
+            mib,
+            source,
+            remedy,
+        }
+    }
+}
+
+/// Maps a guest's memory as [`layout::regions`] places it. Pages come when
+/// they are touched, but for hugetlbfs, whose pages are reserved here.
+///
+/// # Errors
+/// The kernel has no such memory, or the size does not fit the pages.
+pub fn build(spec: &Spec) -> Result<GuestRam, Error> {
+    if let Backing::Hugetlb { shift } = spec.backing
+        && !spec.size.is_multiple_of(1 << shift)
+    {
+        return Err(Error::Unaligned {
+            size: spec.size,
+            page_kib: 1 << (shift - 10),
+        });
+    }
+    enough(spec)?;
+    let file = spec.shared.then(|| memfd(spec)).transpose()?;
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, len) in layout::regions(spec.size) {
+        regions.push(region(spec, start, len, file.as_ref(), offset)?);
+        offset += len;
+    }
+    let ram = GuestRam::from_regions(regions).map_err(|error| Error::Layout(error.to_string()))?;
+    if spec.backing == Backing::Transparent {
+        advise_huge(&ram);
+    }
+    Ok(ram)
+}
+
+/// Refuses what the machine could never hold: overcommit would let the mapping
+/// through and kill the guest later.
+fn enough(spec: &Spec) -> Result<(), Error> {
+    // SAFETY: sysconf reads two constants of the system.
+    let (pages, page) = unsafe {
+        (
+            libc::sysconf(libc::_SC_PHYS_PAGES),
+            libc::sysconf(libc::_SC_PAGESIZE),
+        )
+    };
+    let physical = u64::try_from(pages).unwrap_or(0) * u64::try_from(page).unwrap_or(0);
+    if physical != 0 && spec.size > physical {
+        return Err(spec.map_error(io::Error::other(format!(
+            "this machine has {} MiB in all",
+            physical >> 20
+        ))));
+    }
+    Ok(())
+}
+
+fn memfd(spec: &Spec) -> Result<File, Error> {
+    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    if let Backing::Hugetlb { shift } = spec.backing {
+        flags |= libc::MFD_HUGETLB | (shift << libc::MFD_HUGE_SHIFT);
+    }
+    // SAFETY: the name is a C string; the flags are valid.
+    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(spec.map_error(io::Error::last_os_error()));
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(spec.size)
+        .map_err(|error| spec.map_error(error))?;
+    // Its size is fixed from here on: whoever shares it cannot make us fault.
+    // SAFETY: fcntl on our own descriptor.
+    let sealed = unsafe {
+        libc::fcntl(
+            file.as_raw_fd(),
+            libc::F_ADD_SEALS,
+            libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL,
+        )
+    };
+    if sealed < 0 {
+        return Err(spec.map_error(io::Error::last_os_error()));
+    }
+    Ok(file)
+}
+
+fn region(
+    spec: &Spec,
+    start: GuestAddress,
+    len: u64,
+    file: Option<&File>,
+    offset: u64,
+) -> Result<GuestRegionMmap<()>, Error> {
+    let size = usize::try_from(len).map_err(|_| Error::Layout(format!("{len} bytes")))?;
+    let mut flags = libc::MAP_NORESERVE;
+    if let Backing::Hugetlb { shift } = spec.backing {
+        // Reserved now: a guest must not die by SIGBUS later.
+        flags = libc::MAP_HUGETLB | ((shift as i32) << libc::MAP_HUGE_SHIFT);
+    }
+    let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let builder = match file {
+        Some(file) => builder
+            .with_file_offset(FileOffset::new(
+                file.try_clone().map_err(|error| spec.map_error(error))?,
+                offset,
+            ))
+            .with_mmap_flags(libc::MAP_SHARED | (flags & libc::MAP_NORESERVE)),
+        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags),
+    };
+    let mapping = builder.build().map_err(|error| match error {
+        MmapRegionError::Mmap(source) => spec.map_error(source),
+        other => Error::Layout(other.to_string()),
+    })?;
+    GuestRegionMmap::new(mapping, start)
+        .ok_or_else(|| Error::Layout(format!("{len} bytes at {:#x}", start.0)))
+}
+
+/// Asks for transparent huge pages; a kernel without them says no, and that is
+/// no reason to stop.
+fn advise_huge(ram: &GuestRam) {
+    for region in ram.iter() {
+        // SAFETY: the range is a mapping that we own; the advice changes no content.
+        unsafe {
+            libc::madvise(
+                region.as_ptr().cast(),
+                region.len() as usize,
+                libc::MADV_HUGEPAGE,
+            );
+        }
+    }
+}
+
+/// Bytes of guest memory that are resident now, by mincore(2).
+#[must_use]
+pub fn touched_bytes(ram: &GuestRam) -> u64 {
+    const PAGE: usize = 4096;
+    const BATCH: usize = 1 << 16;
+    let mut pages = vec![0u8; BATCH];
+    let mut resident = 0u64;
+    for region in ram.iter() {
+        let mut at = 0;
+        while at < region.len() as usize {
+            let len = (region.len() as usize - at).min(BATCH * PAGE);
+            // SAFETY: the range lies within a mapping that we own, and `pages`
+            // has a byte for each of its pages.
+            let done =
+                unsafe { libc::mincore(region.as_ptr().add(at).cast(), len, pages.as_mut_ptr()) };
+            if done == 0 {
+                resident += pages[..len.div_ceil(PAGE)]
+                    .iter()
+                    .filter(|page| **page & 1 != 0)
+                    .count() as u64
+                    * PAGE as u64;
+            }
+            at += len;
+        }
+    }
+    resident
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    fn spec(size: u64) -> Spec {
+        Spec {
+            size,
+            backing: Backing::Small,
+            shared: false,
+        }
+    }
+
+    #[test]
+    fn anonymous_and_shared_memory_hold_what_is_written() {
+        for shared in [false, true] {
+            let ram = build(&Spec {
+                shared,
+                ..spec(32 << 20)
+            })
+            .unwrap();
+            ram.write_obj(0x1234_5678u32, GuestAddress(31 << 20))
+                .unwrap();
+            assert_eq!(
+                ram.read_obj::<u32>(GuestAddress(31 << 20)).unwrap(),
+                0x1234_5678
+            );
+            let file = ram.iter().next().unwrap().file_offset().is_some();
+            assert_eq!(file, shared);
+        }
+    }
+
+    #[test]
+    fn only_touched_pages_count() {
+        let ram = build(&spec(64 << 20)).unwrap();
+        assert_eq!(touched_bytes(&ram), 0);
+        ram.write_obj(1u8, GuestAddress(0)).unwrap();
+        ram.write_obj(1u8, GuestAddress(63 << 20)).unwrap();
+        assert_eq!(touched_bytes(&ram), 2 * 4096);
+    }
+
+    #[test]
+    fn more_than_the_machine_has_is_refused_with_a_remedy() {
+        let error = build(&spec(1 << 46)).unwrap_err().to_string();
+        assert!(error.contains("--memory"), "{error}");
+    }
+
+    #[test]
+    fn huge_pages_that_nobody_reserved_are_refused_with_the_command() {
+        let spec = Spec {
+            backing: Backing::Hugetlb { shift: 30 },
+            ..spec(2 << 30)
+        };
+        match build(&spec) {
+            Err(error) => assert!(error.to_string().contains("nr_hugepages"), "{error}"),
+            Ok(ram) => assert_eq!(ram.iter().map(GuestMemoryRegion::len).sum::<u64>(), 2 << 30),
+        }
+    }
+
+    #[test]
+    fn a_size_that_huge_pages_do_not_divide_is_refused() {
+        let spec = Spec {
+            backing: Backing::Hugetlb { shift: 21 },
+            ..spec(33 << 20)
+        };
+        assert!(matches!(build(&spec), Err(Error::Unaligned { .. })));
+    }
+}

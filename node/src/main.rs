@@ -1,0 +1,2 @@
+//! The `blanket` command.
+fn main() {}

@@ -1,0 +1,456 @@
+//! The configuration of one VM.
+//!
+//! [`VmConfig`] is the TOML file, the body of `PUT /vm` and the command-line
+//! flags at once: the doc comments of its fields are the flags' help texts.
+//! Every field is optional; the methods of the same names give the defaults.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+pub use blanket_drivers::tap::MacAddress;
+
+/// vCPUs that a machine can have.
+pub const MAX_CPUS: u8 = 64;
+
+/// What can be wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be read.
+    #[error("cannot read configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML or has an unknown or mistyped key.
+    #[error("{path} is not a VM configuration: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why, as the TOML parser tells it.
+        message: String,
+    },
+    /// A value that cannot work, with the remedy.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// A size in bytes, written like `512M`, `4G`, `64KiB` or plainly in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "SizeRepr", into = "String")]
+pub struct ByteSize(
+    /// Bytes.
+    pub u64,
+);
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SizeRepr {
+    Bytes(u64),
+    Text(String),
+}
+
+impl TryFrom<SizeRepr> for ByteSize {
+    type Error = String;
+    fn try_from(repr: SizeRepr) -> Result<Self, String> {
+        match repr {
+            SizeRepr::Bytes(bytes) => Ok(Self(bytes)),
+            SizeRepr::Text(text) => text.parse(),
+        }
+    }
+}
+
+impl From<ByteSize> for String {
+    fn from(size: ByteSize) -> Self {
+        size.to_string()
+    }
+}
+
+impl FromStr for ByteSize {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
+            "" => 0,
+            "K" | "k" => 10,
+            "M" | "m" => 20,
+            "G" | "g" => 30,
+            "T" | "t" => 40,
+            _ => return Err(format!("'{text}' is not a size; write it like 512M or 4G")),
+        };
+        number
+            .parse::<u64>()
+            .ok()
+            .and_then(|n| n.checked_mul(1 << shift))
+            .map(Self)
+            .ok_or_else(|| format!("'{text}' is not a size; write it like 512M or 4G"))
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
+            if self.0 != 0 && self.0.trailing_zeros() >= shift {
+                return write!(f, "{}{unit}", self.0 >> shift);
+            }
+        }
+        write!(f, "{}", self.0)
+    }
+}
+
+/// Which pages back guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePages {
+    /// Ordinary pages only.
+    Off,
+    /// Transparent huge pages where the kernel offers them.
+    #[default]
+    Thp,
+    /// 2 MiB pages from hugetlbfs, reserved when the VM is created.
+    #[serde(rename = "2m")]
+    #[value(name = "2m")]
+    Hugetlb2M,
+    /// 1 GiB pages from hugetlbfs, reserved when the VM is created.
+    #[serde(rename = "1g")]
+    #[value(name = "1g")]
+    Hugetlb1G,
+}
+
+/// What happens when the guest reboots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReboot {
+    /// The VM starts again from its kernel.
+    #[default]
+    Restart,
+    /// The monitor exits with status 0, as after a poweroff.
+    Exit,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Refuse the guest's writes. Several VMs may share a read-only disk.
+    #[serde(default)]
+    pub readonly: bool,
+    /// `raw` or `qcow2`; told by the file's first bytes if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<blanket_drivers::store::Format>,
+    /// What the guest reads as the disk's serial (20 bytes at most).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Bypass the node's page cache (`O_DIRECT`).
+    #[serde(default)]
+    pub direct: bool,
+    /// I/O engine: `auto`, `io_uring` or `sync`.
+    #[serde(default)]
+    pub engine: blanket_drivers::store::Engine,
+    /// Virtqueues, 1 to 16; as many as vCPUs, up to 4, if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of the tap on the node: an existing one, or one to make (the
+    /// kernel picks a name if absent).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Bridge on the node that the tap joins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// Address that the node takes on the tap, like `10.1.0.1/24`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_ip: Option<String>,
+    /// The guest's hardware address; a random local one if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+    /// MTU told to the guest and set on a tap that Blanket makes (68 to 65521).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Queue pairs, 1 to 16; as many as vCPUs, up to 4, if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+}
+
+/// Where a character device leads.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CharConfig {
+    /// The monitor's own standard input and output.
+    #[serde(default)]
+    pub stdio: bool,
+    /// A Unix socket to listen on; one client at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// A file that receives what the guest writes (started anew at 16 MiB).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<PathBuf>,
+}
+
+/// One VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// Kernel: a bzImage, an ELF image with a PVH note, or a 64-bit ELF image.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+
+    /// Kernel command line [default: console=ttyS0 reboot=t panic=-1].
+    #[arg(long, value_name = "TEXT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+
+    /// Guest memory, like 512M or 4G [default: 512M].
+    #[arg(long, short, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteSize>,
+
+    /// vCPUs, 1 to 64 [default: 1].
+    #[arg(long, short, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u8>,
+
+    /// Pages behind guest memory [default: thp].
+    #[arg(long, value_name = "KIND")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hugepages: Option<HugePages>,
+
+    /// Back guest memory by a memfd, which other processes can map
+    /// [default: false, anonymous memory].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared_memory: Option<bool>,
+
+    /// A disk: FILE, or path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,direct=on][,engine=auto|io_uring|sync][,queues=N].
+    /// May be repeated; the first is /dev/vda.
+    #[arg(long, value_name = "DISK", value_parser = parse_disk)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disk: Vec<DiskConfig>,
+
+    /// A network interface: `tap`, or [tap=NAME][,bridge=NAME][,host_ip=ADDR/LEN][,mac=MAC][,mtu=N][,queues=N].
+    /// May be repeated.
+    #[arg(long, value_name = "NET", value_parser = parse_net)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
+
+    /// The serial port ttyS0: stdio, off, or [socket=PATH][,log=FILE]
+    /// [default: stdio].
+    #[arg(long, value_name = "CHAR", value_parser = parse_char)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<CharConfig>,
+
+    /// The virtio console hvc0: stdio, off, or [socket=PATH][,log=FILE]
+    /// [default: off].
+    #[arg(long, value_name = "CHAR", value_parser = parse_char)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console: Option<CharConfig>,
+
+    /// Give the guest a virtio entropy source [default: true].
+    #[arg(long, value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rng: Option<bool>,
+
+    /// Threads that serve virtqueues, 1 to 16 [default: 1].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_threads: Option<u8>,
+
+    /// What a guest's reboot does [default: restart].
+    #[arg(long, value_name = "ACTION")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_reboot: Option<OnReboot>,
+}
+
+impl VmConfig {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, or has an unknown key.
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        toml::from_str(&text).map_err(|error| Error::Parse {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })
+    }
+
+    /// This configuration with whatever `over` states laid over it. A list
+    /// (disks, interfaces) in `over` replaces the whole list.
+    #[must_use]
+    pub fn overlaid(self, over: Self) -> Self {
+        fn pick<T>(over: Vec<T>, base: Vec<T>) -> Vec<T> {
+            if over.is_empty() { base } else { over }
+        }
+        Self {
+            kernel: over.kernel.or(self.kernel),
+            initrd: over.initrd.or(self.initrd),
+            cmdline: over.cmdline.or(self.cmdline),
+            memory: over.memory.or(self.memory),
+            cpus: over.cpus.or(self.cpus),
+            hugepages: over.hugepages.or(self.hugepages),
+            shared_memory: over.shared_memory.or(self.shared_memory),
+            disk: pick(over.disk, self.disk),
+            net: pick(over.net, self.net),
+            serial: over.serial.or(self.serial),
+            console: over.console.or(self.console),
+            rng: over.rng.or(self.rng),
+            io_threads: over.io_threads.or(self.io_threads),
+            on_reboot: over.on_reboot.or(self.on_reboot),
+        }
+    }
+
+    /// The kernel command line.
+    #[must_use]
+    pub fn cmdline(&self) -> &str {
+        self.cmdline
+            .as_deref()
+            .unwrap_or("console=ttyS0 reboot=t panic=-1")
+    }
+
+    /// Guest memory in bytes.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        self.memory.map_or(512 << 20, |size| size.0)
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn cpus(&self) -> u8 {
+        self.cpus.unwrap_or(1)
+    }
+
+    /// Virtqueues (disks) or queue pairs (interfaces) where none are stated.
+    #[must_use]
+    pub fn default_queues(&self) -> u16 {
+        u16::from(self.cpus().clamp(1, 4))
+    }
+
+    /// Threads that serve virtqueues.
+    #[must_use]
+    pub fn io_threads(&self) -> u8 {
+        self.io_threads.unwrap_or(1)
+    }
+
+    /// Checks everything that can be checked without touching the machine.
+    ///
+    /// # Errors
+    /// The first value that cannot work, with the remedy.
+    pub fn validate(&self) -> Result<(), Error> {
+        let check = |ok: bool, message: &dyn Fn() -> String| {
+            if ok {
+                Ok(())
+            } else {
+                Err(Error::Invalid(message()))
+            }
+        };
+        check(self.kernel.is_some(), &|| {
+            "no kernel: name one with --kernel FILE (or `kernel = \"FILE\"`)".into()
+        })?;
+        check((1..=MAX_CPUS).contains(&self.cpus()), &|| {
+            format!("{} vCPUs: a machine has 1 to {MAX_CPUS}", self.cpus())
+        })?;
+        check((1..=16).contains(&self.io_threads()), &|| {
+            format!("{} I/O threads: use 1 to 16", self.io_threads())
+        })?;
+        check(self.memory() >= 16 << 20, &|| {
+            format!(
+                "{} of memory: a guest needs at least 16M",
+                ByteSize(self.memory())
+            )
+        })?;
+        check(self.memory().is_multiple_of(4096), &|| {
+            format!("memory of {} bytes is not a multiple of 4K", self.memory())
+        })?;
+        check(
+            self.cmdline().len() < 2048 && !self.cmdline().contains(['\0', '\n']),
+            &|| "the kernel command line must be one line of at most 2047 bytes".into(),
+        )?;
+        for disk in &self.disk {
+            check(
+                disk.serial.as_ref().is_none_or(|serial| serial.len() <= 20),
+                &|| {
+                    format!(
+                        "disk {}: a serial has at most 20 bytes",
+                        disk.path.display()
+                    )
+                },
+            )?;
+            check(disk.queues.is_none_or(|n| (1..=16).contains(&n)), &|| {
+                format!("disk {}: use 1 to 16 queues", disk.path.display())
+            })?;
+        }
+        for net in &self.net {
+            check(net.queues.is_none_or(|n| (1..=16).contains(&n)), &|| {
+                "a network interface has 1 to 16 queue pairs".into()
+            })?;
+            check(net.mtu.is_none_or(|n| (68..=65521).contains(&n)), &|| {
+                "an MTU is 68 to 65521 bytes".into()
+            })?;
+        }
+        let stdio = [&self.serial, &self.console]
+            .into_iter()
+            .filter(|char| char.as_ref().is_some_and(|char| char.stdio))
+            .count();
+        check(stdio < 2, &|| {
+            "only one of --serial and --console can have stdio".into()
+        })
+    }
+}
+
+/// Parses `key=value,...` into one of the structs above.
+fn parse_keys<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_aco::from_arg(text).map_err(|error| match error {
+        serde_aco::Error::Message(message) => message,
+        other => format!("{other:?}"),
+    })
+}
+
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    if text.contains('=') {
+        parse_keys(text)
+    } else {
+        parse_keys(&format!("path={text}"))
+    }
+}
+
+fn parse_net(text: &str) -> Result<NetConfig, String> {
+    match text {
+        "" | "tap" => Ok(NetConfig::default()),
+        keys => parse_keys(keys),
+    }
+}
+
+fn parse_char(text: &str) -> Result<CharConfig, String> {
+    match text {
+        "off" => Ok(CharConfig::default()),
+        "stdio" => Ok(CharConfig {
+            stdio: true,
+            ..CharConfig::default()
+        }),
+        keys => parse_keys(keys),
+    }
+}

@@ -1,0 +1,3 @@
+//! One process, one VM.
+
+pub mod config;
