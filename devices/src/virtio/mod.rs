@@ -16,6 +16,8 @@ use crate::lifecycle::{self, SavedState};
 use crate::worker::Handler;
 
 pub mod queue;
+#[cfg(test)]
+mod testing;
 
 pub use queue::VirtQueue;
 
