@@ -9,5 +9,6 @@
 
 pub mod char;
 pub mod lifecycle;
+pub mod pci;
 pub mod virtio;
 pub mod worker;
