@@ -11,6 +11,11 @@ pub const ECAM_SIZE: u64 = 1 << 20;
 
 /// A PCI function with at most one memory BAR.
 pub trait Function: Send {
+    /// The guest is about to read `len` bytes of configuration space: bring
+    /// what changes by reading up to date.
+    fn before_read_config(&mut self, offset: usize, len: usize) {
+        let _ = (offset, len);
+    }
     /// Reads configuration space.
     fn read_config(&self, offset: usize, data: &mut [u8]);
     /// Writes configuration space.
@@ -133,7 +138,11 @@ impl PciBus {
     pub fn read_ecam(&self, offset: u64, data: &mut [u8]) {
         let (bdf, register) = (offset >> 12, (offset & 0xfff) as usize);
         match (bdf & 7, self.function((bdf >> 3) as usize)) {
-            (0, Some(function)) => lock(function).read_config(register, data),
+            (0, Some(function)) => {
+                let mut function = lock(function);
+                function.before_read_config(register, data.len());
+                function.read_config(register, data);
+            }
             _ => data.fill(0xff),
         }
     }
