@@ -110,6 +110,41 @@ pub fn advance(vectors: &mut Vec<IoVec>, mut n: usize) {
     vectors.drain(..gone);
 }
 
+/// Copies the first bytes of `pieces` into `out`; returns how many there were.
+///
+/// The memory behind the pieces must still be mapped: see [`IoVec`].
+#[must_use]
+pub fn read_bytes(pieces: &[IoVec], out: &mut [u8]) -> usize {
+    let mut done = 0;
+    for piece in pieces {
+        let n = piece.len().min(out.len() - done);
+        // SAFETY: the piece lies in mapped guest memory (its maker keeps the
+        // mapping), `out` has `n` more bytes, and the two cannot overlap. The
+        // guest may write meanwhile: any bytes are acceptable.
+        unsafe {
+            std::ptr::copy_nonoverlapping(piece.as_ptr(), out[done..].as_mut_ptr(), n);
+        }
+        done += n;
+    }
+    done
+}
+
+/// Copies `bytes` to the front of `pieces`; returns how many fitted.
+///
+/// The memory behind the pieces must still be mapped: see [`IoVec`].
+pub fn write_bytes(pieces: &[IoVec], bytes: &[u8]) -> usize {
+    let mut done = 0;
+    for piece in pieces {
+        let n = piece.len().min(bytes.len() - done);
+        // SAFETY: as in `read_bytes`, the other way round.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), piece.as_ptr(), n);
+        }
+        done += n;
+    }
+    done
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,5 +179,16 @@ mod tests {
         assert_eq!((out.len(), out[0].len()), (1, 8));
         advance(&mut out, 8);
         assert!(out.is_empty());
+    }
+
+    #[test]
+    fn bytes_are_copied_across_pieces_as_far_as_they_reach() {
+        let ram = ram();
+        let mut out = Vec::new();
+        push(&ram, GuestAddress(0xffe), 4, &mut out).unwrap();
+        assert_eq!(write_bytes(&out, b"abcdef"), 4);
+        let mut back = [0; 6];
+        assert_eq!(read_bytes(&out, &mut back), 4);
+        assert_eq!(&back, b"abcd\0\0");
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+pub use blanket_memory::iovec::{read_bytes, write_bytes};
 use blanket_memory::{GuestRam, IoVec, iovec};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -215,37 +216,6 @@ fn collect(
         }
     }
     Ok(())
-}
-
-/// Copies the first bytes of `pieces` into `out`; returns how many there were.
-#[must_use]
-pub fn read_bytes(pieces: &[IoVec], out: &mut [u8]) -> usize {
-    let mut done = 0;
-    for piece in pieces {
-        let n = piece.len().min(out.len() - done);
-        // SAFETY: the piece lies in mapped guest memory (its maker keeps the
-        // mapping), `out` has `n` more bytes, and the two cannot overlap. The
-        // guest may write meanwhile: any bytes are acceptable.
-        unsafe {
-            std::ptr::copy_nonoverlapping(piece.as_ptr(), out[done..].as_mut_ptr(), n);
-        }
-        done += n;
-    }
-    done
-}
-
-/// Copies `bytes` to the front of `pieces`; returns how many fitted.
-pub fn write_bytes(pieces: &[IoVec], bytes: &[u8]) -> usize {
-    let mut done = 0;
-    for piece in pieces {
-        let n = piece.len().min(bytes.len() - done);
-        // SAFETY: as in `read_bytes`, the other way round.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), piece.as_ptr(), n);
-        }
-        done += n;
-    }
-    done
 }
 
 /// Registers a kick (or any descriptor) for reading under `token`.
