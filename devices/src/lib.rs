@@ -7,8 +7,11 @@
 //! The guest is hostile: each value read from its memory is read once, checked
 //! and then trusted no further, and no access of its may panic or block.
 
+pub mod acpi;
 pub mod char;
+pub mod legacy;
 pub mod lifecycle;
 pub mod pci;
+pub mod platform;
 pub mod virtio;
 pub mod worker;

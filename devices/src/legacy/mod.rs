@@ -1,0 +1,3 @@
+//! What a PC has always had.
+
+pub mod power;
