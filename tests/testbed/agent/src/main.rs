@@ -1,0 +1,110 @@
+//! `blanket-agent`: both ends of the testbed's command channel as a program.
+//!
+//! - `blanket-agent serve DEVICE` serves a virtio port or console for ever.
+//! - `blanket-agent relay SOCKET` joins standard input and output to a Unix socket, until either
+//!   side ends.
+//! - `blanket-agent client SOCKET -- COMMAND...` runs a command in the machine whose console
+//!   is at the socket.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use blanket_testbed_agent::client::Client;
+use blanket_testbed_agent::server;
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+
+/// Time for the other end of a socket to answer.
+const CONNECT: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match args.as_slice() {
+        ["serve", device] => serve(Path::new(device)),
+        ["relay", socket] => relay(Path::new(socket)),
+        ["client", socket, "--", command @ ..] if !command.is_empty() => {
+            client(Path::new(socket), command)
+        }
+        _ => {
+            eprintln!(
+                "usage: blanket-agent serve DEVICE | relay SOCKET | client SOCKET -- COMMAND..."
+            );
+            return ExitCode::from(2);
+        }
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("blanket-agent: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Serves the device until the machine ends. It is opened again when it fails, because a
+/// console reports an error when its backend is replaced.
+fn serve(device: &Path) -> io::Result<ExitCode> {
+    loop {
+        let result = File::options()
+            .read(true)
+            .write(true)
+            .open(device)
+            .and_then(|port| {
+                if port.is_terminal() {
+                    let mut settings = tcgetattr(&port)?;
+                    settings.make_raw();
+                    tcsetattr(&port, OptionalActions::Now, &settings)?;
+                }
+                let writer = port.try_clone()?;
+                server::serve(port, writer)
+            });
+        if let Err(error) = result {
+            eprintln!("blanket-agent: {}: {error}", device.display());
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn relay(socket: &Path) -> io::Result<ExitCode> {
+    let stream = UnixStream::connect(socket)?;
+    let outgoing = stream.try_clone()?;
+    thread::spawn(move || {
+        // However this direction ends, the other one ends with it.
+        let _ = pump(io::stdin().lock(), &outgoing);
+        let _ = outgoing.shutdown(std::net::Shutdown::Both);
+    });
+    pump(&stream, io::stdout().lock())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn pump(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let len = from.read(&mut buffer)?;
+        if len == 0 {
+            return Ok(());
+        }
+        to.write_all(&buffer[..len])?;
+        to.flush()?;
+    }
+}
+
+fn client(socket: &Path, command: &[&str]) -> io::Result<ExitCode> {
+    let stream = UnixStream::connect(socket)?;
+    let client = Client::connect_socket(stream, CONNECT).map_err(io::Error::other)?;
+    let (program, args) = command.split_first().unwrap_or((&"true", &[]));
+    let output = client
+        .command(*program)
+        .args(args)
+        .run()
+        .map_err(io::Error::other)?;
+    io::stdout().write_all(&output.stdout)?;
+    io::stderr().write_all(&output.stderr)?;
+    Ok(output
+        .status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
+}
