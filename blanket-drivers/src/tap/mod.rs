@@ -9,7 +9,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
@@ -397,6 +397,14 @@ impl TapQueue {
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: TUNSETQUEUE reads one ifreq, which outlives the call.
         check(unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNSETQUEUE, &request) })
+    }
+}
+
+/// Any non-blocking descriptor that carries one frame with its header per call
+/// can stand in for a queue, such as a datagram socket.
+impl From<OwnedFd> for TapQueue {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd.into())
     }
 }
 
