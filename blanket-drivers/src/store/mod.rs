@@ -1,10 +1,59 @@
 //! Block stores: images and devices behind one batched, asynchronous interface.
+//!
+//! [`Image::open`] opens and locks an image or a block device; [`Image::queue`]
+//! makes one [`Store`] per virtqueue: an io_uring for raw images, a thread
+//! where there is no io_uring and for qcow2.
 
 use std::io;
 use std::os::fd::RawFd;
 
 use blanket_memory::IoVec;
 use serde::{Deserialize, Serialize};
+
+mod image;
+mod lock;
+mod probe;
+mod qcow2;
+mod raw;
+mod ring;
+#[cfg(test)]
+mod tests;
+mod thread;
+mod transfer;
+
+pub use image::{Error, Image, Spec};
+
+/// Unit of offsets and lengths: an image has a whole number of these (bytes).
+pub const SECTOR: u64 = 512;
+
+/// Runs on a thread that a store makes, before anything else: where the
+/// monitor confines it.
+pub type ThreadSetup = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+/// System calls of a thread that a store makes, besides what every thread
+/// needs (memory, futexes, signals, its end).
+pub const THREAD_SYSCALLS: &[libc::c_long] = &[
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_fallocate,
+    // qcow2 grows its file.
+    libc::SYS_ftruncate,
+    // The completion event.
+    libc::SYS_write,
+];
+
+/// System calls of a thread that owns a [`Store`] of any engine: starting
+/// requests, the completion event, waiting in [`Store::drain`], and letting go
+/// of the image at the end.
+pub const RING_SYSCALLS: &[libc::c_long] = &[
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_ppoll,
+];
 
 /// How the bytes of an image are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,7 +121,9 @@ pub struct Completion {
 /// One owner's queue into an image or a device.
 ///
 /// Bounds, read-only and alignment are checked here too: a request beyond the
-/// end fails, it never grows the image.
+/// end, or not in whole blocks, completes with `InvalidInput`, a write to a
+/// read-only image with `PermissionDenied`. No request grows the image. A flush
+/// covers what had completed when it was submitted.
 pub trait Store: Send {
     /// Queues a request. It may start at once or with [`Store::commit`].
     ///

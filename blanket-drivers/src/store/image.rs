@@ -1,0 +1,397 @@
+//! Opening images.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::probe::{self, Geometry};
+use super::qcow2::{Layers, check_tables};
+use super::raw::RawFile;
+use super::ring::{self, RingStore};
+use super::thread::{Backend, ThreadStore};
+use super::transfer::{Limits, QCOW2_MAGIC};
+use super::{Engine, Format, SECTOR, Store, ThreadSetup, lock};
+
+/// What to open, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Refuse writes; readers share the image.
+    pub readonly: bool,
+    /// Told by the first bytes if absent. A guest must then not turn its raw
+    /// image into a qcow2 one: such a write to the first sector fails.
+    pub format: Option<Format>,
+    /// Bypass the page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// What carries out the I/O.
+    pub engine: Engine,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such file.
+    #[error("disk {path}: no such file; make one with `qemu-img create -f raw {path} 10G`")]
+    Missing {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It is not a file or a block device.
+    #[error("disk {path} is neither a file nor a block device")]
+    Kind {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It cannot be opened.
+    #[error("cannot open disk {path}: {source}{remedy}")]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What may help.
+        remedy: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// Somebody else has it.
+    #[error(
+        "disk {path} is in use by another VM{}; stop it or use readonly=on{}",
+        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(),
+        if *readonly { " there" } else { " for both" }
+    )]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// A process that has it open.
+        pid: Option<u32>,
+        /// Whether it was wanted for reading only.
+        readonly: bool,
+    },
+    /// There is not one sector in it.
+    #[error(
+        "disk {path} has {len} bytes, less than one sector of {SECTOR}: was it cut? Copy it again or give it a size with `truncate -s 10G`"
+    )]
+    Empty {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        len: u64,
+    },
+    /// It is not what it was said to be.
+    #[error("disk {path} is not a qcow2 image; leave out the format, or say raw")]
+    NotQcow2 {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The qcow2 image is damaged or uses what is not supported.
+    #[error("disk {path}: {source}; `qemu-img check {path}` says more")]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Direct I/O cannot be had.
+    #[error(
+        "disk {path}: its file system has no direct I/O ({source}); use direct=off or move the image"
+    )]
+    Direct {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// `io_uring` was asked for but cannot be had.
+    #[error("disk {path}: no io_uring: {source}; use engine=auto")]
+    Engine {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A queue cannot be made.
+    #[error("disk {path}: cannot make an I/O queue: {source}")]
+    Queue {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// An open and locked image. Its lock is held until the image and all its
+/// stores are gone.
+///
+/// A raw image's bytes behind its last whole block are out of reach: they are
+/// neither read nor written, and the image never grows.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    backend: Backend,
+    limits: Limits,
+    physical_block: u32,
+    ring: bool,
+}
+
+impl Image {
+    /// Opens, checks and locks an image.
+    ///
+    /// # Errors
+    /// It is missing, not accessible, in use, empty, damaged, or the engine
+    /// that was asked for cannot be had. The message has the remedy.
+    pub fn open(spec: &Spec) -> Result<Self, Error> {
+        let path = spec.path.clone();
+        let io_error = |source| open_error(&spec.path, source);
+        let file = open_file(&path, spec.readonly).map_err(io_error)?;
+        if !lock::take(&file, !spec.readonly).map_err(io_error)? {
+            return Err(Error::InUse {
+                pid: lock::holder(&file),
+                readonly: spec.readonly,
+                path,
+            });
+        }
+        let geometry = probe::geometry(&file).map_err(io_error)?;
+        if geometry.len < SECTOR {
+            let len = geometry.len;
+            return Err(Error::Empty { path, len });
+        }
+        let mut magic = [0; 4];
+        file.read_exact_at(&mut magic, 0).map_err(io_error)?;
+        let is_qcow2 = magic == *QCOW2_MAGIC;
+        match spec.format {
+            Some(Format::Qcow2) if !is_qcow2 => Err(Error::NotQcow2 { path }),
+            Some(Format::Qcow2) => Self::open_qcow2(spec, file, &geometry),
+            None if is_qcow2 => Self::open_qcow2(spec, file, &geometry),
+            _ => Self::open_raw(spec, file, &geometry),
+        }
+    }
+
+    fn open_qcow2(spec: &Spec, file: File, geometry: &Geometry) -> Result<Self, Error> {
+        let path = spec.path.clone();
+        if spec.engine == Engine::IoUring {
+            let source = io::Error::other("qcow2 images are served by a thread");
+            return Err(Error::Engine { path, source });
+        }
+        if let Err(source) = check_tables(&file) {
+            return Err(Error::Qcow2 { path, source });
+        }
+        if spec.direct {
+            direct(&file, spec)?;
+        }
+        let layers = match Layers::open(file, &path, spec.readonly, spec.direct) {
+            Ok(layers) => layers,
+            Err(source) => return Err(Error::Qcow2 { path, source }),
+        };
+        let limits = *layers.limits();
+        if limits.capacity == 0 {
+            return Err(Error::Empty { path, len: 0 });
+        }
+        Ok(Self {
+            path,
+            limits,
+            backend: Backend::Qcow2(Arc::new(layers)),
+            physical_block: geometry.physical,
+            ring: false,
+        })
+    }
+
+    fn open_raw(spec: &Spec, file: File, geometry: &Geometry) -> Result<Self, Error> {
+        let path = spec.path.clone();
+        let mut block = geometry.logical;
+        let mut mem_align = 1;
+        if spec.direct {
+            direct(&file, spec)?;
+            block = match probe::direct_block(&file, block) {
+                Ok(block) => block,
+                Err(source) => return Err(Error::Direct { path, source }),
+            };
+            mem_align = block as usize;
+        }
+        let tail = geometry.len % u64::from(block);
+        if tail != 0 {
+            tracing::warn!(
+                path = %path.display(),
+                tail,
+                block,
+                "the disk's size is no multiple of its block size: its last bytes are left out"
+            );
+        }
+        let limits = Limits {
+            capacity: geometry.len - tail,
+            block,
+            mem_align,
+            readonly: spec.readonly,
+            discard: !spec.readonly && probe::discard(&file, geometry),
+            keep_raw: spec.format.is_none(),
+            private: false,
+        };
+        if limits.capacity == 0 {
+            let len = geometry.len;
+            return Err(Error::Empty { path, len });
+        }
+        let ring = match spec.engine {
+            Engine::Sync => false,
+            engine => match ring::probe(file.as_raw_fd()) {
+                Ok(()) => true,
+                Err(source) if engine == Engine::IoUring => {
+                    return Err(Error::Engine { path, source });
+                }
+                Err(error) => {
+                    tracing::info!(path = %path.display(), %error, "no io_uring: a thread does the disk's I/O");
+                    false
+                }
+            },
+        };
+        Ok(Self {
+            path,
+            limits,
+            backend: Backend::Raw(Arc::new(RawFile { file, limits })),
+            physical_block: geometry.physical.max(block),
+            ring,
+        })
+    }
+
+    /// Makes a store for `depth` requests at a time. A thread, if the engine
+    /// needs one, runs `setup` first.
+    ///
+    /// Rings and threads are made here and now: call it before the process
+    /// confines itself.
+    ///
+    /// # Errors
+    /// No ring, no thread, or `setup` failed.
+    pub fn queue(&self, depth: u16, setup: ThreadSetup) -> Result<Box<dyn Store>, Error> {
+        let store: io::Result<Box<dyn Store>> = match &self.backend {
+            Backend::Raw(raw) if self.ring => {
+                RingStore::new(Arc::clone(raw), depth).map(|store| Box::new(store) as _)
+            }
+            backend => ThreadStore::new(backend.clone(), depth.max(1), setup)
+                .map(|store| Box::new(store) as _),
+        };
+        store.map_err(|source| Error::Queue {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    /// Bytes of the disk, a multiple of [`Image::block_size`].
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.limits.capacity
+    }
+
+    /// Smallest unit of I/O in bytes: offsets and lengths are multiples of it.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.limits.block
+    }
+
+    /// Unit in bytes that is written at once below; a power of two, not less
+    /// than [`Image::block_size`].
+    #[must_use]
+    pub fn physical_block_size(&self) -> u32 {
+        self.physical_block
+    }
+
+    /// Whether writes are refused.
+    #[must_use]
+    pub fn readonly(&self) -> bool {
+        self.limits.readonly
+    }
+
+    /// Whether discard and write-zeroes work.
+    #[must_use]
+    pub fn discard(&self) -> bool {
+        self.limits.discard
+    }
+
+    /// How the bytes are laid out.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        match self.backend {
+            Backend::Raw(_) => Format::Raw,
+            Backend::Qcow2(_) => Format::Qcow2,
+        }
+    }
+
+    /// The engine that was chosen, never [`Engine::Auto`].
+    #[must_use]
+    pub fn engine(&self) -> Engine {
+        if self.ring {
+            Engine::IoUring
+        } else {
+            Engine::Sync
+        }
+    }
+
+    /// A serial for guests that were given none: the image's file name, its
+    /// first 20 printable ASCII characters.
+    #[must_use]
+    pub fn default_serial(&self) -> String {
+        let name = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        name.chars()
+            .filter(char::is_ascii_graphic)
+            .take(20)
+            .collect()
+    }
+
+    /// Makes everything that its stores have completed durable.
+    ///
+    /// # Errors
+    /// The node's disk is full or broken.
+    pub fn flush(&self) -> io::Result<()> {
+        match &self.backend {
+            Backend::Raw(raw) if raw.limits.readonly => Ok(()),
+            Backend::Raw(raw) => raw.file.sync_data(),
+            Backend::Qcow2(layers) => layers.flush(),
+        }
+    }
+}
+
+/// Opens a file or a block device; the latter, for writing, exclusively: not
+/// while it is mounted.
+pub(super) fn open_file(path: &Path, readonly: bool) -> io::Result<File> {
+    // Before opening: opening a FIFO or a tape has effects.
+    let kind = std::fs::metadata(path)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(!readonly);
+    if kind.is_block_device() && !readonly {
+        options.custom_flags(libc::O_EXCL);
+    }
+    options.open(path)
+}
+
+fn open_error(path: &Path, source: io::Error) -> Error {
+    let path = path.to_owned();
+    match (source.kind(), source.raw_os_error()) {
+        (io::ErrorKind::NotFound, _) => Error::Missing { path },
+        (io::ErrorKind::InvalidFilename, None) => Error::Kind { path },
+        (_, Some(libc::EBUSY)) => Error::Open {
+            path,
+            remedy: "; unmount it first",
+            source,
+        },
+        (io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem, _) => Error::Open {
+            path,
+            remedy: "; give its owner's rights or use readonly=on",
+            source,
+        },
+        _ => Error::Open {
+            path,
+            remedy: "",
+            source,
+        },
+    }
+}
+
+fn direct(file: &File, spec: &Spec) -> Result<(), Error> {
+    probe::set_direct(file).map_err(|source| Error::Direct {
+        path: spec.path.clone(),
+        source,
+    })
+}

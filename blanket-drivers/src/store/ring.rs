@@ -1,0 +1,300 @@
+//! The fast engine: an io_uring on a raw image.
+//!
+//! The ring may do nothing but the four operations below on the one registered
+//! file: system call filters do not see what a ring does, so the ring itself
+//! is restricted (Linux 5.10).
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use blanket_memory::IoVec;
+use io_uring::register::{Probe, Restriction};
+use io_uring::squeue::{Entry, Flags};
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, opcode};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::raw::{PUNCH, RawFile};
+use super::transfer::{Transfer, is_transient, no_progress};
+use super::{Completion, Operation, Request, Store};
+
+/// The image's index among the ring's registered files.
+const IMAGE: Fixed = Fixed(0);
+
+const OPERATIONS: [u8; 4] = [
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+];
+
+/// `IORING_UNREGISTER_FILES` of `linux/io_uring.h`: all that a running ring may
+/// still be asked to change.
+const UNREGISTER_FILES: u8 = 3;
+
+/// Makes a restricted ring on `file` that signals `event`.
+fn build(file: RawFd, event: &EventFd, entries: u32) -> io::Result<IoUring> {
+    let ring = IoUring::builder()
+        .dontfork()
+        .setup_r_disabled()
+        .build(entries)?;
+    let submitter = ring.submitter();
+    let mut probe = Probe::new();
+    submitter.register_probe(&mut probe)?;
+    if !OPERATIONS.iter().all(|op| probe.is_supported(*op)) {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    submitter.register_files(&[file])?;
+    submitter.register_eventfd(event.as_raw_fd())?;
+    let mut restrictions: Vec<_> = OPERATIONS.map(Restriction::sqe_op).into();
+    restrictions.push(Restriction::register_op(UNREGISTER_FILES));
+    restrictions.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
+    submitter.register_restrictions(&mut restrictions)?;
+    submitter.register_enable_rings()?;
+    Ok(ring)
+}
+
+/// Whether rings can be had here, on `file`.
+///
+/// # Errors
+/// Why not: `ENOSYS` or `EPERM` where the kernel or a container forbids it.
+pub(super) fn probe(file: RawFd) -> io::Result<()> {
+    let ring = build(file, &EventFd::new(EFD_NONBLOCK)?, 1)?;
+    ring.submitter().unregister_files()
+}
+
+/// A store on a ring.
+pub(super) struct RingStore {
+    ring: IoUring,
+    image: Arc<RawFile>,
+    event: EventFd,
+    /// The requests in the ring; the index is their `user_data`. Never resized.
+    slots: Vec<Option<Transfer>>,
+    free: Vec<usize>,
+    /// Completed without the ring: refused, or empty.
+    ready: Vec<Completion>,
+    /// Results taken from the ring; kept for its room.
+    results: Vec<(u64, i32)>,
+}
+
+impl RingStore {
+    /// A ring for `depth` requests.
+    ///
+    /// # Errors
+    /// The kernel refuses the ring, or memory for it is missing.
+    pub(super) fn new(image: Arc<RawFile>, depth: u16) -> io::Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let entries = u32::from(depth).max(1);
+        let ring = build(image.file.as_raw_fd(), &event, entries)?;
+        let depth = entries as usize;
+        Ok(Self {
+            ring,
+            image,
+            event,
+            slots: std::iter::repeat_with(|| None).take(depth).collect(),
+            free: (0..depth).rev().collect(),
+            ready: Vec::new(),
+            results: Vec::new(),
+        })
+    }
+
+    /// Returns a completion without the ring.
+    fn finish(&mut self, token: u64, result: io::Result<u32>) {
+        self.ready.push(Completion { token, result });
+        let _ = self.event.write(1);
+    }
+
+    /// Puts the slot's next step into the ring.
+    fn queue(&mut self, index: usize) -> io::Result<()> {
+        let Some(transfer) = self.slots[index].as_mut() else {
+            return Ok(());
+        };
+        let entry = step(transfer, &self.image)?
+            .flags(Flags::FIXED_FILE)
+            .user_data(index as u64);
+        // SAFETY: the vectors and their memory live until the completion: the
+        // slot keeps the vectors in place, the submitter the memory, and `drop`
+        // waits for whatever is still in the ring.
+        unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)
+    }
+
+    /// Takes a slot back.
+    fn take(&mut self, index: usize) -> Option<Transfer> {
+        let transfer = self.slots[index].take()?;
+        self.free.push(index);
+        Some(transfer)
+    }
+
+    /// Handles a result of the ring. Queues again what is not done.
+    fn handle(&mut self, index: usize, result: i32) -> Option<Completion> {
+        let transfer = self.slots.get_mut(index)?.as_mut()?;
+        let operation = transfer.operation;
+        let data = matches!(operation, Operation::Read | Operation::Write);
+        let outcome = match u32::try_from(result) {
+            Err(_) => {
+                let error = io::Error::from_raw_os_error(-result);
+                if is_transient(&error) {
+                    None
+                } else {
+                    Some(Err(error))
+                }
+            }
+            Ok(0) if data => Some(Err(no_progress(operation))),
+            Ok(n) if data => transfer.advance(n).then(|| Ok(transfer.done())),
+            Ok(_) => Some(Ok(0)),
+        };
+        let result = match outcome {
+            Some(result) => result,
+            None => match self.queue(index) {
+                Ok(()) => return None,
+                Err(error) => Err(error),
+            },
+        };
+        let token = self.take(index)?.token;
+        Some(Completion { token, result })
+    }
+}
+
+/// The entry for a transfer's next step.
+fn step(transfer: &mut Transfer, image: &RawFile) -> io::Result<Entry> {
+    let (operation, offset, len) = (transfer.operation, transfer.offset, transfer.len);
+    Ok(match operation {
+        Operation::Flush => opcode::Fsync::new(IMAGE)
+            .flags(FsyncFlags::DATASYNC)
+            .build(),
+        Operation::Discard | Operation::WriteZeroes => opcode::Fallocate::new(IMAGE, len)
+            .offset(offset)
+            .mode(PUNCH)
+            .build(),
+        Operation::Read | Operation::Write => {
+            let piece = transfer.piece(&image.limits)?;
+            let count = u32::try_from(piece.len()).map_err(io::Error::other)?;
+            let vectors = IoVec::as_raw(piece);
+            if operation == Operation::Read {
+                opcode::Readv::new(IMAGE, vectors, count)
+                    .offset(offset)
+                    .build()
+            } else {
+                opcode::Writev::new(IMAGE, vectors, count)
+                    .offset(offset)
+                    .build()
+            }
+        }
+    })
+}
+
+impl Store for RingStore {
+    unsafe fn submit(&mut self, request: Request) -> io::Result<()> {
+        if self.in_flight() >= self.slots.len() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let Some(index) = self.free.pop() else {
+            return Err(io::ErrorKind::WouldBlock.into());
+        };
+        let token = request.token;
+        let queued = Transfer::new(request, &self.image.limits).and_then(|transfer| {
+            if transfer.is_done() {
+                return Ok(false);
+            }
+            self.slots[index] = Some(transfer);
+            self.queue(index).map(|()| true)
+        });
+        match queued {
+            Ok(true) => {}
+            other => {
+                self.slots[index] = None;
+                self.free.push(index);
+                self.finish(token, other.map(|_| 0));
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self) -> io::Result<()> {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, out: &mut Vec<Completion>) {
+        // Clear the event first: what completes from now on sets it again.
+        let _ = self.event.read();
+        out.append(&mut self.ready);
+        let mut results = std::mem::take(&mut self.results);
+        results.extend(
+            self.ring
+                .completion()
+                .map(|entry| (entry.user_data(), entry.result())),
+        );
+        for (index, result) in results.drain(..) {
+            let Ok(index) = usize::try_from(index) else {
+                continue;
+            };
+            out.extend(self.handle(index, result));
+        }
+        self.results = results;
+        if let Err(error) = self.commit() {
+            // They stay queued for the next commit.
+            tracing::warn!(%error, "io_uring takes no requests");
+        }
+    }
+
+    fn event(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len() + self.ready.len()
+    }
+
+    fn drain(&mut self, out: &mut Vec<Completion>) {
+        loop {
+            // What the ring does not take now, it takes when others complete.
+            let taken = self.commit().is_ok();
+            self.complete(out);
+            if self.in_flight() == 0 {
+                return;
+            }
+            wait(&self.event, !taken);
+        }
+    }
+}
+
+/// Waits for the event, or only a moment if the ring has to be asked again.
+fn wait(event: &EventFd, briefly: bool) {
+    let mut fd = libc::pollfd {
+        fd: event.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let moment = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 1_000_000,
+    };
+    let timeout = if briefly {
+        &raw const moment
+    } else {
+        std::ptr::null()
+    };
+    // SAFETY: one valid pollfd, a valid or no timeout, no signal mask. A signal
+    // ends it early: the caller looks again.
+    unsafe { libc::ppoll(&raw mut fd, 1, timeout, std::ptr::null()) };
+}
+
+impl Drop for RingStore {
+    fn drop(&mut self) {
+        // The kernel must not touch the requests' memory once they are gone.
+        self.drain(&mut Vec::new());
+        // The kernel takes rings down in the background. Let the image go now,
+        // or its lock would be in the way of whoever opens it next.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            tracing::warn!(%error, "io_uring does not let its file go");
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Images that cannot be opened, and what the errors say.
+
+use super::super::{Error, lock};
+use super::*;
+
+fn refusal(spec: &Spec) -> String {
+    Image::open(spec).unwrap_err().to_string()
+}
+
+#[test]
+fn a_writer_keeps_everybody_off_and_readers_keep_writers_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = spec(&raw_image(dir.path(), 4096, 0));
+    let reader = Spec {
+        readonly: true,
+        ..writer.clone()
+    };
+    let image = Image::open(&writer).unwrap();
+    assert!(matches!(Image::open(&writer), Err(Error::InUse { .. })));
+    let said = refusal(&reader);
+    assert!(
+        said.contains("in use by another VM") && said.contains("stop it"),
+        "{said}"
+    );
+    drop(image);
+    let _one = Image::open(&reader).unwrap();
+    let _two = Image::open(&reader).unwrap();
+    assert!(matches!(Image::open(&writer), Err(Error::InUse { .. })));
+}
+
+#[test]
+fn the_lock_is_held_as_long_as_a_store_lives() {
+    let dir = tempfile::tempdir().unwrap();
+    for engine in [Engine::Auto, Engine::Sync] {
+        let spec = Spec {
+            engine,
+            ..spec(&raw_image(dir.path(), 4096, 0))
+        };
+        let image = Image::open(&spec).unwrap();
+        let store = queue(&image);
+        drop(image);
+        assert!(matches!(Image::open(&spec), Err(Error::InUse { .. })));
+        drop(store);
+        Image::open(&spec).unwrap();
+    }
+}
+
+#[test]
+fn a_lock_of_another_process_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw_image(dir.path(), 4096, 0);
+    // The child inherits the open file and with it the lock.
+    let file = std::fs::File::options().read(true).write(true).open(&path);
+    let file = file.unwrap();
+    assert!(lock::take(&file, true).unwrap());
+    let mut child = Command::new("sleep").arg("60").stdin(file).spawn().unwrap();
+    let said = refusal(&spec(&path));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(said.contains(&format!("(pid {})", child.id())), "{said}");
+}
+
+#[test]
+fn every_unusable_image_is_refused_with_a_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::write(at("empty"), b"").unwrap();
+    std::fs::write(at("tiny"), vec![0; 511]).unwrap();
+    std::fs::write(at("raw"), vec![0; 4096]).unwrap();
+    std::fs::write(at("magic"), b"QFI\xfb".repeat(1024)).unwrap();
+    std::os::unix::fs::symlink("loop", at("loop")).unwrap();
+    for (name, format, remedy) in [
+        ("missing", None, "qemu-img create"),
+        ("empty", None, "truncate"),
+        ("tiny", None, "truncate"),
+        (".", None, "neither a file nor a block device"),
+        ("/dev/null", None, "neither a file nor a block device"),
+        ("raw", Some(Format::Qcow2), "say raw"),
+        ("magic", None, "qemu-img check"),
+        ("loop", None, "cannot open"),
+    ] {
+        let said = refusal(&Spec {
+            format,
+            ..spec(&at(name))
+        });
+        assert!(said.contains(remedy), "{name}: {said}");
+    }
+}
+
+#[test]
+fn the_bytes_behind_the_last_sector_are_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw_image(dir.path(), 1024 + 100, 7);
+    let image = Image::open(&spec(&path)).unwrap();
+    assert_eq!(image.capacity(), 1024);
+    write(&mut *queue(&image), 0, vec![8; 1024]).unwrap();
+    drop(image);
+    let bytes = std::fs::read(&path).unwrap();
+    assert_eq!(bytes[..1024], vec![8; 1024]);
+    assert_eq!(bytes[1024..], vec![7; 100]);
+}
+
+#[test]
+fn a_guest_cannot_turn_a_probed_raw_image_into_qcow2() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw_image(dir.path(), 4096, 0);
+    let mut header = vec![0; 1024];
+    header[..4].copy_from_slice(b"QFI\xfb");
+    for engine in [Engine::Auto, Engine::Sync] {
+        let probed = Spec {
+            format: None,
+            engine,
+            ..spec(&path)
+        };
+        let image = Image::open(&probed).unwrap();
+        assert_eq!(image.format(), Format::Raw);
+        let mut store = queue(&image);
+        let error = write(&mut *store, 0, header.clone()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        write(&mut *store, 512, header.clone()).unwrap();
+        write(&mut *store, 0, vec![1; 1024]).unwrap();
+    }
+    // Who says raw means it.
+    let image = Image::open(&spec(&path)).unwrap();
+    write(&mut *queue(&image), 0, header).unwrap();
+}
+
+#[test]
+fn cut_and_misdirected_qcow2_images_are_refused() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let qcow2 = |name: &str| Spec {
+        format: Some(Format::Qcow2),
+        ..spec(&dir.path().join(name))
+    };
+    raw_image(dir.path(), 1 << 20, 9);
+    let convert = ["convert", "-O", "qcow2", "disk.raw", "full.qcow2"];
+    qemu_img(dir.path(), &convert);
+    for len in [4, 71, 72, 4096, 70_000, 200_000] {
+        std::fs::copy(dir.path().join("full.qcow2"), dir.path().join("cut.qcow2")).unwrap();
+        let file = std::fs::File::options()
+            .write(true)
+            .open(dir.path().join("cut.qcow2"));
+        file.unwrap().set_len(len).unwrap();
+        let said = refusal(&qcow2("cut.qcow2"));
+        let remedy = if len < 512 {
+            "was it cut"
+        } else {
+            "it was cut"
+        };
+        assert!(said.contains(remedy), "{len}: {said}");
+    }
+    // A backing file that is gone, one in use, and an image below itself.
+    let create = |name: &str, backing: &str, format: &str| {
+        let args = [
+            "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", format, name, "1M",
+        ];
+        qemu_img(dir.path(), &args);
+    };
+    create("orphan.qcow2", "gone.raw", "raw");
+    let said = refusal(&qcow2("orphan.qcow2"));
+    assert!(said.contains("gone.raw"), "{said}");
+    create("child.qcow2", "disk.raw", "raw");
+    let writer = Image::open(&spec(&dir.path().join("disk.raw"))).unwrap();
+    let said = refusal(&qcow2("child.qcow2"));
+    assert!(said.contains("being written by another VM"), "{said}");
+    drop(writer);
+    let _child = Image::open(&qcow2("child.qcow2")).unwrap();
+    let disk = spec(&dir.path().join("disk.raw"));
+    assert!(matches!(Image::open(&disk), Err(Error::InUse { .. })));
+    create("self.qcow2", "full.qcow2", "qcow2");
+    let args = [
+        "rebase",
+        "-u",
+        "-b",
+        "self.qcow2",
+        "-F",
+        "qcow2",
+        "self.qcow2",
+    ];
+    qemu_img(dir.path(), &args);
+    let said = refusal(&Spec {
+        readonly: true,
+        ..qcow2("self.qcow2")
+    });
+    assert!(said.contains("layers"), "{said}");
+}
+
+#[test]
+fn a_qcow2_image_is_told_by_its_first_bytes_and_served_by_a_thread() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["create", "-q", "-f", "qcow2", "some image.qcow2", "10G"];
+    qemu_img(dir.path(), &args);
+    let probed = Spec {
+        format: None,
+        ..spec(&dir.path().join("some image.qcow2"))
+    };
+    let image = Image::open(&probed).unwrap();
+    assert_eq!(
+        (image.format(), image.engine()),
+        (Format::Qcow2, Engine::Sync)
+    );
+    assert_eq!(image.capacity(), 10 << 30);
+    assert_eq!(image.default_serial(), "someimage");
+    drop(image);
+    let said = refusal(&Spec {
+        engine: Engine::IoUring,
+        ..probed
+    });
+    assert!(said.contains("engine=auto"), "{said}");
+}
+
+#[test]
+fn a_failed_thread_setup_is_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = Image::open(&Spec {
+        engine: Engine::Sync,
+        ..spec(&raw_image(dir.path(), 4096, 0))
+    })
+    .unwrap();
+    let error = image
+        .queue(1, Box::new(|| Err(io::Error::other("no filter"))))
+        .err();
+    assert!(error.unwrap().to_string().contains("no filter"));
+}
