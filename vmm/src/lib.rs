@@ -1,5 +1,13 @@
-//! One process, one VM.
+//! One process, one VM: the `hvm` machine, its wiring, the API and the jail.
+//!
+//! [`monitor`] has the life of the VM, [`hvm`] builds its machine, [`vcpu`]
+//! runs its processors, [`api`] talks to the outside, [`jail`] confines it all.
 
 pub mod api;
 pub mod client;
 pub mod config;
+pub mod hvm;
+pub mod jail;
+pub mod monitor;
+pub mod timeline;
+pub mod vcpu;

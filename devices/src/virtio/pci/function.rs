@@ -52,9 +52,8 @@ impl VirtioPci {
             return;
         }
         let wiring = &self.context.wiring;
-        let address = |base: u64, queue: usize| {
-            base + NOTIFY + queue as u64 * u64::from(NOTIFY_MULTIPLIER)
-        };
+        let address =
+            |base: u64, queue: usize| base + NOTIFY + queue as u64 * u64::from(NOTIFY_MULTIPLIER);
         for (i, slot) in self.queues.iter().enumerate() {
             if let Some(old) = self.doorbells {
                 wiring.remove_doorbell(address(old, i), &slot.kick);
@@ -91,7 +90,9 @@ impl Function for VirtioPci {
         if offset < control + 2 && control < offset + data.len() {
             let mut value = [0; 2];
             self.config.read(control, &mut value);
-            self.interrupts.msix().set_control(u16::from_le_bytes(value));
+            self.interrupts
+                .msix()
+                .set_control(u16::from_le_bytes(value));
         }
         if Self::touches_pci_access(offset, data.len())
             && let Some((at, len)) = self.pci_access()

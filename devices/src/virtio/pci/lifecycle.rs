@@ -91,8 +91,8 @@ impl VirtioPci {
             avail_ring: record.avail_ring,
             used_ring: record.used_ring,
         };
-        self.queues[index].setup =
-            Queue::try_from(state).map_err(|error| self.error(format!("queue {index}: {error}")))?;
+        self.queues[index].setup = Queue::try_from(state)
+            .map_err(|error| self.error(format!("queue {index}: {error}")))?;
         self.interrupts
             .set_vector(Some(index as u16), record.vector);
         Ok(())
@@ -159,7 +159,9 @@ impl Lifecycle for VirtioPci {
         self.registers = state.registers;
         self.interrupts.set_vector(None, state.config_vector);
         self.interrupts.isr.store(state.isr, Ordering::Release);
-        self.interrupts.broken.store(state.broken, Ordering::Release);
+        self.interrupts
+            .broken
+            .store(state.broken, Ordering::Release);
         for (index, record) in state.queues.iter().enumerate() {
             self.restore_queue(index, record)?;
         }

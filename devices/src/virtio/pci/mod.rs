@@ -201,10 +201,10 @@ impl VirtioPci {
 
     /// Makes the handlers for what the driver set up; they are parked.
     fn activate(&mut self) -> io::Result<()> {
-        let event_idx =
-            self.registers.driver_features >> virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX
-                & 1
-                == 1;
+        let event_idx = self.registers.driver_features
+            >> virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX
+            & 1
+            == 1;
         let mut queues = Vec::new();
         for (index, slot) in self.queues.iter_mut().enumerate() {
             if !slot.setup.ready() {
@@ -344,3 +344,6 @@ fn config_space(kind: u16, vectors: u16, bar: u64) -> (ConfigSpace, usize) {
     let at = config.add_capability(0x11, &msix, &[0, 0xc0]);
     (config, at)
 }
+
+#[cfg(test)]
+mod tests;

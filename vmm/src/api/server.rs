@@ -1,0 +1,133 @@
+//! The API's server: routes and statuses; [`crate::monitor`] does the work.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::types::{Action, METRICS_PATH, Problem, VM_PATH};
+use crate::config::VmConfig;
+use crate::monitor::{Ending, Error, Monitor};
+
+/// A configuration is never longer than this, in bytes.
+const MAX_BODY: usize = 1 << 20;
+
+/// What the handlers share. One thread runs them: the lock is never waited for.
+#[derive(Clone)]
+struct Shared {
+    monitor: Arc<Mutex<Monitor>>,
+    endings: UnboundedSender<Ending>,
+}
+
+impl Shared {
+    fn monitor(&self) -> MutexGuard<'_, Monitor> {
+        self.monitor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The API in front of `monitor`. An ending that a request causes goes to
+/// `endings` after the request has been answered.
+pub fn router(monitor: Arc<Mutex<Monitor>>, endings: UnboundedSender<Ending>) -> Router {
+    let mut router = Router::new()
+        .route(VM_PATH, get(info).put(create))
+        .route(METRICS_PATH, get(metrics));
+    for action in Action::ALL {
+        router = router.route(
+            action.path(),
+            post(move |shared: State<Shared>| async move { act(&shared, action) }),
+        );
+    }
+    router
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Shared { monitor, endings })
+}
+
+fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response {
+    let problem = Problem {
+        error,
+        remedy: remedy.map(str::to_owned),
+    };
+    (status, Json(problem)).into_response()
+}
+
+/// The status for an error: whose fault it is.
+fn refused(error: &Error) -> Response {
+    let status = match error {
+        Error::NoVm => StatusCode::NOT_FOUND,
+        Error::Exists | Error::State { .. } => StatusCode::CONFLICT,
+        Error::Config(_) | Error::Build(_) => StatusCode::BAD_REQUEST,
+        Error::Jail(_) | Error::Lifecycle(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    (status, Json(Problem::from(error))).into_response()
+}
+
+fn info_of(monitor: &mut Monitor) -> Response {
+    match monitor.info() {
+        Ok(info) => Json(info).into_response(),
+        Err(error) => refused(&error),
+    }
+}
+
+async fn info(State(shared): State<Shared>) -> Response {
+    info_of(&mut shared.monitor())
+}
+
+async fn create(
+    State(shared): State<Shared>,
+    config: Result<Json<VmConfig>, JsonRejection>,
+) -> Response {
+    let config = match config {
+        Ok(Json(config)) => config,
+        Err(rejection) => return problem(rejection.status(), rejection.body_text(), None),
+    };
+    let mut monitor = shared.monitor();
+    match monitor.create(config) {
+        Ok(()) => info_of(&mut monitor),
+        Err(error) => refused(&error),
+    }
+}
+
+fn act(shared: &Shared, action: Action) -> Response {
+    let mut monitor = shared.monitor();
+    match monitor.act(action) {
+        Ok(ending) => {
+            let response = info_of(&mut monitor);
+            if let Some(ending) = ending {
+                // The receiver lives as long as the server.
+                let _ = shared.endings.send(ending);
+            }
+            response
+        }
+        Err(error) => refused(&error),
+    }
+}
+
+async fn metrics(State(shared): State<Shared>) -> Response {
+    match shared.monitor().metrics() {
+        Ok(metrics) => Json(metrics).into_response(),
+        Err(error) => refused(&error),
+    }
+}
+
+async fn unknown() -> Response {
+    problem(
+        StatusCode::NOT_FOUND,
+        "no such path".to_owned(),
+        Some("GET /vm describes the VM; POST /vm/ACTION acts on it"),
+    )
+}
+
+async fn wrong_method() -> Response {
+    problem(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "this path does not take that method".to_owned(),
+        Some("GET or PUT /vm, POST /vm/ACTION, GET /metrics"),
+    )
+}

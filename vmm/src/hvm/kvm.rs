@@ -1,0 +1,90 @@
+//! This machine's KVM.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use super::machine::Error;
+
+/// A new VM and what its KVM can do.
+pub(super) struct Host {
+    pub vm: Arc<VmFd>,
+    /// What guests may be told by CPUID.
+    pub cpuid: CpuId,
+    /// The MSRs that make up a vCPU's state.
+    pub msrs: Vec<u32>,
+    /// Whether the local APIC has a TSC-deadline timer.
+    pub deadline_timer: bool,
+}
+
+/// Opens KVM and makes a VM with interrupt controllers, for up to `cpus`.
+pub(super) fn open(cpus: u8) -> Result<Host, Error> {
+    let kvm = Kvm::new().map_err(|error| no_kvm(error.into()))?;
+    let most = kvm.get_max_vcpus();
+    if usize::from(cpus) > most {
+        return Err(Error::TooManyCpus { cpus, most });
+    }
+    for (cap, name) in [
+        (Cap::Irqchip, "interrupt controllers"),
+        (Cap::Irqfd, "irqfd"),
+        (Cap::Ioeventfd, "ioeventfd"),
+        (Cap::UserMemory, "user memory"),
+        (Cap::SetTssAddr, "TSS address"),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(Error::Missing(name));
+        }
+    }
+    warn_without_hardware();
+    let kvm_error = |what| move |error: kvm_ioctls::Error| Error::Kvm(what, error.into());
+    let vm = kvm.create_vm().map_err(kvm_error("create a VM"))?;
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(kvm_error("place the TSS"))?;
+    vm.create_irq_chip()
+        .map_err(kvm_error("create interrupt controllers"))?;
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm_error("read the supported CPUID"))?;
+    let msrs = kvm
+        .get_msr_index_list()
+        .map_err(kvm_error("list the MSRs"))?
+        .as_slice()
+        .to_vec();
+    Ok(Host {
+        vm: Arc::new(vm),
+        cpuid,
+        msrs,
+        deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
+    })
+}
+
+/// Three pages that Intel's processors need, where no guest looks: below the
+/// BIOS at 4 GiB.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+fn no_kvm(source: io::Error) -> Error {
+    let remedy = match source.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            "load kvm_amd or kvm_intel (`modprobe kvm_amd`), or ask your provider for an instance type with nested virtualization"
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            "run as a member of group kvm (`sudo usermod -aG kvm $USER`, then log in again)"
+        }
+        _ => "see `blanket doctor`",
+    };
+    Error::NoKvm { source, remedy }
+}
+
+/// KVM without VMX and SVM (KVM-PVM) interprets a guest's kernel: a stock
+/// kernel takes forever, small freestanding guests work.
+fn warn_without_hardware() {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let has = |name| flags.split_ascii_whitespace().any(|flag| flag == name);
+    if !has("vmx") && !has("svm") {
+        tracing::warn!(
+            "this machine has neither VMX nor SVM: a stock kernel will hardly get anywhere in the hvm machine"
+        );
+    }
+}

@@ -1,0 +1,458 @@
+//! Wiring a machine together, and its life as a whole.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use blanket_devices::legacy::power::Power;
+use blanket_devices::legacy::serial::SerialPort;
+use blanket_devices::lifecycle::{self, Lifecycle};
+use blanket_devices::pci::PciBus;
+use blanket_devices::platform;
+use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci, Workers};
+use blanket_devices::virtio::{Device, blk::Blk, console::Console, net::Net, rng::Rng};
+use blanket_devices::worker::{ThreadSetup, Worker};
+use blanket_memory::GuestRam;
+use kvm_bindings::kvm_userspace_memory_region;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::boot::{self, Payload};
+use super::bus::HvmBus;
+use super::kvm::Host;
+use super::parts::Parts;
+use super::wiring::KvmWiring;
+use super::{cpuid, registers};
+use crate::api::types::{DeviceInfo, MemoryMetrics, Metrics};
+use crate::config::VmConfig;
+use crate::jail::{Class, seccomp};
+use crate::vcpu::state::{VcpuState, set_cpuid};
+use crate::vcpu::{EventSink, Vcpu};
+
+/// Why a machine cannot be built or started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No kernel is configured.
+    #[error("no kernel: name one with --kernel FILE")]
+    NoKernel,
+    /// `/dev/kvm` cannot be used.
+    #[error("cannot use /dev/kvm: {source}; {remedy}")]
+    NoKvm {
+        /// Why.
+        source: io::Error,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// KVM has fewer vCPUs.
+    #[error("{cpus} vCPUs: this machine's KVM has at most {most}; ask for fewer with --cpus")]
+    TooManyCpus {
+        /// Asked for.
+        cpus: u8,
+        /// What KVM has.
+        most: usize,
+    },
+    /// KVM lacks something that the machine cannot do without.
+    #[error("this machine's KVM has no {0}; use a newer kernel")]
+    Missing(&'static str),
+    /// KVM refused something.
+    #[error("KVM cannot {0}: {1}")]
+    Kvm(&'static str, io::Error),
+    /// Threads, event loops or descriptors cannot be had.
+    #[error("cannot {0}: {1}")]
+    Resource(&'static str, io::Error),
+    /// No random bytes.
+    #[error("cannot read /dev/urandom: {0}")]
+    Random(io::Error),
+    /// The kernel or what belongs to it.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] blanket_memory::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] blanket_drivers::store::Error),
+    /// A network interface.
+    #[error(transparent)]
+    Tap(#[from] blanket_drivers::tap::Error),
+    /// A serial port or console.
+    #[error(transparent)]
+    Char(#[from] blanket_devices::char::Error),
+    /// A device or vCPU.
+    #[error(transparent)]
+    Lifecycle(#[from] lifecycle::Error),
+}
+
+fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |error| Error::Kvm(what, error.into())
+}
+
+fn resource(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::Resource(what, error)
+}
+
+/// What every thread of a class does first.
+fn setup(class: Class) -> ThreadSetup {
+    Box::new(move || seccomp::confine(class))
+}
+
+/// An `hvm` machine.
+///
+/// Fields are dropped in order: first what runs, then what it runs on.
+pub struct Machine {
+    vcpus: Vec<Vcpu>,
+    bus: Arc<HvmBus>,
+    virtio: Vec<Arc<Mutex<VirtioPci>>>,
+    described: Vec<DeviceInfo>,
+    payload: Payload,
+    /// The vCPUs' state after power-on, for resets.
+    power_on: Vec<VcpuState>,
+    ram: GuestRam,
+    _workers: Workers,
+}
+
+impl Machine {
+    /// Puts `parts` together. Threads are made here, each under its filter;
+    /// the guest does not run yet.
+    ///
+    /// # Errors
+    /// KVM or the kernel refuses something.
+    pub fn build(config: &VmConfig, parts: Parts, events: EventSink) -> Result<Self, Error> {
+        let host = parts.host;
+        map_memory(&host, &parts.ram)?;
+        let wiring = KvmWiring::new(host.vm.clone()).map_err(resource("set up interrupts"))?;
+        let line = |gsi| wiring.line(gsi).map_err(resource("set up an interrupt"));
+        let power = Power::new(line(platform::POWER_GSI)?);
+        let serial_line = line(platform::SERIAL_GSI)?;
+        let workers = spawn_workers(config.io_threads())?;
+        let serial = SerialPort::new(serial_line, parts.serial, &workers[0])
+            .map_err(resource("start the serial port"))?;
+        let mut builder = Builder {
+            pci: PciBus::new(platform::PCI_WINDOW_START, platform::PCI_WINDOW_END),
+            wiring: Arc::new(wiring),
+            workers: workers.clone(),
+            ram: parts.ram.clone(),
+            virtio: Vec::new(),
+            described: Vec::new(),
+        };
+        for (i, disk) in parts.disks.into_iter().enumerate() {
+            builder.add_disk(i, disk)?;
+        }
+        for (i, interface) in parts.interfaces.into_iter().enumerate() {
+            builder.add_interface(i, interface)?;
+        }
+        if let Some(port) = parts.console {
+            builder.add(Box::new(Console::new("console0", port)), "virtio-console")?;
+        }
+        if config.rng.unwrap_or(true) {
+            builder.add(Box::new(Rng::new("rng0")), "virtio-rng")?;
+        }
+        let bus = Arc::new(HvmBus {
+            serial,
+            power: Mutex::new(power),
+            pci: builder.pci,
+        });
+        let (vcpus, power_on) = make_vcpus(&host, config.cpus(), &bus, &events)?;
+        Ok(Self {
+            vcpus,
+            bus,
+            virtio: builder.virtio,
+            described: builder.described,
+            payload: parts.payload,
+            power_on,
+            ram: parts.ram,
+            _workers: workers,
+        })
+    }
+
+    /// Loads the kernel and points the first vCPU at it.
+    ///
+    /// # Errors
+    /// The kernel cannot be loaded.
+    pub fn load(&mut self) -> Result<(), Error> {
+        let entry = self.payload.load(&self.ram, self.vcpus.len() as u8)?;
+        let fd = self.vcpus[0].paused_fd();
+        let power_on = fd.get_sregs().map_err(kvm("read registers"))?;
+        fd.set_sregs(&registers::special(entry, &power_on))
+            .map_err(kvm("set registers"))?;
+        fd.set_regs(&registers::general(entry))
+            .map_err(kvm("set registers"))
+    }
+
+    /// Starts the devices, then the vCPUs.
+    ///
+    /// # Errors
+    /// A device cannot start.
+    pub fn start(&mut self) -> Result<(), lifecycle::Error> {
+        self.each_device(Lifecycle::start)?;
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+        Ok(())
+    }
+
+    /// Stops the vCPUs, then brings the devices to rest.
+    ///
+    /// # Errors
+    /// A device does not come to rest.
+    pub fn pause(&mut self) -> Result<(), lifecycle::Error> {
+        self.stop_vcpus();
+        self.each_device(Lifecycle::pause)
+    }
+
+    /// Lets a paused machine run on.
+    ///
+    /// # Errors
+    /// A device cannot go on.
+    pub fn resume(&mut self) -> Result<(), lifecycle::Error> {
+        self.each_device(Lifecycle::resume)?;
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+        Ok(())
+    }
+
+    /// Brings a paused machine to its state after power-on, kernel loaded.
+    ///
+    /// # Errors
+    /// A device, a vCPU or the kernel cannot be reset.
+    pub fn reset(&mut self) -> Result<(), Error> {
+        self.each_device(Lifecycle::reset)?;
+        self.bus.pci.reroute();
+        for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {
+            state.write(&vcpu.paused_fd())?;
+        }
+        self.load()
+    }
+
+    /// Ends the machine: the vCPUs stop, the devices flush and let go.
+    pub fn halt(&mut self) {
+        self.stop_vcpus();
+        let halted = self.each_device(|device| {
+            device.halt();
+            Ok(())
+        });
+        debug_assert!(halted.is_ok(), "halt cannot fail");
+    }
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// The interrupt cannot be raised.
+    pub fn press_power_button(&mut self) -> Result<(), lifecycle::Error> {
+        self.power()
+            .press_button()
+            .map_err(|error| lifecycle::Error::Device {
+                device: "power button".to_owned(),
+                message: error.to_string(),
+            })
+    }
+
+    /// The devices, for people.
+    #[must_use]
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        self.described.clone()
+    }
+
+    /// The counters now.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let named = |pairs: Vec<(&'static str, u64)>| -> BTreeMap<String, u64> {
+            pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+        };
+        Metrics {
+            devices: self
+                .virtio
+                .iter()
+                .map(|device| {
+                    let device = lock(device);
+                    (device.name().to_owned(), named(device.metrics()))
+                })
+                .collect(),
+            vcpus: self
+                .vcpus
+                .iter()
+                .map(|vcpu| {
+                    let counters = vcpu.counters();
+                    named(vec![
+                        ("exits_io", counters.io.get()),
+                        ("exits_mmio", counters.mmio.get()),
+                        ("kicks", counters.kicks.get()),
+                    ])
+                })
+                .collect(),
+            memory: MemoryMetrics {
+                guest: self.ram.iter().map(GuestMemoryRegion::len).sum(),
+                guest_resident: blanket_memory::touched_bytes(&self.ram),
+                resident: resident(),
+            },
+        }
+    }
+
+    fn power(&self) -> MutexGuard<'_, Power> {
+        lock(&self.bus.power)
+    }
+
+    fn stop_vcpus(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.pause();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.wait_paused();
+        }
+    }
+
+    /// Takes every device a step further.
+    fn each_device(
+        &self,
+        step: impl Fn(&mut dyn Lifecycle) -> Result<(), lifecycle::Error>,
+    ) -> Result<(), lifecycle::Error> {
+        for device in &self.virtio {
+            step(&mut *lock(device))?;
+        }
+        step(&mut *lock(&self.bus.serial))?;
+        step(&mut *self.power())
+    }
+}
+
+/// Locks what a panic cannot have left inconsistent: panics end the process.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Bytes of this process that are in memory: the second field of statm.
+fn resident() -> u64 {
+    const PAGE: u64 = 4096;
+    std::fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|statm| statm.split(' ').nth(1)?.parse::<u64>().ok())
+        .map_or(0, |pages| pages * PAGE)
+}
+
+fn map_memory(host: &Host, ram: &GuestRam) -> Result<(), Error> {
+    for (slot, region) in ram.iter().enumerate() {
+        let mapping = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the mapping is the region's own and lives as long as the
+        // machine, which outlives its vCPUs.
+        unsafe { host.vm.set_user_memory_region(mapping) }.map_err(kvm("map guest memory"))?;
+    }
+    Ok(())
+}
+
+fn spawn_workers(count: u8) -> Result<Workers, Error> {
+    (0..count)
+        .map(|i| Worker::spawn(&format!("io{i}"), setup(Class::Worker)))
+        .collect::<io::Result<Vec<_>>>()
+        .map(Into::into)
+        .map_err(resource("start an I/O thread"))
+}
+
+fn make_vcpus(
+    host: &Host,
+    count: u8,
+    bus: &Arc<HvmBus>,
+    events: &EventSink,
+) -> Result<(Vec<Vcpu>, Vec<VcpuState>), Error> {
+    let mut fds = Vec::new();
+    for index in 0..count {
+        let fd = host
+            .vm
+            .create_vcpu(u64::from(index))
+            .map_err(kvm("create a vCPU"))?;
+        let mut cpuid = host.cpuid.clone();
+        cpuid::adapt(&mut cpuid, index, count, host.deadline_timer);
+        set_cpuid(&fd, &cpuid)?;
+        fds.push(fd);
+    }
+    let power_on = fds
+        .iter()
+        .map(|fd| VcpuState::read(fd, &host.msrs))
+        .collect::<Result<Vec<_>, _>>()?;
+    let vcpus = fds
+        .into_iter()
+        .zip(0u8..)
+        .map(|(fd, index)| {
+            Vcpu::spawn(index, fd, bus.clone(), events.clone(), setup(Class::Vcpu))
+        })
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(resource("start a vCPU"))?;
+    Ok((vcpus, power_on))
+}
+
+/// The machine's devices while it is being built.
+struct Builder {
+    pci: PciBus,
+    wiring: Arc<KvmWiring>,
+    workers: Workers,
+    ram: GuestRam,
+    virtio: Vec<Arc<Mutex<VirtioPci>>>,
+    described: Vec<DeviceInfo>,
+}
+
+impl Builder {
+    fn add_disk(&mut self, index: usize, disk: super::parts::Disk) -> Result<(), Error> {
+        let name = format!("blk{index}");
+        let engine = match disk.image.engine() {
+            blanket_drivers::store::Engine::IoUring => "io_uring",
+            _ => "sync",
+        };
+        let device = Blk::new(name, disk.image, disk.queues, &disk.serial, || {
+            setup(Class::Store)
+        })?;
+        let info = self.add(Box::new(device), "virtio-blk")?;
+        info.path = Some(disk.path);
+        info.engine = Some(engine.to_owned());
+        Ok(())
+    }
+
+    fn add_interface(
+        &mut self,
+        index: usize,
+        interface: super::parts::Interface,
+    ) -> Result<(), Error> {
+        let net = Net::new(
+            format!("net{index}"),
+            interface.tap,
+            interface.mac,
+            interface.mtu,
+        )
+        .map_err(resource("set up a network interface"))?;
+        let tap = net.tap_name().to_owned();
+        let info = self.add(Box::new(net), "virtio-net")?;
+        info.tap = Some(tap);
+        info.mac = Some(interface.mac);
+        Ok(())
+    }
+
+    /// Puts a device on the bus and describes it.
+    fn add(&mut self, device: Box<dyn Device>, kind: &str) -> Result<&mut DeviceInfo, Error> {
+        let name = device.name().to_owned();
+        let index = self.virtio.len();
+        let context = Context {
+            ram: self.ram.clone(),
+            wiring: self.wiring.clone(),
+            workers: self.workers.clone(),
+            bar: platform::PCI_WINDOW_START + BAR_SIZE * index as u64,
+            first_worker: index,
+        };
+        let transport = VirtioPci::new(device, context).map_err(resource("add a device"))?;
+        let transport = Arc::new(Mutex::new(transport));
+        let slot = self
+            .pci
+            .add(transport.clone())
+            .map_err(resource("add a device"))?;
+        self.virtio.push(transport);
+        self.described.push(DeviceInfo {
+            name,
+            kind: kind.to_owned(),
+            address: Some(format!("00:{slot:02x}.0")),
+            ..DeviceInfo::default()
+        });
+        Ok(&mut self.described[index])
+    }
+}

@@ -1,0 +1,379 @@
+//! Default-deny system call filters, one per class of thread.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::mem::MaybeUninit;
+
+use blanket_devices::char as char_device;
+use blanket_drivers::{store, tap};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use crate::vcpu::KICK_SYSCALLS;
+
+/// A class of thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// The main thread until the machine is built: opens files, makes the
+    /// other threads. All others inherit this filter under their own.
+    Setup,
+    /// The main thread afterwards: the API and the life of the machine.
+    Main,
+    /// A vCPU.
+    Vcpu,
+    /// An event loop that serves virtqueues and character devices.
+    Worker,
+    /// A thread of a block store that has no io_uring.
+    Store,
+}
+
+/// What any thread's run time needs: memory, locks, time, its own end.
+const BASE: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_write,
+];
+
+/// What the main thread needs besides while it serves the API.
+const MAIN: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_io_uring_enter,
+    libc::SYS_lseek,
+    libc::SYS_mincore,
+    libc::SYS_openat,
+    libc::SYS_poll,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_statx,
+    libc::SYS_unlink,
+    libc::SYS_writev,
+];
+
+/// What building a machine needs besides: files, sockets, KVM, taps, threads
+/// and giving up privileges.
+const SETUP: &[libc::c_long] = &[
+    libc::SYS_accept,
+    libc::SYS_access,
+    libc::SYS_bind,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_chmod,
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_connect,
+    libc::SYS_dup,
+    libc::SYS_dup3,
+    libc::SYS_faccessat2,
+    libc::SYS_fallocate,
+    libc::SYS_fchmod,
+    libc::SYS_flock,
+    libc::SYS_fstatfs,
+    libc::SYS_geteuid,
+    libc::SYS_getdents64,
+    libc::SYS_getegid,
+    libc::SYS_getgid,
+    libc::SYS_getuid,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+    libc::SYS_ioctl,
+    libc::SYS_kill,
+    libc::SYS_listen,
+    libc::SYS_memfd_create,
+    libc::SYS_newfstatat,
+    libc::SYS_pipe2,
+    libc::SYS_prctl,
+    libc::SYS_prlimit64,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_seccomp,
+    libc::SYS_set_robust_list,
+    libc::SYS_setgroups,
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+    libc::SYS_stat,
+    libc::SYS_statfs,
+    libc::SYS_sysinfo,
+    libc::SYS_umask,
+    libc::SYS_uname,
+];
+
+/// ioctls by which the main thread pauses, resets and saves a machine.
+const MAIN_IOCTLS: &[u64] = &[
+    libc::TIOCGWINSZ as u64,
+    libc::TCGETS as u64,
+    libc::TCSETS as u64,
+    libc::TCSETSW as u64,
+    libc::FIONBIO as u64,
+];
+/// Type byte of KVM's ioctls.
+const KVM_TYPE: u64 = 0xae;
+/// `_IO(KVMIO, 0x80)`.
+const KVM_RUN: u64 = 0xae80;
+
+/// Which ioctls a class may use.
+enum Ioctls {
+    All,
+    /// KVM's, and those listed.
+    Kvm(Vec<u64>),
+    /// Those listed.
+    Only(Vec<u64>),
+}
+
+impl Class {
+    fn syscalls(self) -> Vec<libc::c_long> {
+        let lists: &[&[libc::c_long]] = match self {
+            // Threads inherit it: it must allow whatever any class does.
+            Self::Setup => &[
+                SETUP,
+                MAIN,
+                KICK_SYSCALLS,
+                store::RING_SYSCALLS,
+                store::THREAD_SYSCALLS,
+                tap::SYSCALLS,
+                char_device::SYSCALLS,
+            ],
+            Self::Main => &[MAIN],
+            // A vCPU that sets up or resets a device works on its queues.
+            Self::Vcpu => &[
+                KICK_SYSCALLS,
+                char_device::OUTPUT_SYSCALLS,
+                &[libc::SYS_eventfd2, libc::SYS_fcntl],
+            ],
+            Self::Worker => &[
+                &[
+                    libc::SYS_epoll_ctl,
+                    libc::SYS_epoll_wait,
+                    libc::SYS_epoll_pwait,
+                ],
+                store::RING_SYSCALLS,
+                tap::SYSCALLS,
+                char_device::SYSCALLS,
+            ],
+            Self::Store => &[store::THREAD_SYSCALLS],
+        };
+        [BASE].iter().chain(lists).copied().flatten().copied().collect()
+    }
+
+    fn ioctls(self) -> Ioctls {
+        let tap = || tap::IOCTLS.iter().map(|request| *request as u64);
+        match self {
+            Self::Setup => Ioctls::All,
+            Self::Main => Ioctls::Kvm(tap().chain(MAIN_IOCTLS.iter().copied()).collect()),
+            // Besides KVM_RUN: routes and doorbells follow the guest's wishes.
+            Self::Vcpu => Ioctls::Kvm(tap().chain([KVM_RUN]).collect()),
+            Self::Worker => Ioctls::Only(tap().collect()),
+            Self::Store => Ioctls::Only(store::THREAD_IOCTLS.to_vec()),
+        }
+    }
+}
+
+/// A rule for ioctls whose request, under `mask`, is `value`.
+fn ioctl_rule(mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(
+        1,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(mask),
+        value,
+    )?])
+}
+
+/// Compiles the filter of a class.
+///
+/// # Errors
+/// The rules do not compile: a defect of this module.
+pub fn program(class: Class) -> io::Result<BpfProgram> {
+    const ANY_REQUEST: u64 = 0xffff_ffff;
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = class
+        .syscalls()
+        .into_iter()
+        .filter(|call| *call != libc::SYS_ioctl)
+        .map(|call| (call, Vec::new()))
+        .collect();
+    let (kvm, requests) = match class.ioctls() {
+        Ioctls::All => {
+            rules.insert(libc::SYS_ioctl, Vec::new());
+            (false, Vec::new())
+        }
+        Ioctls::Kvm(requests) => (true, requests),
+        Ioctls::Only(requests) => (false, requests),
+    };
+    let mut ioctls = Vec::new();
+    if kvm {
+        ioctls.push(ioctl_rule(0xff00, KVM_TYPE << 8).map_err(io::Error::other)?);
+    }
+    for request in requests {
+        ioctls.push(ioctl_rule(ANY_REQUEST, request).map_err(io::Error::other)?);
+    }
+    if !ioctls.is_empty() {
+        rules.insert(libc::SYS_ioctl, ioctls);
+    }
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Trap,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )
+    .and_then(BpfProgram::try_from)
+    .map_err(io::Error::other)
+}
+
+/// Puts the calling thread under the filter of its class.
+///
+/// # Errors
+/// The kernel refuses filters.
+pub fn confine(class: Class) -> io::Result<()> {
+    let program = program(class)?;
+    seccompiler::apply_filter(&program).map_err(io::Error::other)
+}
+
+/// Offset of the system call's number in the kernel's `siginfo` of SIGSYS:
+/// behind signal, errno, code, padding and the call's address.
+const SIGINFO_SYSCALL: usize = 24;
+
+extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel hands over a siginfo of 128 bytes.
+    let number = unsafe { *info.byte_add(SIGINFO_SYSCALL).cast::<i32>() };
+    // No allocation in a signal handler: digits by hand.
+    let mut line = *b"blanket-vmm: a thread made a forbidden system call: number     \n";
+    let end = line.len() - 2;
+    let mut rest = number.unsigned_abs();
+    for place in (end - 3..=end).rev() {
+        line[place] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    // SAFETY: write and _exit are async-signal-safe, and every filter has them.
+    unsafe {
+        libc::write(2, line.as_ptr().cast(), line.len());
+        libc::_exit(REFUSED_STATUS);
+    }
+}
+
+/// Exit status of a monitor one of whose threads broke out of its filter.
+pub const REFUSED_STATUS: libc::c_int = 159;
+
+/// Has a refused system call end the process with a line that names it.
+///
+/// # Errors
+/// The handler cannot be installed.
+pub fn report_refusals() -> io::Result<()> {
+    // SAFETY: plain data; the handler is async-signal-safe.
+    let done = unsafe {
+        let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
+        action.sa_sigaction = refused as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut())
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Class; 5] = [
+        Class::Setup,
+        Class::Main,
+        Class::Vcpu,
+        Class::Worker,
+        Class::Store,
+    ];
+
+    #[test]
+    fn every_filter_compiles_and_none_allows_to_run_or_trace_programs() {
+        for class in ALL {
+            program(class).unwrap();
+            let calls = class.syscalls();
+            for never in [libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_mount] {
+                assert!(!calls.contains(&never), "{class:?} {never}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_threads_may_do_the_filter_that_they_inherit_allows_too() {
+        let setup = Class::Setup.syscalls();
+        for class in ALL {
+            for call in class.syscalls() {
+                assert!(setup.contains(&call), "{class:?} {call}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_confined_thread_that_opens_a_socket_ends_the_process() {
+        // SAFETY: the child makes system calls only.
+        let status = unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::close(2);
+                let ready = report_refusals().is_ok()
+                    && super::super::privileges::no_new_privileges().is_ok()
+                    && confine(Class::Worker).is_ok();
+                if ready {
+                    libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+                }
+                libc::_exit(i32::from(ready));
+            }
+            let mut status = 0;
+            libc::waitpid(pid, &raw mut status, 0);
+            libc::WEXITSTATUS(status)
+        };
+        assert_eq!(status, REFUSED_STATUS);
+    }
+}

@@ -1,0 +1,167 @@
+//! `blanket-vmm`: one process, one VM.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use blanket_vmm::api::server;
+use blanket_vmm::config::VmConfig;
+use blanket_vmm::jail::privileges::{self, User};
+use blanket_vmm::jail::{Class, seccomp};
+use blanket_vmm::monitor::{Ending, Monitor};
+use blanket_vmm::timeline::Timeline;
+use clap::Parser;
+use tokio::net::UnixListener;
+use tokio::sync::mpsc::unbounded_channel;
+
+/// Runs one VM.
+///
+/// With a kernel (from flags or from a file) the VM starts at once; without
+/// one, the process waits for its configuration on the API socket.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    /// Configuration file (TOML); flags prevail over it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Unix socket of the API (HTTP/1.1 and JSON).
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+
+    /// The VM's name, for people.
+    #[arg(long, value_name = "NAME", default_value = "vm")]
+    id: String,
+
+    /// Build the VM but leave its start to the API.
+    #[arg(long, requires = "api_socket")]
+    no_boot: bool,
+
+    /// What a monitor started by root becomes: UID[:GID] [default: 65534:65534].
+    #[arg(long, value_name = "UID[:GID]")]
+    user: Option<User>,
+
+    #[command(flatten)]
+    vm: VmConfig,
+}
+
+fn main() -> ExitCode {
+    let timeline = Timeline::start();
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .compact()
+        .init();
+    match run(arguments, timeline) {
+        Ok(Ending::PowerOff | Ending::Reboot) => ExitCode::SUCCESS,
+        Ok(Ending::Failed(message)) => {
+            eprintln!("blanket-vmm: {message}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("blanket-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
+    privileges::no_new_privileges().context("cannot give up privileges")?;
+    seccomp::report_refusals()
+        .and_then(|()| seccomp::confine(Class::Setup))
+        .context("cannot install the system call filter")?;
+    let config = match &arguments.config {
+        Some(path) => VmConfig::from_file(path)?.overlaid(arguments.vm),
+        None => arguments.vm,
+    };
+    anyhow::ensure!(
+        config.kernel.is_some() || arguments.api_socket.is_some(),
+        "nothing to run: name a kernel with --kernel FILE, or a socket for the API with --api-socket PATH"
+    );
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    let (mut monitor, events) =
+        Monitor::new(arguments.id, arguments.user.unwrap_or_default(), timeline);
+    runtime.block_on(async {
+        // Bound first: who connects early waits for its answer, not for a file.
+        let listener = arguments.api_socket.as_deref().map(listen).transpose()?;
+        monitor.timeline().mark("API ready");
+        if config.kernel.is_some() {
+            monitor.create(config)?;
+            if !arguments.no_boot {
+                monitor.boot()?;
+            }
+        }
+        serve(monitor, events, listener).await
+    })
+}
+
+/// Binds the API socket, for this user only. A socket that nobody listens on
+/// any more is replaced.
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        anyhow::bail!(
+            "API socket {}: another process listens on it; stop that one or name another path",
+            path.display()
+        );
+    }
+    let context = || format!("API socket {}", path.display());
+    if path.exists() {
+        std::fs::remove_file(path).with_context(context)?;
+    }
+    let listener = UnixListener::bind(path).with_context(context)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).with_context(context)?;
+    Ok(listener)
+}
+
+/// Serves requests, the guest's events and signals until the VM ends.
+async fn serve(
+    monitor: Monitor,
+    mut events: tokio::sync::mpsc::UnboundedReceiver<blanket_vmm::vcpu::Event>,
+    listener: Option<UnixListener>,
+) -> anyhow::Result<Ending> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let monitor = Arc::new(Mutex::new(monitor));
+    let (endings, mut ended) = unbounded_channel();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = listener.map(|listener| {
+        let router = server::router(monitor.clone(), endings.clone());
+        tokio::spawn(
+            axum::serve(listener, router)
+                .with_graceful_shutdown(async {
+                    // A dropped sender stops the server as well.
+                    let _ = stopped.await;
+                })
+                .into_future(),
+        )
+    });
+    let lock = || monitor.lock().unwrap_or_else(PoisonError::into_inner);
+    let ending = loop {
+        tokio::select! {
+            Some(event) = events.recv() => {
+                if let Some(ending) = lock().handle(event) {
+                    break ending;
+                }
+            }
+            Some(ending) = ended.recv() => break ending,
+            _ = terminate.recv() => break lock().end(Ending::PowerOff),
+            _ = interrupt.recv() => break lock().end(Ending::PowerOff),
+        }
+    };
+    let _ = stop.send(());
+    if let Some(server) = server {
+        // Answers on their way go out; a client that does not read them does
+        // not keep the process.
+        let _ = tokio::time::timeout(Duration::from_millis(500), server).await;
+    }
+    Ok(ending)
+}

@@ -1,0 +1,283 @@
+//! The life of the one VM of this process.
+//!
+//! ```text
+//!            create()           boot()            pause()
+//!   (none) ───────────▶ created ──────▶ running ◀────────▶ paused
+//!                          │               │      resume()    │
+//!                          └───────────────┼──────────────────┘
+//!                    poweroff(), the guest's own poweroff, a failure
+//!                                          ▼
+//!                                       stopped ──▶ the process exits
+//! ```
+//!
+//! `reset()` leads from running or paused to running.
+
+use std::time::Instant;
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::api::types::{Action, Metrics, Problem, VmInfo, VmState};
+use crate::config::{OnReboot, VmConfig};
+use crate::hvm::{Machine, Parts};
+use crate::jail::privileges::{self, User};
+use crate::jail::{Class, seccomp};
+use crate::timeline::Timeline;
+use crate::vcpu::Event;
+
+/// Why an action was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no VM yet.
+    #[error("there is no VM yet: PUT its configuration to /vm first")]
+    NoVm,
+    /// There is one already.
+    #[error("this process has its VM already: start another blanket-vmm")]
+    Exists,
+    /// The action makes no sense in this state.
+    #[error("the VM is {state}: it cannot {action}")]
+    State {
+        /// Where it is.
+        state: VmState,
+        /// What was asked.
+        action: &'static str,
+    },
+    /// The configuration cannot work.
+    #[error(transparent)]
+    Config(#[from] crate::config::Error),
+    /// The machine cannot be built.
+    #[error(transparent)]
+    Build(#[from] crate::hvm::machine::Error),
+    /// The monitor cannot be confined.
+    #[error("cannot confine the monitor: {0}")]
+    Jail(std::io::Error),
+    /// A device or vCPU failed the step.
+    #[error(transparent)]
+    Lifecycle(#[from] blanket_devices::lifecycle::Error),
+}
+
+impl From<&Error> for Problem {
+    fn from(error: &Error) -> Self {
+        Self {
+            error: error.to_string(),
+            remedy: None,
+        }
+    }
+}
+
+/// How the VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Powered off, by the guest or by request.
+    PowerOff,
+    /// The guest rebooted and `on_reboot` is `exit`.
+    Reboot,
+    /// It failed; the message says why.
+    Failed(String),
+}
+
+/// The VM of this process, if it has one yet.
+pub struct Monitor {
+    id: String,
+    user: User,
+    timeline: Timeline,
+    vm: Option<Vm>,
+    events: UnboundedSender<Event>,
+}
+
+struct Vm {
+    config: VmConfig,
+    machine: Machine,
+    state: VmState,
+    booted: Option<Instant>,
+}
+
+impl Monitor {
+    /// A monitor without a VM; events of its vCPUs come out of the receiver,
+    /// for [`Monitor::handle`].
+    #[must_use]
+    pub fn new(id: String, user: User, timeline: Timeline) -> (Self, UnboundedReceiver<Event>) {
+        let (events, receiver) = unbounded_channel();
+        let monitor = Self {
+            id,
+            user,
+            timeline,
+            vm: None,
+            events,
+        };
+        (monitor, receiver)
+    }
+
+    /// The steps so far.
+    pub fn timeline(&mut self) -> &mut Timeline {
+        &mut self.timeline
+    }
+
+    /// Builds the machine and confines this process for good.
+    ///
+    /// # Errors
+    /// The configuration cannot work here. A process that is not confined yet
+    /// may try another one.
+    pub fn create(&mut self, config: VmConfig) -> Result<(), Error> {
+        if self.vm.is_some() {
+            return Err(Error::Exists);
+        }
+        config.validate()?;
+        let parts = Parts::open(&config)?;
+        self.timeline.mark("resources opened");
+        privileges::drop_privileges(self.user).map_err(Error::Jail)?;
+        let events = self.events.clone();
+        let sink = std::sync::Arc::new(move |event| {
+            // The receiver lives as long as the process serves.
+            let _ = events.send(event);
+        });
+        let machine = Machine::build(&config, parts, sink)?;
+        self.timeline.mark("machine built");
+        seccomp::confine(Class::Main).map_err(Error::Jail)?;
+        self.vm = Some(Vm {
+            config,
+            machine,
+            state: VmState::Created,
+            booted: None,
+        });
+        Ok(())
+    }
+
+    fn vm(&mut self) -> Result<&mut Vm, Error> {
+        self.vm.as_mut().ok_or(Error::NoVm)
+    }
+
+    /// Loads the kernel and starts the guest.
+    ///
+    /// # Errors
+    /// The VM has been started, or its kernel cannot be loaded.
+    pub fn boot(&mut self) -> Result<(), Error> {
+        let vm = self.vm.as_mut().ok_or(Error::NoVm)?;
+        vm.expect(&[VmState::Created], "be started")?;
+        vm.machine.load()?;
+        self.timeline.mark("kernel loaded");
+        vm.machine.start()?;
+        self.timeline.mark("vCPUs started");
+        vm.booted = Some(Instant::now());
+        vm.state = VmState::Running;
+        Ok(())
+    }
+
+    /// Carries out an action; the ending, if it ends the VM.
+    ///
+    /// # Errors
+    /// It makes no sense in the VM's state, or failed.
+    pub fn act(&mut self, action: Action) -> Result<Option<Ending>, Error> {
+        if action == Action::Boot {
+            return self.boot().map(|()| None);
+        }
+        let vm = self.vm()?;
+        match action {
+            Action::Boot => {}
+            Action::Pause => {
+                vm.expect(&[VmState::Running], "be paused")?;
+                vm.machine.pause()?;
+                vm.state = VmState::Paused;
+            }
+            Action::Resume => {
+                vm.expect(&[VmState::Paused], "be resumed")?;
+                vm.machine.resume()?;
+                vm.state = VmState::Running;
+            }
+            Action::Reset => {
+                vm.expect(&[VmState::Running, VmState::Paused], "be reset")?;
+                vm.reset()?;
+            }
+            Action::Shutdown => {
+                vm.expect(&[VmState::Running], "shut itself down")?;
+                vm.machine.press_power_button()?;
+            }
+            Action::Poweroff => return Ok(Some(self.end(Ending::PowerOff))),
+        }
+        Ok(None)
+    }
+
+    /// Handles what a vCPU's guest did; the ending, if it ends the VM.
+    pub fn handle(&mut self, event: Event) -> Option<Ending> {
+        let vm = self.vm.as_mut()?;
+        match event {
+            Event::PowerOff => Some(self.end(Ending::PowerOff)),
+            Event::Failed(message) => Some(self.end(Ending::Failed(message))),
+            Event::Reset if vm.config.on_reboot.unwrap_or_default() == OnReboot::Exit => {
+                Some(self.end(Ending::Reboot))
+            }
+            Event::Reset => match vm.reset() {
+                Ok(()) => None,
+                Err(error) => Some(self.end(Ending::Failed(format!("reset: {error}")))),
+            },
+        }
+    }
+
+    /// Ends the VM: the devices flush and let go.
+    pub fn end(&mut self, ending: Ending) -> Ending {
+        if let Some(vm) = &mut self.vm
+            && vm.state != VmState::Stopped
+        {
+            vm.machine.halt();
+            vm.state = VmState::Stopped;
+        }
+        ending
+    }
+
+    /// The VM as the API describes it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn info(&mut self) -> Result<VmInfo, Error> {
+        let boot = self.timeline.phases().to_vec();
+        let id = self.id.clone();
+        let vm = self.vm()?;
+        let socket = |char: &Option<crate::config::CharConfig>| {
+            char.as_ref().and_then(|char| char.socket.clone())
+        };
+        Ok(VmInfo {
+            id,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            state: vm.state,
+            pid: std::process::id(),
+            machine: crate::api::types::Machine::Hvm,
+            uptime_ms: vm.booted.map_or(0, |booted| {
+                u64::try_from(booted.elapsed().as_millis()).unwrap_or(u64::MAX)
+            }),
+            boot,
+            devices: vm.machine.devices(),
+            serial_socket: socket(&vm.config.serial),
+            console_socket: socket(&vm.config.console),
+            config: vm.config.clone(),
+        })
+    }
+
+    /// Its counters.
+    ///
+    /// # Errors
+    /// There is no VM.
+    pub fn metrics(&mut self) -> Result<Metrics, Error> {
+        Ok(self.vm()?.machine.metrics())
+    }
+}
+
+impl Vm {
+    fn expect(&self, states: &[VmState], action: &'static str) -> Result<(), Error> {
+        if states.contains(&self.state) {
+            return Ok(());
+        }
+        Err(Error::State {
+            state: self.state,
+            action,
+        })
+    }
+
+    fn reset(&mut self) -> Result<(), Error> {
+        if self.state != VmState::Paused {
+            self.machine.pause()?;
+        }
+        self.machine.reset()?;
+        self.machine.resume()?;
+        self.state = VmState::Running;
+        Ok(())
+    }
+}

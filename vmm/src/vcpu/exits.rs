@@ -1,0 +1,53 @@
+//! Counting exits, and explaining the bad ones.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvm_ioctls::VcpuFd;
+
+/// A counter with one writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Its value now.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Exits of one vCPU to the monitor.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Accesses to ports.
+    pub io: Counter,
+    /// Accesses to device memory.
+    pub mmio: Counter,
+    /// Interruptions by the monitor.
+    pub kicks: Counter,
+}
+
+/// Why KVM gave up on a guest.
+pub(super) fn internal(fd: &mut VcpuFd) -> String {
+    let run = fd.get_kvm_run();
+    // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, whose part of the
+    // union this is; any bits are valid integers.
+    let detail = unsafe { run.__bindgen_anon_1.internal };
+    let what = match detail.suberror {
+        1 => "an instruction that KVM cannot emulate",
+        2 => "an exception while another was delivered",
+        3 => "an exit while an event was delivered",
+        _ => "an internal error of KVM",
+    };
+    let rip = fd
+        .get_regs()
+        .map_or_else(|_| "unknown".to_owned(), |regs| format!("{:#x}", regs.rip));
+    format!(
+        "the guest met {what} (suberror {}) at {rip}",
+        detail.suberror
+    )
+}

@@ -1,0 +1,307 @@
+//! A vCPU: a thread that runs guest code until somebody wants it to stop.
+//!
+//! ```text
+//!            resume()                 exit that ends the guest
+//!   paused ───────────▶ running ──────────────────────────┐
+//!     ▲ ▲                  │                               │
+//!     │ └──── pause() ─────┘                               ▼
+//!     └──────────────────────── (the machine decides) ◀─ paused
+//!   any ── drop ──▶ ended
+//! ```
+//!
+//! A signal takes the vCPU out of the guest. It is blocked except while
+//! `KVM_RUN` waits (`KVM_SET_SIGNAL_MASK`), so that one that comes early is not
+//! lost but ends the next `KVM_RUN` at once.
+
+pub mod exits;
+mod signal;
+pub mod state;
+
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use blanket_devices::worker::ThreadSetup;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+pub use exits::Counters;
+pub use signal::{KICK_SYSCALLS, kick_signal};
+
+/// What answers a guest's accesses to ports and device memory.
+pub trait Bus: Send + Sync {
+    /// A read from a port.
+    fn read_port(&self, port: u16, data: &mut [u8]);
+    /// A write to a port.
+    fn write_port(&self, port: u16, data: &[u8]) -> Outcome;
+    /// A read from memory that is not RAM.
+    fn read_memory(&self, addr: u64, data: &mut [u8]);
+    /// A write to memory that is not RAM.
+    fn write_memory(&self, addr: u64, data: &[u8]) -> Outcome;
+}
+
+/// What becomes of the vCPU after an access.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It runs on.
+    Continue,
+    /// It waits: the machine has something to do.
+    Event(Event),
+}
+
+/// What a guest does to its whole machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// It powered itself off.
+    PowerOff,
+    /// It asked for a reset, or ended in a triple fault.
+    Reset,
+    /// The vCPU cannot go on; the message says why.
+    Failed(String),
+}
+
+/// Takes events to whoever runs the machine.
+pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
+
+const PAUSED: u8 = 0;
+const RUNNING: u8 = 1;
+const ENDED: u8 = 2;
+
+/// What the thread shares with its owner.
+struct Control {
+    /// What the owner wants.
+    wanted: AtomicU8,
+    /// Whether the thread rests (it does not touch the vCPU then).
+    resting: Mutex<bool>,
+    changed: Condvar,
+    counters: Counters,
+}
+
+impl Control {
+    fn resting(&self) -> MutexGuard<'_, bool> {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn want(&self, what: u8) {
+        let _guard = self.resting();
+        self.wanted.store(what, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Rests until there is something to do; false when the vCPU is to end.
+    fn rest(&self) -> bool {
+        let mut resting = self.resting();
+        *resting = true;
+        self.changed.notify_all();
+        while self.wanted.load(Ordering::Acquire) == PAUSED {
+            resting = self
+                .changed
+                .wait(resting)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        *resting = false;
+        self.wanted.load(Ordering::Acquire) == RUNNING
+    }
+}
+
+/// A vCPU and its thread.
+pub struct Vcpu {
+    fd: Arc<Mutex<VcpuFd>>,
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Starts the thread, at rest. `setup` runs on it first.
+    ///
+    /// # Errors
+    /// No thread, or `setup` failed.
+    pub fn spawn(
+        index: u8,
+        fd: VcpuFd,
+        bus: Arc<dyn Bus>,
+        events: EventSink,
+        setup: ThreadSetup,
+    ) -> io::Result<Self> {
+        signal::install_handler()?;
+        signal::unblock_in_guest(&fd)?;
+        let fd = Arc::new(Mutex::new(fd));
+        let control = Arc::new(Control {
+            wanted: AtomicU8::new(PAUSED),
+            resting: Mutex::new(false),
+            changed: Condvar::new(),
+            counters: Counters::default(),
+        });
+        let (report, outcome) = std::sync::mpsc::sync_channel(1);
+        let runner = Runner {
+            fd: fd.clone(),
+            control: control.clone(),
+            bus,
+            events,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || {
+                let ready = signal::block().and_then(|()| setup());
+                let ok = ready.is_ok();
+                // The spawner waits for this; if it is gone, so is the machine.
+                let _ = report.send(ready);
+                if ok {
+                    runner.run();
+                }
+            })?;
+        outcome
+            .recv()
+            .map_err(|_| io::Error::other("vCPU thread died at its start"))??;
+        Ok(Self {
+            fd,
+            control,
+            thread: Some(thread),
+        })
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&self) {
+        self.control.want(RUNNING);
+    }
+
+    /// Asks the vCPU to stop; [`Vcpu::wait_paused`] waits for it. (Two steps,
+    /// so that many stop at once.)
+    pub fn pause(&self) {
+        self.control.want(PAUSED);
+        self.kick();
+    }
+
+    /// Waits until the vCPU rests.
+    pub fn wait_paused(&self) {
+        let mut resting = self.control.resting();
+        while !*resting {
+            resting = self
+                .control
+                .changed
+                .wait(resting)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The vCPU itself, for whoever has paused it.
+    pub fn paused_fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its exits so far.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.control.counters
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // SAFETY: the thread has not been joined, so its handle is valid;
+            // the signal has a handler.
+            unsafe {
+                libc::pthread_kill(thread.as_pthread_t(), kick_signal());
+            }
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.control.want(ENDED);
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread works with.
+struct Runner {
+    fd: Arc<Mutex<VcpuFd>>,
+    control: Arc<Control>,
+    bus: Arc<dyn Bus>,
+    events: EventSink,
+}
+
+impl Runner {
+    fn run(&self) {
+        while self.control.rest() {
+            let event = self.run_guest();
+            if let Some(event) = event {
+                // The machine pauses everything; until then this one rests.
+                let _ = self.control.wanted.compare_exchange(
+                    RUNNING,
+                    PAUSED,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                );
+                (self.events)(event);
+            }
+        }
+    }
+
+    /// Runs the guest until the owner or an event wants it to stop.
+    fn run_guest(&self) -> Option<Event> {
+        let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.control.wanted.load(Ordering::Acquire) == RUNNING {
+            match self.step(&mut fd) {
+                Outcome::Continue => {}
+                Outcome::Event(event) => return Some(event),
+            }
+        }
+        complete_access(&mut fd);
+        None
+    }
+
+    fn step(&self, fd: &mut VcpuFd) -> Outcome {
+        let counters = &self.control.counters;
+        match fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                counters.io.add();
+                self.bus.read_port(port, data);
+                Outcome::Continue
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                counters.io.add();
+                self.bus.write_port(port, data)
+            }
+            Ok(VcpuExit::MmioRead(addr, data)) => {
+                counters.mmio.add();
+                self.bus.read_memory(addr, data);
+                Outcome::Continue
+            }
+            Ok(VcpuExit::MmioWrite(addr, data)) => {
+                counters.mmio.add();
+                self.bus.write_memory(addr, data)
+            }
+            // A triple fault resets a PC.
+            Ok(VcpuExit::Shutdown) => Outcome::Event(Event::Reset),
+            Ok(VcpuExit::Intr) => self.interrupted(),
+            Ok(VcpuExit::InternalError) => Outcome::Event(Event::Failed(exits::internal(fd))),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Outcome::Event(Event::Failed(format!(
+                "the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}"
+            ))),
+            Ok(other) => Outcome::Event(Event::Failed(format!("unexpected exit {other:?}"))),
+            Err(error) if error.errno() == libc::EINTR => self.interrupted(),
+            Err(error) if error.errno() == libc::EAGAIN => Outcome::Continue,
+            Err(error) => Outcome::Event(Event::Failed(format!("KVM_RUN: {error}"))),
+        }
+    }
+
+    fn interrupted(&self) -> Outcome {
+        self.control.counters.kicks.add();
+        signal::consume();
+        Outcome::Continue
+    }
+}
+
+/// Lets KVM finish an access whose answer has been given, without running the
+/// guest: the registers are not complete before.
+fn complete_access(fd: &mut VcpuFd) {
+    fd.set_kvm_immediate_exit(1);
+    // It returns EINTR by design.
+    let _ = fd.run();
+    fd.set_kvm_immediate_exit(0);
+}
