@@ -1,0 +1,104 @@
+//! `cargo xtask bench`: measurements, against a peer where there is one.
+
+pub mod row;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use crate::progress::Progress;
+use crate::workspace::Workspace;
+use row::Row;
+
+/// Options of `cargo xtask bench`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Which benchmarks.
+    names: Vec<String>,
+}
+
+/// Something that can be measured.
+#[derive(Debug)]
+pub struct Benchmark {
+    /// What the user calls it; also the name of its JSON file.
+    pub name: &'static str,
+    /// What it measures, in one line.
+    pub about: &'static str,
+    /// Measures it.
+    pub run: fn(&Workspace, &Progress) -> Result<Vec<Row>>,
+}
+
+/// All benchmarks.
+const BENCHMARKS: &[Benchmark] = &[];
+
+/// Runs the benchmarks that are named; prints a table of each and writes
+/// `bench/NAME.json` in the build directory.
+///
+/// # Errors
+/// A name is unknown, a benchmark fails, or its results cannot be written.
+pub fn run(workspace: &Workspace, progress: &Progress, options: &Options) -> Result<ExitCode> {
+    if options.names.is_empty() {
+        print!("{}", list(BENCHMARKS));
+        return Ok(ExitCode::SUCCESS);
+    }
+    for benchmark in select(BENCHMARKS, &options.names)? {
+        let rows = (benchmark.run)(workspace, progress)?;
+        print!("{}", row::table(&rows));
+        let path = row::write(&workspace.target().join("bench"), benchmark.name, &rows)?;
+        println!("written to {}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(benchmarks: &[Benchmark]) -> String {
+    if benchmarks.is_empty() {
+        return "there are no benchmarks yet\n".into();
+    }
+    benchmarks
+        .iter()
+        .map(|benchmark| format!("{:<12} {}\n", benchmark.name, benchmark.about))
+        .collect()
+}
+
+fn select<'a>(benchmarks: &'a [Benchmark], names: &[String]) -> Result<Vec<&'a Benchmark>> {
+    let find = |name: &String| {
+        let found = benchmarks.iter().find(|benchmark| benchmark.name == name);
+        let Some(found) = found else {
+            bail!("no benchmark is called '{name}':\n{}", list(benchmarks));
+        };
+        Ok(found)
+    };
+    names.iter().map(find).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOME: &[Benchmark] = &[
+        Benchmark {
+            name: "boot",
+            about: "time to init",
+            run: |_, _| Ok(vec![]),
+        },
+        Benchmark {
+            name: "net",
+            about: "packets",
+            run: |_, _| Ok(vec![]),
+        },
+    ];
+
+    #[test]
+    fn benchmarks_run_in_the_order_they_are_named() {
+        let names = ["net".to_owned(), "boot".to_owned()];
+        let chosen = select(SOME, &names).unwrap();
+        assert_eq!([chosen[0].name, chosen[1].name], ["net", "boot"]);
+    }
+
+    #[test]
+    fn an_unknown_name_is_answered_with_the_known_ones() {
+        let error = select(SOME, &["disk".to_owned()]).unwrap_err().to_string();
+        assert!(error.contains("'disk'"), "{error}");
+        assert!(error.contains("boot") && error.contains("net"), "{error}");
+    }
+}

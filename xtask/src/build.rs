@@ -1,0 +1,72 @@
+//! Building what runs on nodes and in guests.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use crate::progress::{Progress, Step};
+use crate::run::{Output, checked};
+use crate::setup;
+use crate::workspace::{TARGET, Workspace};
+
+/// The packages whose programs run on nodes, the testbed's agent among them.
+const PACKAGES: [&str; 3] = ["blanket-vmm", "blanket-node", "blanket-testbed-agent"];
+
+/// Optimised, with assertions and overflow checks.
+pub const TESTING: &str = "testing";
+const RELEASE: &str = "release";
+
+/// Options of `cargo xtask build`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Build as for a release: without assertions, with whole-program
+    /// optimisation.
+    #[arg(long)]
+    release: bool,
+}
+
+/// `cargo xtask build`.
+///
+/// # Errors
+/// Something does not build.
+pub fn run(workspace: &Workspace, progress: &Progress, options: &Options) -> Result<ExitCode> {
+    setup::run(progress)?;
+    let profile = if options.release { RELEASE } else { TESTING };
+    let step = progress.step("programs for nodes");
+    programs(workspace, &step, profile)?;
+    step.done(&workspace.programs(profile).display().to_string());
+    let step = progress.step("guest payloads");
+    payloads(workspace, &step)?;
+    step.done(&workspace.payloads().display().to_string());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the programs for nodes into [`Workspace::programs`]. They are
+/// static: a node's libc need not be ours.
+///
+/// # Errors
+/// They do not build.
+pub fn programs(workspace: &Workspace, step: &Step, profile: &str) -> Result<()> {
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    let mut command = workspace.cargo();
+    command
+        .env(
+            "RUSTFLAGS",
+            format!("{flags} -C target-feature=+crt-static"),
+        )
+        .args(["build", "--bins", "--target", TARGET, "--profile", profile]);
+    for package in PACKAGES {
+        command.args(["--package", package]);
+    }
+    checked(step, &mut command, Output::IfItFails).map(drop)
+}
+
+/// Builds the guest payloads into [`Workspace::payloads`].
+///
+/// # Errors
+/// They do not build.
+pub fn payloads(workspace: &Workspace, step: &Step) -> Result<()> {
+    let mut command = workspace.cargo_in("firmware");
+    command.args(["build", "--release"]);
+    checked(step, &mut command, Output::IfItFails).map(drop)
+}

@@ -1,0 +1,213 @@
+//! What became of the tests.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::{Context, Result};
+use quick_junit::{TestCase, TestCaseStatus};
+
+/// How a test says that it could not run: a line that begins like this, and
+/// the reason behind it.
+const SKIPPED: &str = "skipped, because ";
+
+/// The result of one test.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It held.
+    Passed,
+    /// It did not hold.
+    Failed,
+    /// It could not run, because of this.
+    Skipped(String),
+}
+
+/// All results, by name.
+#[derive(Debug, Default)]
+pub struct Report {
+    results: BTreeMap<String, Status>,
+}
+
+impl Report {
+    /// Adds a result.
+    pub fn add(&mut self, name: &str, status: Status) {
+        self.results.insert(name.to_owned(), status);
+    }
+
+    /// Adds the results of a nextest run from its JUnit file.
+    ///
+    /// # Errors
+    /// `xml` is not JUnit's format.
+    pub fn add_junit(&mut self, xml: &str) -> Result<()> {
+        let report = quick_junit::Report::deserialize_from_str(xml)
+            .context("nextest wrote a report that cannot be read")?;
+        for suite in &report.test_suites {
+            for case in &suite.test_cases {
+                self.add(
+                    &format!("{} {}", suite.name.as_str(), case.name.as_str()),
+                    status(case),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the results of documentation tests from the output of
+    /// `cargo test --doc`.
+    pub fn add_doc_tests(&mut self, output: &str) {
+        for (name, result) in output
+            .lines()
+            .filter_map(|line| line.strip_prefix("test ")?.rsplit_once(" ... "))
+        {
+            let status = match result {
+                "ok" => Status::Passed,
+                "ignored" => Status::Skipped("it is an example that is not run".into()),
+                _ => Status::Failed,
+            };
+            self.add(&format!("documentation {name}"), status);
+        }
+    }
+
+    /// Whether any test failed.
+    #[must_use]
+    pub fn has_failures(&self) -> bool {
+        self.count(|status| *status == Status::Failed) != 0
+    }
+
+    fn count(&self, want: impl Fn(&Status) -> bool) -> usize {
+        self.results.values().filter(|status| want(status)).count()
+    }
+}
+
+fn status(case: &TestCase) -> Status {
+    match &case.status {
+        TestCaseStatus::NonSuccess { .. } => Status::Failed,
+        TestCaseStatus::Skipped { message, .. } => Status::Skipped(
+            message
+                .as_ref()
+                .map_or("no reason is given", |message| message.as_str())
+                .to_owned(),
+        ),
+        TestCaseStatus::Success { .. } => [&case.system_out, &case.system_err]
+            .into_iter()
+            .flatten()
+            .find_map(|text| skip_reason(text.as_str()))
+            .map_or(Status::Passed, Status::Skipped),
+    }
+}
+
+/// The reason that a test's output gives for not having run.
+fn skip_reason(output: &str) -> Option<String> {
+    output
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(SKIPPED))
+        .map(|reason| reason.trim().to_owned())
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, status) in &self.results {
+            if let Status::Skipped(reason) = status {
+                writeln!(f, "skipped: {name}, because {reason}")?;
+            }
+        }
+        for (name, status) in &self.results {
+            if *status == Status::Failed {
+                writeln!(f, "failed: {name}")?;
+            }
+        }
+        write!(
+            f,
+            "{} passed, {} failed, {} skipped",
+            self.count(|status| *status == Status::Passed),
+            self.count(|status| *status == Status::Failed),
+            self.count(|status| matches!(status, Status::Skipped(_))),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const JUNIT: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
+<testsuites name="nextest-run" tests="4" failures="1" errors="0">
+  <testsuite name="devices" tests="4" disabled="0" errors="0" failures="1">
+    <testcase name="queue::holds" classname="devices" time="0.004">
+      <system-out>running 1 test
+the guest was not skipped, because it is quick
+</system-out>
+    </testcase>
+    <testcase name="needs_kvm" classname="devices" time="0.004">
+      <system-out>running 1 test</system-out>
+      <system-err>  skipped, because /dev/kvm is missing &amp; nothing helps
+</system-err>
+    </testcase>
+    <testcase name="breaks" classname="devices" time="0.004">
+      <failure type="test failure">skipped, because it is broken</failure>
+      <system-err>skipped, because it is broken</system-err>
+    </testcase>
+  </testsuite>
+</testsuites>"#;
+
+    fn report() -> Report {
+        let mut report = Report::default();
+        report.add_junit(JUNIT).unwrap();
+        report
+    }
+
+    #[test]
+    fn a_test_that_says_so_counts_as_skipped_and_a_failed_one_never_does() {
+        let report = report();
+        assert_eq!(report.results["devices queue::holds"], Status::Passed);
+        assert_eq!(
+            report.results["devices needs_kvm"],
+            Status::Skipped("/dev/kvm is missing & nothing helps".into())
+        );
+        assert_eq!(report.results["devices breaks"], Status::Failed);
+        assert!(report.has_failures());
+    }
+
+    #[test]
+    fn the_summary_is_one_line_behind_the_reasons() {
+        let mut report = report();
+        report.add("format", Status::Passed);
+        assert_eq!(
+            report.to_string(),
+            "skipped: devices needs_kvm, because /dev/kvm is missing & nothing helps\n\
+             failed: devices breaks\n\
+             2 passed, 1 failed, 1 skipped"
+        );
+    }
+
+    #[test]
+    fn documentation_tests_are_read_from_the_output_of_cargo() {
+        let mut report = Report::default();
+        report.add_doc_tests(
+            "running 3 tests\n\
+             test src/a.rs - a (line 3) ... ok\n\
+             test src/b.rs - b (line 4) ... ignored\n\
+             test src/c.rs - c (line 5) ... FAILED\n\
+             \n\
+             test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out",
+        );
+        assert!(
+            report
+                .to_string()
+                .ends_with("\n1 passed, 1 failed, 1 skipped")
+        );
+    }
+
+    #[test]
+    fn something_that_is_not_junit_is_an_error() {
+        assert!(Report::default().add_junit("<html>").is_err());
+    }
+
+    #[test]
+    fn an_empty_report_has_no_failures() {
+        assert_eq!(
+            Report::default().to_string(),
+            "0 passed, 0 failed, 0 skipped"
+        );
+        assert!(!Report::default().has_failures());
+    }
+}
