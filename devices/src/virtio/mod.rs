@@ -15,6 +15,7 @@ use blanket_memory::GuestRam;
 use crate::lifecycle::{self, SavedState};
 use crate::worker::Handler;
 
+pub mod blk;
 pub mod net;
 pub mod pci;
 pub mod queue;
