@@ -11,7 +11,7 @@ use blanket_devices::platform;
 use crate::vcpu::{Bus, Event, Outcome};
 
 /// The devices behind ports and memory.
-pub struct HvmBus {
+pub(super) struct HvmBus {
     /// The serial port.
     pub serial: Arc<Mutex<SerialPort>>,
     /// Sleep, reset and power button.

@@ -11,7 +11,7 @@ const MULTI: u32 = 1 << 28;
 
 /// Adapts what KVM supports to processor `index` of `count` in one package.
 /// `deadline` says whether KVM emulates the TSC-deadline timer.
-pub fn adapt(cpuid: &mut CpuId, index: u8, count: u8, deadline: bool) {
+pub(super) fn adapt(cpuid: &mut CpuId, index: u8, count: u8, deadline: bool) {
     let (index, count) = (u32::from(index), u32::from(count));
     for entry in cpuid.as_mut_slice() {
         match entry.function {

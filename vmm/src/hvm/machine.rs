@@ -183,7 +183,7 @@ impl Machine {
     /// # Errors
     /// A device cannot start.
     pub fn start(&mut self) -> Result<(), lifecycle::Error> {
-        self.each_device(Lifecycle::start)?;
+        self.each_device(|device| device.start())?;
         for vcpu in &self.vcpus {
             vcpu.resume();
         }
@@ -196,7 +196,7 @@ impl Machine {
     /// A device does not come to rest.
     pub fn pause(&mut self) -> Result<(), lifecycle::Error> {
         self.stop_vcpus();
-        self.each_device(Lifecycle::pause)
+        self.each_device(|device| device.pause())
     }
 
     /// Lets a paused machine run on.
@@ -204,7 +204,7 @@ impl Machine {
     /// # Errors
     /// A device cannot go on.
     pub fn resume(&mut self) -> Result<(), lifecycle::Error> {
-        self.each_device(Lifecycle::resume)?;
+        self.each_device(|device| device.resume())?;
         for vcpu in &self.vcpus {
             vcpu.resume();
         }
@@ -216,7 +216,7 @@ impl Machine {
     /// # Errors
     /// A device, a vCPU or the kernel cannot be reset.
     pub fn reset(&mut self) -> Result<(), Error> {
-        self.each_device(Lifecycle::reset)?;
+        self.each_device(|device| device.reset())?;
         self.bus.pci.reroute();
         for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {
             state.write(&vcpu.paused_fd())?;

@@ -32,7 +32,7 @@ fn flat(selector: u16, kind: u8, long: bool) -> kvm_segment {
 
 /// The general registers for `entry`.
 #[must_use]
-pub fn general(entry: Entry) -> kvm_regs {
+pub(super) fn general(entry: Entry) -> kvm_regs {
     match entry {
         Entry::Linux64(rip) => kvm_regs {
             rip,
@@ -51,7 +51,7 @@ pub fn general(entry: Entry) -> kvm_regs {
 
 /// The special registers for `entry`, on top of those after power-on.
 #[must_use]
-pub fn special(entry: Entry, power_on: &kvm_sregs) -> kvm_sregs {
+pub(super) fn special(entry: Entry, power_on: &kvm_sregs) -> kvm_sregs {
     const CODE: u8 = 0xb;
     const DATA: u8 = 0x3;
     const BUSY_TSS: u8 = 0xb;

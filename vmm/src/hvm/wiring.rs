@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 const MAX_MESSAGES: u32 = 1024;
 
 /// A VM's interrupt routes.
-pub struct KvmWiring {
+pub(super) struct KvmWiring {
     vm: Arc<VmFd>,
     /// The message of each source from [`platform::FIRST_MSI_GSI`] on.
     messages: Mutex<Vec<Option<MsiMessage>>>,
@@ -26,7 +26,7 @@ impl KvmWiring {
     ///
     /// # Errors
     /// KVM refuses the routes.
-    pub fn new(vm: Arc<VmFd>) -> io::Result<Self> {
+    pub(super) fn new(vm: Arc<VmFd>) -> io::Result<Self> {
         let wiring = Self {
             vm,
             messages: Mutex::default(),
@@ -39,7 +39,7 @@ impl KvmWiring {
     ///
     /// # Errors
     /// KVM refuses it.
-    pub fn line(&self, gsi: u32) -> io::Result<EventFd> {
+    pub(super) fn line(&self, gsi: u32) -> io::Result<EventFd> {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         self.vm
             .register_irqfd(&event, gsi)

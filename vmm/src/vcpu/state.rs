@@ -13,7 +13,7 @@ const KIND: &str = "vcpu";
 const VERSION: u32 = 1;
 
 /// A vCPU's registers. What a machine's KVM does not offer is absent.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -81,11 +81,6 @@ impl VcpuState {
         part("local APIC", self.lapic.as_ref(), |v| fd.set_lapic(v))?;
         write_msrs(fd, &self.msrs);
         part("events", self.events.as_ref(), |v| fd.set_vcpu_events(v))
-    }
-
-    /// The general registers.
-    pub fn regs_mut(&mut self) -> &mut kvm_regs {
-        &mut self.regs
     }
 
     /// Encodes the state.
