@@ -1,0 +1,48 @@
+#!/usr/bin/busybox sh
+# Brings a node up: file systems, drivers, addresses, payload disks. Then the agent is started.
+export PATH=/usr/local/bin:/usr/bin:/usr/sbin HOME=/root
+/usr/bin/busybox --install -s /usr/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm /usr/local/bin /dev/hugepages
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t hugetlbfs hugetlbfs /dev/hugepages
+ln -s /proc/self/fd /dev/fd
+
+# Drivers of what is there; virtio devices show up when virtio_pci is loaded.
+for pass in 1 2; do
+    find /sys/devices -name modalias -exec cat {} + | sort -u | xargs modprobe -abq
+done
+case " $(grep -m1 ^flags /proc/cpuinfo) " in
+*" svm "*) modprobe kvm_amd ;;
+*" vmx "*) modprobe kvm_intel ;;
+esac
+modprobe -a tun vhost_net bridge
+
+arguments() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1=//p"; }
+hostname "$(arguments blanket.name)"
+ip link set lo up
+for pair in $(arguments blanket.net); do
+    mac=${pair%=*} address=${pair#*=}
+    for card in /sys/class/net/*; do
+        [ "$(cat "$card/address")" = "$mac" ] || continue
+        ip link set "${card##*/}" up
+        [ -z "$address" ] || ip address add "$address" dev "${card##*/}"
+    done
+done
+
+for disk in /sys/block/vd*; do
+    serial=$(cat "$disk/serial" 2>/dev/null)
+    case $serial in
+    payload-*) name=${serial#payload-} ;;
+    *) continue ;;
+    esac
+    mkdir -p "/payload/$name"
+    mount -t ext4 -o noatime "/dev/${disk##*/}" "/payload/$name"
+    [ ! -x "/payload/$name/activate" ] || "/payload/$name/activate"
+done
+exec init

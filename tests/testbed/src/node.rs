@@ -1,0 +1,343 @@
+//! Provider machines.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::Write;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blanket_testbed_agent::client::Client;
+
+use crate::cache;
+use crate::disk::Disk;
+use crate::error::{Context, Error, Result};
+use crate::hardware::{Hardware, Smbios};
+use crate::image;
+use crate::kernel::{Kernel, KernelFlavor};
+use crate::packages;
+use crate::qemu::{Accelerator, Qemu, RunFolder, Watchdog};
+use crate::tree::Tree;
+
+/// What a Linux under emulation can leave out. The clock options spare it calibrations that an
+/// emulated timer fails, the random option a wait for entropy.
+const KERNEL_OPTIONS: &str = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check nokaslr \
+                              tsc=reliable random.trust_cpu=1";
+
+/// Host packages that nodes need.
+const HOST_PACKAGES: [&str; 3] = ["qemu-system-x86", "seabios", "e2fsprogs"];
+
+/// Time for an orderly end.
+const SHUTDOWN: Duration = Duration::from_secs(60);
+
+/// Describes a node, then boots it.
+#[must_use = "nothing happens until it is booted"]
+pub struct NodeBuilder {
+    name: String,
+    cpus: u8,
+    memory_mib: u32,
+    hardware: Hardware,
+    kernel: Option<KernelFlavor>,
+    smbios: Smbios,
+    disks: Vec<Disk>,
+    injected: Vec<(PathBuf, String)>,
+    boot_limit: Duration,
+    time_limit: Duration,
+}
+
+impl NodeBuilder {
+    /// Sets the number of processors: 1 otherwise, which boots fastest.
+    pub fn cpus(mut self, cpus: u8) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Sets the memory in MiB: 1024 otherwise. The node's files are in it too.
+    pub fn memory_mib(mut self, memory: u32) -> Self {
+        self.memory_mib = memory;
+        self
+    }
+
+    /// Sets the provider's devices: virtio otherwise.
+    pub fn hardware(mut self, hardware: Hardware) -> Self {
+        self.hardware = hardware;
+        self
+    }
+
+    /// Sets the kernel: the fastest that has the drivers otherwise.
+    pub fn kernel(mut self, flavor: KernelFlavor) -> Self {
+        self.kernel = Some(flavor);
+        self
+    }
+
+    /// Sets what the firmware says about the machine.
+    pub fn smbios(mut self, smbios: Smbios) -> Self {
+        self.smbios = smbios;
+        self
+    }
+
+    /// Adds a disk of the provider's kind.
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Puts a file of the host, such as a program just built, into the node under this path,
+    /// with its permission bits. It is there from the start and costs next to nothing.
+    pub fn inject(mut self, file: impl Into<PathBuf>, path: impl Into<String>) -> Self {
+        self.injected.push((file.into(), path.into()));
+        self
+    }
+
+    /// Sets how long the node may take until it answers: 180 seconds otherwise.
+    pub fn boot_limit(mut self, limit: Duration) -> Self {
+        self.boot_limit = limit;
+        self
+    }
+
+    /// Sets how long the node may live: 20 minutes otherwise. Then it is killed, and whatever
+    /// waits for it fails.
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        self.time_limit = limit;
+        self
+    }
+
+    /// Boots the node and waits until it takes commands. Images that are missing are built
+    /// first, which takes a minute once.
+    ///
+    /// # Errors
+    /// [`Error::Node`] with the path of its console output when it does not come up in time,
+    /// and the errors of building images.
+    pub fn boot(self) -> Result<Node> {
+        packages::ensure_packages(&HOST_PACKAGES)?;
+        let folder = RunFolder::new()?;
+        let arguments = self.arguments(&folder)?;
+        let start = Instant::now();
+        let qemu = Arc::new(Qemu::start(&folder, &arguments)?);
+        let connected = qemu
+            .connect(&folder.socket("agent.sock"), start + self.boot_limit)
+            .map_err(|error| error.to_string())
+            .and_then(|socket| {
+                Client::connect_socket(socket, self.boot_limit).map_err(|error| error.to_string())
+            });
+        let agent = match connected {
+            Ok(agent) => agent,
+            Err(problem) => {
+                let log = keep_log(&folder, &self.name)?;
+                let problem = format!("did not come up: {problem}");
+                return Err(Error::Node {
+                    node: self.name,
+                    problem,
+                    log,
+                });
+            }
+        };
+        let (of_watchdog, name, limit) = (Arc::clone(&qemu), self.name.clone(), self.time_limit);
+        let watchdog = Watchdog::new(limit, move || {
+            eprintln!("testbed: node `{name}` has lived for {limit:?} and is killed");
+            of_watchdog.kill();
+        });
+        Ok(Node {
+            name: self.name,
+            agent,
+            boot_time: start.elapsed(),
+            qemu,
+            folder,
+            _watchdog: watchdog,
+        })
+    }
+
+    fn arguments(&self, folder: &RunFolder) -> Result<Vec<OsString>> {
+        let flavor = self.kernel.unwrap_or_else(|| self.hardware.kernel());
+        let kernel = Kernel::get(flavor)?;
+        let mut all: Vec<OsString> = Vec::new();
+        let mut add = |items: &[&str]| all.extend(items.iter().map(OsString::from));
+        add(&Accelerator::probe().arguments());
+        add(&[
+            "-machine",
+            "q35",
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+        ]);
+        add(&["-display", "none", "-serial", "file:console.log"]);
+        add(&[
+            "-smp",
+            &self.cpus.to_string(),
+            "-m",
+            &format!("{}M", self.memory_mib),
+        ]);
+        add(&["-device", "virtio-serial-pci"]);
+        add(&[
+            "-chardev",
+            "socket,id=agent,path=agent.sock,server=on,wait=off",
+        ]);
+        add(&["-device", "virtserialport,chardev=agent,name=blanket.agent"]);
+        add(&["-device", "virtio-rng-pci"]);
+        for smbios in self.smbios.arguments() {
+            add(&["-smbios", &smbios]);
+        }
+        if let Some(controller) = self
+            .hardware
+            .disk_controller()
+            .filter(|_| !self.disks.is_empty())
+        {
+            add(&["-device", controller]);
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            let (drive, device) = disk.arguments(self.hardware.disk(), index);
+            add(&["-drive", &drive, "-device", &device]);
+        }
+        add(&[
+            "-append",
+            &format!("{KERNEL_OPTIONS} blanket.name={}", self.name),
+        ]);
+        all.extend(["-kernel".into(), kernel.vmlinux().into()]);
+        all.extend([
+            "-initrd".into(),
+            self.initrd(folder, flavor, &kernel)?.into(),
+        ]);
+        Ok(all)
+    }
+
+    /// The node image; with injected files a copy of it with a second archive behind it.
+    fn initrd(&self, folder: &RunFolder, flavor: KernelFlavor, kernel: &Kernel) -> Result<PathBuf> {
+        let image = image::node(flavor, kernel)?;
+        if self.injected.is_empty() {
+            return Ok(image);
+        }
+        let mut tree = Tree::default();
+        for (file, path) in &self.injected {
+            tree.host_file(path, file)?;
+        }
+        let path = folder.path().join("initrd.cpio");
+        fs::copy(&image, &path)
+            .and_then(|_| fs::File::options().append(true).open(&path))
+            .and_then(|file| tree.write_cpio(std::io::BufWriter::new(file)))
+            .context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+}
+
+/// A provider's machine that runs. It is also the [`Client`] of its command channel.
+///
+/// It is killed when this is dropped; if the test fails, its console output is kept under
+/// `target/testbed/logs`.
+pub struct Node {
+    name: String,
+    agent: Client,
+    boot_time: Duration,
+    _watchdog: Watchdog,
+    qemu: Arc<Qemu>,
+    folder: RunFolder,
+}
+
+impl Node {
+    /// Describes a node. Its name is its host name too.
+    pub fn builder(name: impl Into<String>) -> NodeBuilder {
+        NodeBuilder {
+            name: name.into(),
+            cpus: 1,
+            memory_mib: 1024,
+            hardware: Hardware::default(),
+            kernel: None,
+            smbios: Smbios::default(),
+            disks: Vec::new(),
+            injected: Vec::new(),
+            boot_limit: Duration::from_secs(180),
+            time_limit: Duration::from_secs(20 * 60),
+        }
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How long it took from the start of QEMU until the node took commands.
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
+    }
+
+    /// The channel into a guest on this node, whose agent is on the console that is at the Unix
+    /// socket `socket` of the node. Waits up to `limit` for the guest to answer.
+    ///
+    /// # Errors
+    /// [`Error::Channel`] when no agent answers in time, or the socket is not there.
+    pub fn guest(&self, socket: &str, limit: Duration) -> Result<Client> {
+        let stream = self
+            .agent
+            .command("blanket-agent")
+            .args(["relay", socket])
+            .stream()?;
+        Ok(Client::connect(stream.output, stream.input, limit)?)
+    }
+
+    /// What the node has written on its serial console so far.
+    pub fn console(&self) -> String {
+        fs::read(self.folder.path().join("console.log"))
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// Whether the machine still runs.
+    pub fn is_running(&self) -> bool {
+        self.qemu.exited().is_none()
+    }
+
+    /// Ends the machine in an orderly way: file systems are written back.
+    ///
+    /// # Errors
+    /// [`Error::Node`] when it has not ended after a minute; it is killed then.
+    pub fn shutdown(self) -> Result<()> {
+        self.agent.sh("sync; exec poweroff -f").spawn("/dev/null")?;
+        if self.qemu.wait(SHUTDOWN).is_some() {
+            return Ok(());
+        }
+        let log = keep_log(&self.folder, &self.name)?;
+        let problem = format!("did not end within {SHUTDOWN:?}");
+        Err(Error::Node {
+            node: self.name.clone(),
+            problem,
+            log,
+        })
+    }
+}
+
+impl Deref for Node {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.agent
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.qemu.kill();
+        if std::thread::panicking() {
+            match keep_log(&self.folder, &self.name) {
+                Ok(log) => eprintln!("testbed: console of `{}`: {}", self.name, log.display()),
+                Err(error) => eprintln!("testbed: console of `{}` is lost: {error}", self.name),
+            }
+        }
+    }
+}
+
+/// Copies the machine's console output and QEMU's messages to where they stay.
+fn keep_log(folder: &RunFolder, name: &str) -> Result<PathBuf> {
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("main").replace("::", "-");
+    let path = cache::subfolder("logs")?.join(format!("{test}-{name}.log"));
+    let collect = |path: &Path| {
+        let mut log = fs::File::create(path)?;
+        for part in ["qemu.log", "console.log"] {
+            // A machine that did not start has no console.
+            log.write_all(&fs::read(folder.path().join(part)).unwrap_or_default())?;
+        }
+        Ok(())
+    };
+    collect(&path).context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
