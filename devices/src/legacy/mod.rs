@@ -1,3 +1,4 @@
 //! What a PC has always had.
 
 pub mod power;
+pub mod serial;

@@ -16,9 +16,11 @@ use crate::lifecycle::{self, SavedState};
 use crate::worker::Handler;
 
 pub mod blk;
+pub mod console;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 

@@ -1,1 +1,0 @@
-//! Character devices: where a serial port or a console leads.
