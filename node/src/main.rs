@@ -1,2 +1,112 @@
-//! The `blanket` command.
-fn main() {}
+//! The `blanket` command: the VMs on this node.
+
+mod commands;
+mod failure;
+mod home;
+mod name;
+mod process;
+mod table;
+mod terminal;
+mod vm;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::{console, doctor, info, life, logs, ps, run, stop, supervise};
+
+/// Virtual machines on this node.
+#[derive(Parser)]
+#[command(
+    name = "blanket",
+    version,
+    after_help = "`blanket doctor` tells what this machine can do, and what to do about the rest."
+)]
+struct Cli {
+    /// Keep VMs in this directory instead of the system's or user's own.
+    #[arg(long, global = true, value_name = "DIR", env = "BLANKET_HOME")]
+    home: Option<PathBuf>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a new VM.
+    Run(Box<run::Args>),
+    /// List VMs.
+    Ps(ps::Args),
+    /// Attach this terminal to a VM's serial port. Ctrl-] detaches.
+    Console(console::Args),
+    /// Shut VMs down: power button, then power off, then kill.
+    Stop(stop::Args),
+    /// Remove VMs that are stopped, with their logs (never their disks).
+    Rm(stop::RmArgs),
+    /// Show all about a VM.
+    Info(info::Args),
+    /// Show what a VM wrote to its serial port.
+    Logs(logs::Args),
+    /// Stop VMs' vCPUs where they are.
+    Pause(life::Args),
+    /// Let paused VMs run on.
+    Resume(life::Args),
+    /// Start VMs again from their kernels, as the reset button does.
+    Reset(life::Args),
+    /// Tell what this machine can do.
+    Doctor(doctor::Args),
+    #[command(hide = true)]
+    Supervise(supervise::Args),
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    use blanket_vmm::api::types::Action;
+    if let Command::Doctor(args) = &cli.command {
+        return doctor::doctor(args);
+    }
+    let home = home::Home::locate(cli.home.as_deref())?;
+    match cli.command {
+        Command::Run(args) => run::run(&home, *args, cli.home.as_deref()),
+        Command::Ps(args) => ps::ps(&home, &args),
+        Command::Console(args) => console::console(&home, &args),
+        Command::Stop(args) => stop::stop(&home, &args),
+        Command::Rm(args) => stop::rm(&home, &args),
+        Command::Info(args) => info::info(&home, &args),
+        Command::Logs(args) => logs::logs(&home, &args),
+        Command::Pause(args) => life::act(&home, &args, Action::Pause),
+        Command::Resume(args) => life::act(&home, &args, Action::Resume),
+        Command::Reset(args) => life::act(&home, &args, Action::Reset),
+        Command::Doctor(args) => doctor::doctor(&args),
+        Command::Supervise(args) => supervise::supervise(&home, &args),
+    }
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", failure::describe(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether our output's reader left, as `head` does: not an error of ours.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

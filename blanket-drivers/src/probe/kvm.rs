@@ -1,0 +1,240 @@
+//! `/dev/kvm`: whether it works, what is behind it, and what it offers.
+
+use std::io;
+
+use kvm_bindings as kvm;
+use kvm_ioctls::Kvm;
+
+use super::{Finding, host, read};
+
+/// The only version of KVM's API that there has ever been.
+const API_VERSION: i32 = 12;
+
+/// What carries guests out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Intel's VMX.
+    Vmx,
+    /// AMD's SVM.
+    Svm,
+    /// KVM works though the processor shows neither: KVM-PVM.
+    Pvm,
+}
+
+impl Kind {
+    /// By the processor's flags: KVM's vendor modules cannot work without.
+    fn of(cpuinfo: &str) -> Self {
+        if host::has_flag(cpuinfo, "vmx") {
+            Self::Vmx
+        } else if host::has_flag(cpuinfo, "svm") {
+            Self::Svm
+        } else {
+            Self::Pvm
+        }
+    }
+
+    fn this() -> Self {
+        Self::of(&read("/proc/cpuinfo").unwrap_or_default())
+    }
+}
+
+pub(super) fn kind() -> Finding {
+    const COST: &str = "no guest can run";
+    let kvm = match Kvm::new() {
+        Ok(kvm) => kvm,
+        Err(error) => return unusable(&io::Error::from(error)),
+    };
+    let version = kvm.get_api_version();
+    if version != API_VERSION {
+        return Finding::missing(
+            format!("/dev/kvm speaks version {version} of the API, not {API_VERSION}"),
+            COST,
+            "use a Linux kernel of this century",
+        );
+    }
+    let found = match Kind::this() {
+        Kind::Vmx => Finding::ok("KVM on Intel VMX").fact("kind", "vmx"),
+        Kind::Svm => Finding::ok("KVM on AMD SVM").fact("kind", "svm"),
+        Kind::Pvm => Finding::limited(
+            "KVM without virtualization hardware (PVM)",
+            "guest kernels in hvm machines are emulated, far too slowly for stock ones; \
+             code in ring 3 runs at full speed",
+            "use bare metal or an instance type with nested virtualization",
+        )
+        .fact("kind", "pvm"),
+    };
+    found.fact("api_version", u64::from(version.unsigned_abs()))
+}
+
+/// Why `/dev/kvm` cannot be opened, and what helps.
+fn unusable(error: &io::Error) -> Finding {
+    const COST: &str = "no guest can run";
+    let cpuinfo = read("/proc/cpuinfo").unwrap_or_default();
+    let (found, remedy) = match error.kind() {
+        io::ErrorKind::PermissionDenied => (
+            "no permission on /dev/kvm".to_owned(),
+            "add yourself to its group (usermod -aG kvm USER), log in again; or use root",
+        ),
+        io::ErrorKind::NotFound if host::has_flag(&cpuinfo, "vmx") => (
+            "there is no /dev/kvm, though the processor has VMX".to_owned(),
+            "modprobe kvm_intel; if that fails, switch virtualization on in the firmware",
+        ),
+        io::ErrorKind::NotFound if host::has_flag(&cpuinfo, "svm") => (
+            "there is no /dev/kvm, though the processor has SVM".to_owned(),
+            "modprobe kvm_amd; if that fails, switch virtualization on in the firmware",
+        ),
+        io::ErrorKind::NotFound => (
+            "there is no /dev/kvm, and the processor shows neither VMX nor SVM".to_owned(),
+            "use an instance with nested virtualization, bare metal, or a kernel with KVM-PVM",
+        ),
+        _ => (
+            format!("/dev/kvm cannot be opened: {error}"),
+            "see the kernel's log (dmesg)",
+        ),
+    };
+    Finding::missing(found, COST, remedy).fact("kind", "none")
+}
+
+/// Whether a module's parameter means yes.
+fn is_on(parameter: Option<&str>) -> bool {
+    matches!(parameter, Some("Y" | "y" | "1"))
+}
+
+pub(super) fn nested() -> Finding {
+    const COST: &str = "guests cannot be hypervisors themselves";
+    let (module, remedy) = match Kind::this() {
+        Kind::Vmx => (
+            "kvm_intel",
+            "reload the module: modprobe -r kvm_intel; modprobe kvm_intel nested=1",
+        ),
+        Kind::Svm => (
+            "kvm_amd",
+            "reload the module: modprobe -r kvm_amd; modprobe kvm_amd nested=1",
+        ),
+        Kind::Pvm => {
+            return Finding::missing(
+                "no virtualization hardware to pass on",
+                COST,
+                "use bare metal or an instance type with nested virtualization",
+            );
+        }
+    };
+    let parameter = read(&format!("/sys/module/{module}/parameters/nested"));
+    match parameter.as_deref() {
+        on if is_on(on) => Finding::ok("guests can use KVM").fact("nested", true),
+        Some(_) => Finding::missing(format!("{module} has nested=0"), COST, remedy),
+        None => Finding::missing(format!("{module} is not loaded"), COST, remedy),
+    }
+}
+
+/// A capability, its number, and what it costs not to have it.
+struct Capability(&'static str, u32, &'static str);
+
+const CAPABILITIES: &[Capability] = &[
+    Capability("irqchip", kvm::KVM_CAP_IRQCHIP, "hvm machines do not run"),
+    Capability("irqfd", kvm::KVM_CAP_IRQFD, "interrupts cost a call each"),
+    Capability(
+        "ioeventfd",
+        kvm::KVM_CAP_IOEVENTFD,
+        "each kick of a queue stops its vCPU",
+    ),
+    Capability(
+        "signal_msi",
+        kvm::KVM_CAP_SIGNAL_MSI,
+        "MSI needs a route each",
+    ),
+    Capability(
+        "immediate_exit",
+        kvm::KVM_CAP_IMMEDIATE_EXIT,
+        "pausing is slower",
+    ),
+    Capability(
+        "readonly_mem",
+        kvm::KVM_CAP_READONLY_MEM,
+        "no firmware in flash",
+    ),
+    Capability(
+        "sync_regs",
+        kvm::KVM_CAP_SYNC_REGS,
+        "registers cost a call each at exits",
+    ),
+    Capability(
+        "dirty_log_protect2",
+        kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        "long stops while memory is copied",
+    ),
+    Capability(
+        "dirty_ring",
+        kvm::KVM_CAP_DIRTY_LOG_RING,
+        "finding dirty pages scans all of memory",
+    ),
+    Capability(
+        "guest_memfd",
+        kvm::KVM_CAP_GUEST_MEMFD,
+        "no memory that only the guest can see",
+    ),
+];
+
+pub(super) fn capabilities() -> Finding {
+    let remedy = "use a newer kernel; some depend on the kind of KVM";
+    let Ok(kvm) = Kvm::new() else {
+        return Finding::missing("/dev/kvm cannot be asked", "no guest can run", "see above");
+    };
+    let count = |number: u32| {
+        // Negative is an error: not there.
+        u64::try_from(kvm.check_extension_raw(number.into())).unwrap_or(0)
+    };
+    let (have, lack): (Vec<_>, Vec<_>) = CAPABILITIES.iter().partition(|cap| count(cap.1) > 0);
+    let names = |caps: &[&Capability]| caps.iter().map(|cap| cap.0).collect::<Vec<_>>().join(" ");
+    let vcpus = kvm.get_max_vcpus();
+    let found = format!("up to {vcpus} vCPUs; {}", names(&have));
+    let finding = if lack.is_empty() {
+        Finding::ok(found)
+    } else {
+        let costs: Vec<_> = lack
+            .iter()
+            .map(|cap| format!("{}: {}", cap.0, cap.2))
+            .collect();
+        Finding::limited(
+            format!("{found}; not: {}", names(&lack)),
+            &costs.join("; "),
+            remedy,
+        )
+    };
+    let finding = CAPABILITIES
+        .iter()
+        .fold(finding, |finding, cap| finding.fact(cap.0, count(cap.1)));
+    finding
+        .fact("max_vcpus", vcpus as u64)
+        .fact("memory_slots", kvm.get_nr_memslots() as u64)
+        // Its value is the size of the state: 0 where nothing is nested.
+        .fact("nested_state", count(kvm::KVM_CAP_NESTED_STATE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe::Level;
+
+    #[test]
+    fn the_kind_follows_the_processors_flags() {
+        assert_eq!(Kind::of("flags : fpu vmx"), Kind::Vmx);
+        assert_eq!(Kind::of("flags : fpu svm"), Kind::Svm);
+        assert_eq!(Kind::of("flags : fpu"), Kind::Pvm);
+    }
+
+    #[test]
+    fn permission_and_absence_have_remedies_of_their_own() {
+        let denied = unusable(&io::ErrorKind::PermissionDenied.into());
+        let absent = unusable(&io::ErrorKind::NotFound.into());
+        assert_eq!(denied.level, Level::Missing);
+        assert!(denied.remedy.as_ref().unwrap().contains("usermod"));
+        assert_ne!(denied.remedy, absent.remedy);
+    }
+
+    #[test]
+    fn module_parameters_are_read_in_all_their_spellings() {
+        assert!(is_on(Some("Y")) && is_on(Some("1")));
+        assert!(!is_on(Some("N")) && !is_on(Some("0")) && !is_on(None));
+    }
+}

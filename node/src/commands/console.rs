@@ -1,0 +1,100 @@
+//! `blanket console`, and the attaching half of `blanket run --attach`.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::failure::failure;
+use crate::home::{Home, VmDir};
+use crate::name::VmName;
+use crate::terminal::{End, RawMode, Session};
+use crate::vm::Status;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// VM.
+    name: VmName,
+
+    /// Attach to the virtio console hvc0 instead of the serial port.
+    #[arg(long)]
+    virtio: bool,
+
+    /// When the (piped) input has ended: leave after this many seconds
+    /// without output [default: stay until the VM ends].
+    #[arg(long, value_name = "SECONDS")]
+    idle: Option<u64>,
+}
+
+pub(crate) fn console(home: &Home, args: &Args) -> Result<ExitCode> {
+    let vm = home.existing(&args.name)?;
+    let Status::Alive { info, .. } = vm.status()? else {
+        return Err(vm.not_running());
+    };
+    let config = info
+        .map(|info| info.config)
+        .or_else(|| vm.stored_config())
+        .unwrap_or_default();
+    let (port, what) = if args.virtio {
+        (config.console, "virtio console")
+    } else {
+        (config.serial, "serial port")
+    };
+    let socket = port.and_then(|port| port.socket).ok_or_else(|| {
+        failure(
+            format!("the {what} of '{}' has no socket", vm.name),
+            "start the VM with --serial stdio or --console stdio",
+        )
+    })?;
+    let stream = UnixStream::connect(&socket)
+        .with_context(|| format!("cannot attach to {}", socket.display()))?;
+    attach(&vm, &stream, args.idle.map(Duration::from_secs))
+}
+
+/// Attaches to a VM that has just been started. `serial` was connected during
+/// the start; what the guest wrote earlier is in the log.
+pub(super) fn attach_new(vm: &VmDir, serial: Option<UnixStream>) -> Result<ExitCode> {
+    match serial {
+        Some(stream) => attach(vm, &stream, None),
+        None => {
+            // It ended before anybody could attach: show what it said.
+            let log = std::fs::read(vm.serial_log()).unwrap_or_default();
+            io::stdout().write_all(&log)?;
+            report(vm, End::Closed)
+        }
+    }
+}
+
+fn attach(vm: &VmDir, stream: &UnixStream, idle: Option<Duration>) -> Result<ExitCode> {
+    let raw = RawMode::enter().context("cannot set up the terminal")?;
+    if raw.is_some() {
+        eprint!("[attached to {}; Ctrl-] detaches]\r\n", vm.name);
+    }
+    let session = Session {
+        escape: raw.is_some(),
+        idle,
+    };
+    let end = session.run(stream);
+    let on_terminal = raw.is_some();
+    drop(raw);
+    let end = end.with_context(|| format!("the console of '{}'", vm.name))?;
+    if on_terminal {
+        eprintln!();
+        report(vm, end)
+    } else {
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn report(vm: &VmDir, end: End) -> Result<ExitCode> {
+    let what = match end {
+        End::Closed => "the VM closed it",
+        End::Detached => "detached",
+        End::Silent => "silent",
+        End::Signal => "ended by a signal",
+    };
+    eprintln!("[console of {}: {what}]", vm.name);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,344 @@
+//! `blanket run`.
+
+use std::env;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use blanket_vmm::api::types::VmState;
+use blanket_vmm::config::{CharConfig, VmConfig};
+
+use super::{console, print};
+use crate::failure::failure;
+use crate::home::{Home, VmDir};
+use crate::name::VmName;
+use crate::vm::{Exit, last_line};
+
+/// How long a monitor may take until its guest runs. Reserving much memory in
+/// huge pages takes its time.
+const START: Duration = Duration::from_secs(120);
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Paths in --config are relative to the current directory, as those of the \
+    options are.\nThe serial port gets a socket (blanket console) and a log (blanket logs) unless \
+    --serial says otherwise; `--console stdio` does the same for the virtio console."
+)]
+pub(crate) struct Args {
+    /// Name of the VM, unique on this node.
+    name: VmName,
+
+    /// A VM's configuration in TOML; options override it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Attach this terminal to the serial port once the VM runs.
+    #[arg(long, short)]
+    attach: bool,
+
+    /// User that the monitor becomes when started by root.
+    #[arg(long, value_name = "UID[:GID]")]
+    user: Option<String>,
+
+    #[command(flatten)]
+    vm: VmConfig,
+}
+
+pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<ExitCode> {
+    let base = match &args.config {
+        Some(file) => VmConfig::from_file(file)?,
+        None => VmConfig::default(),
+    };
+    let config = settle(base.overlaid(args.vm), &home.vm(&args.name))?;
+    if args.attach && config.serial.as_ref().is_none_or(|s| s.socket.is_none()) {
+        return Err(failure(
+            "there is no serial socket to attach to",
+            "leave out --attach, or --serial",
+        ));
+    }
+    let monitor = find_monitor()?;
+    // From here on the name is ours, and everything made is unmade on failure.
+    let (vm, lock) = home.claim(&args.name)?;
+    let started = start(&vm, &config, &monitor, args.user.as_deref(), home_flag);
+    let serial = match started {
+        Ok(serial) => serial,
+        Err(error) => {
+            vm.remove()?;
+            return Err(error);
+        }
+    };
+    drop(lock);
+    if args.attach {
+        return console::attach_new(&vm, serial);
+    }
+    print(&format!("{}\n", args.name))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes paths absolute, gives the ports their sockets, and checks whatever
+/// can be checked before anything is made.
+fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
+    let own = |socket, log| CharConfig {
+        stdio: false,
+        socket: Some(socket),
+        log: Some(log),
+    };
+    // A VM that is detached has no standard input: "stdio" means its own socket.
+    if config.serial.as_ref().is_none_or(|serial| serial.stdio) {
+        config.serial = Some(own(vm.serial_socket(), vm.serial_log()));
+    }
+    if config.console.as_ref().is_some_and(|console| console.stdio) {
+        config.console = Some(own(vm.console_socket(), vm.console_log()));
+    }
+    let ports = [&mut config.serial, &mut config.console];
+    let port_paths = ports.into_iter().flatten().flat_map(|port| {
+        let CharConfig { socket, log, .. } = port;
+        [socket, log].into_iter().flatten()
+    });
+    let disks = config.disk.iter_mut().map(|disk| &mut disk.path);
+    let images = [&mut config.kernel, &mut config.initrd];
+    for path in images.into_iter().flatten().chain(disks).chain(port_paths) {
+        *path = std::path::absolute(&*path)
+            .with_context(|| format!("the path '{}'", path.display()))?;
+    }
+    config.validate()?;
+    let images = config.kernel.iter().chain(&config.initrd);
+    for path in images.chain(config.disk.iter().map(|disk| &disk.path)) {
+        check_readable(path)?;
+    }
+    Ok(config)
+}
+
+fn check_readable(path: &Path) -> Result<()> {
+    let remedy = match File::open(path).and_then(|file| file.metadata()) {
+        Ok(meta) if meta.is_dir() => {
+            return Err(failure(
+                format!("{} is a directory", path.display()),
+                "name a file in it",
+            ));
+        }
+        Ok(_) => return Ok(()),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound => (error, "check the path; it must exist on this node"),
+            io::ErrorKind::PermissionDenied => (error, "make it readable for you, or run as root"),
+            _ => (error, "check the file"),
+        },
+    };
+    let (error, remedy) = remedy;
+    Err(failure(
+        format!("cannot open {}: {error}", path.display()),
+        remedy,
+    ))
+}
+
+/// The monitor's program: `BLANKET_VMM`, or beside this one, or in `PATH`.
+fn find_monitor() -> Result<PathBuf> {
+    const PROGRAM: &str = "blanket-vmm";
+    let runs = |path: &Path| {
+        fs::metadata(path)
+            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    if let Some(path) = env::var_os("BLANKET_VMM") {
+        let path = std::path::absolute(path).context("BLANKET_VMM")?;
+        return if runs(&path) {
+            Ok(path)
+        } else {
+            Err(failure(
+                format!("BLANKET_VMM is {}, which is no program", path.display()),
+                "set it to the blanket-vmm program, or unset it",
+            ))
+        };
+    }
+    let beside = env::current_exe()
+        .ok()
+        .and_then(|path| Some(path.parent()?.join(PROGRAM)));
+    let search = env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(env::split_paths(&search).map(|dir| dir.join(PROGRAM)))
+        .find(|path| runs(path))
+        .ok_or_else(|| {
+            failure(
+                format!("the program {PROGRAM} was not found"),
+                "install it beside blanket or in PATH, or set BLANKET_VMM",
+            )
+        })
+}
+
+/// Starts the VM and waits until its guest runs (or has already ended well).
+/// Returns the connection to its serial port, if one could be made.
+fn start(
+    vm: &VmDir,
+    config: &VmConfig,
+    monitor: &Path,
+    user: Option<&str>,
+    home_flag: Option<&Path>,
+) -> Result<Option<UnixStream>> {
+    let text = toml::to_string(config).context("cannot write the configuration as TOML")?;
+    vm.write(&vm.config(), text.as_bytes())?;
+    let mut command = Command::new(env::current_exe().context("cannot find this program")?);
+    command.arg("supervise").arg(vm.name.as_str());
+    command.arg("--monitor").arg(monitor);
+    if let Some(home) = home_flag {
+        command.arg("--home").arg(std::path::absolute(home)?);
+    }
+    command.args(["--", "--id", vm.name.as_str()]);
+    command.arg("--api-socket").arg(vm.api_socket());
+    command.arg("--config").arg(vm.config());
+    if let Some(user) = user {
+        command.args(["--user", user]);
+    }
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(vm.monitor_log())
+        .with_context(|| format!("cannot write {}", vm.monitor_log().display()))?;
+    let mut supervisor = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .context("cannot start the supervisor")?;
+    let serial = config
+        .serial
+        .as_ref()
+        .and_then(|serial| serial.socket.as_deref());
+    let result = wait_until_running(vm, &mut supervisor, serial);
+    if result.is_err() {
+        end(vm, &mut supervisor)?;
+    }
+    result
+}
+
+fn wait_until_running(
+    vm: &VmDir,
+    supervisor: &mut Child,
+    serial: Option<&Path>,
+) -> Result<Option<UnixStream>> {
+    let client = vm.client()?.with_timeout(Duration::from_secs(10));
+    let deadline = Instant::now() + START;
+    let mut stream = None;
+    while Instant::now() < deadline {
+        // As early as possible, so that the guest's first words are not missed.
+        if stream.is_none() {
+            stream = serial.and_then(|socket| UnixStream::connect(socket).ok());
+        }
+        if let Ok(info) = client.info()
+            && info.state != VmState::Created
+        {
+            return Ok(stream);
+        }
+        if supervisor.try_wait()?.is_some() {
+            return match vm.read::<Exit>(&vm.exit())? {
+                Some(exit) if exit.clean => Ok(stream),
+                exit => Err(cannot_start(vm, exit)),
+            };
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Err(failure(
+        format!(
+            "'{}' did not start within {} s; its monitor was ended",
+            vm.name,
+            START.as_secs()
+        ),
+        "run blanket-vmm with the same options to see where it stays",
+    ))
+}
+
+fn cannot_start(vm: &VmDir, exit: Option<Exit>) -> anyhow::Error {
+    let reason = exit
+        .map(|exit| exit.reason)
+        .or_else(|| last_line(&vm.monitor_log()))
+        .unwrap_or_else(|| "the supervisor ended without a word".into());
+    anyhow::anyhow!("cannot start '{}': {reason}", vm.name)
+}
+
+/// Ends whatever was started, so that nothing is left behind.
+fn end(vm: &VmDir, supervisor: &mut Child) -> Result<()> {
+    if let Some((_, monitor)) = vm.process()? {
+        // The supervisor ends with it.
+        monitor.kill()?;
+    } else {
+        supervisor.kill()?;
+    }
+    supervisor.wait()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blanket_vmm::config::{ByteSize, DiskConfig};
+
+    fn vm(dir: &Path) -> VmDir {
+        let home = Home::locate(Some(dir)).unwrap();
+        home.vm(&"web".parse().unwrap())
+    }
+
+    #[test]
+    fn ports_without_a_place_get_the_vms_own_sockets() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = vm(dir.path());
+        let kernel = dir.path().join("vmlinuz");
+        fs::write(&kernel, "x").unwrap();
+        let stdio = CharConfig {
+            stdio: true,
+            ..CharConfig::default()
+        };
+        let config = VmConfig {
+            kernel: Some(kernel),
+            console: Some(stdio.clone()),
+            serial: Some(stdio),
+            ..VmConfig::default()
+        };
+        let settled = settle(config.clone(), &vm).unwrap();
+        assert_eq!(settled.serial.unwrap().socket, Some(vm.serial_socket()));
+        assert_eq!(settled.console.unwrap().log, Some(vm.console_log()));
+        let off = VmConfig {
+            serial: Some(CharConfig::default()),
+            console: None,
+            ..config
+        };
+        let settled = settle(off.clone(), &vm).unwrap();
+        assert_eq!((settled.serial, settled.console), (off.serial, None));
+    }
+
+    #[test]
+    fn the_stored_configuration_is_read_back_as_it_was() {
+        let config = VmConfig {
+            kernel: Some("/k".into()),
+            memory: Some(ByteSize(1 << 30)),
+            disk: vec![DiskConfig {
+                path: "/d".into(),
+                readonly: true,
+                format: None,
+                serial: Some("s".into()),
+                direct: false,
+                engine: blanket_drivers::store::Engine::Auto,
+                queues: None,
+            }],
+            net: vec![Default::default()],
+            serial: Some(CharConfig::default()),
+            rng: Some(false),
+            io_threads: Some(2),
+            ..VmConfig::default()
+        };
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<VmConfig>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn missing_files_and_directories_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let gone = dir.path().join("gone");
+        let error = check_readable(&gone).unwrap_err().to_string();
+        assert!(error.contains("gone"), "{error}");
+        assert!(check_readable(dir.path()).is_err());
+    }
+}
