@@ -363,7 +363,12 @@ pub(super) fn open_file(path: &Path, readonly: bool) -> io::Result<File> {
     if kind.is_block_device() && !readonly {
         options.custom_flags(libc::O_EXCL);
     }
-    options.open(path)
+    let busy = || io::Error::from_raw_os_error(libc::EBUSY);
+    lock::patiently(|| match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(None),
+        other => other.map(Some),
+    })?
+    .ok_or_else(busy)
 }
 
 fn open_error(path: &Path, source: io::Error) -> Error {
@@ -373,7 +378,7 @@ fn open_error(path: &Path, source: io::Error) -> Error {
         (io::ErrorKind::InvalidFilename, None) => Error::Kind { path },
         (_, Some(libc::EBUSY)) => Error::Open {
             path,
-            remedy: "; unmount it first",
+            remedy: "; unmount it, or stop the VM that has it",
             source,
         },
         (io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem, _) => Error::Open {

@@ -16,19 +16,29 @@ use std::time::Duration;
 const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// Tries until `attempt` gives something, for a moment.
+///
+/// # Errors
+/// The first error of `attempt`.
+pub(super) fn patiently<T>(
+    mut attempt: impl FnMut() -> io::Result<Option<T>>,
+) -> io::Result<Option<T>> {
+    for _ in 0..TRIES {
+        if let Some(result) = attempt()? {
+            return Ok(Some(result));
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(None)
+}
+
 /// Locks `file`: shared for reading, or for one writer alone. `Ok(false)` if
 /// somebody else's lock is in the way and stays there.
 ///
 /// # Errors
 /// The file system has no locks, or the file is not open for it.
 pub(super) fn take(file: &File, write: bool) -> io::Result<bool> {
-    for _ in 0..TRIES {
-        if take_now(file, write)? {
-            return Ok(true);
-        }
-        std::thread::sleep(PAUSE);
-    }
-    Ok(false)
+    patiently(|| Ok(take_now(file, write)?.then_some(()))).map(|taken| taken.is_some())
 }
 
 fn take_now(file: &File, write: bool) -> io::Result<bool> {

@@ -39,7 +39,10 @@ pub(super) fn geometry(mut file: &File) -> io::Result<Geometry> {
         (u32::try_from(logical).unwrap_or(512), physical)
     } else {
         // Network file systems call their best transfer size a block.
-        (512, u32::try_from(metadata.blksize()).unwrap_or(4096).min(4096))
+        (
+            512,
+            u32::try_from(metadata.blksize()).unwrap_or(4096).min(4096),
+        )
     };
     Ok(Geometry {
         len,

@@ -216,6 +216,14 @@ impl Store for RingStore {
             match self.ring.submit() {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error)
+                    if is_transient(&error) || error.kind() == io::ErrorKind::ResourceBusy =>
+                {
+                    // No room in the kernel for now. They stay queued; the event
+                    // has the owner come back.
+                    let _ = self.event.write(1);
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
         }

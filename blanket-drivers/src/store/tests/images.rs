@@ -228,3 +228,73 @@ fn a_failed_thread_setup_is_reported() {
         .err();
     assert!(error.unwrap().to_string().contains("no filter"));
 }
+
+/// A loop device on a file, gone when dropped.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn on(file: &Path, sector: u32) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &sector.to_string()])
+            .arg(file)
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let path = String::from_utf8(output.stdout).unwrap();
+                Some(Self(PathBuf::from(path.trim())))
+            }
+            _ => {
+                eprintln!("skipped, because no loop device can be had (root, losetup)");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_with_its_own_block_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = raw_image(dir.path(), 1 << 20, 6);
+    for (sector, direct, engine) in [
+        (512, false, Engine::Auto),
+        (4096, true, Engine::Auto),
+        (4096, true, Engine::Sync),
+    ] {
+        let Some(device) = LoopDevice::on(&file, sector) else {
+            return;
+        };
+        let spec = Spec {
+            direct,
+            engine,
+            ..spec(&device.0)
+        };
+        let image = Image::open(&spec).unwrap();
+        assert_eq!((image.capacity(), image.block_size()), (1 << 20, sector));
+        assert!(image.discard());
+        let mut store = queue(&image);
+        let mut bytes = vec![9; 65_536];
+        let request = transfer(Operation::Write, 8192, &mut bytes, &[77, 5000]);
+        assert_eq!(run(&mut *store, request).unwrap(), 65_536);
+        run(&mut *store, plain(Operation::Discard, 8192, 4096)).unwrap();
+        run(&mut *store, plain(Operation::WriteZeroes, 16_384, 4096)).unwrap();
+        run(&mut *store, plain(Operation::Flush, 0, 0)).unwrap();
+        assert_eq!(read(&mut *store, 16_384, 4096).unwrap(), vec![0; 4096]);
+        assert_eq!(read(&mut *store, 20_480, 4096).unwrap(), vec![9; 4096]);
+        if sector == 4096 {
+            let error = read(&mut *store, 512, 512).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        }
+        assert!(matches!(
+            Image::open(&spec),
+            Err(Error::InUse { .. } | Error::Open { .. })
+        ));
+        drop((store, image));
+        Image::open(&spec).unwrap();
+    }
+}
