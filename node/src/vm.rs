@@ -44,7 +44,7 @@ impl Exit {
                 let name = signal_hook::low_level::signal_name(signal).unwrap_or("unknown");
                 format!("the monitor was ended by signal {signal} ({name})")
             }
-            (None, Some(line)) => line,
+            (None, Some(line)) => line.trim_start_matches("blanket-vmm: ").to_owned(),
             (None, None) => format!("the monitor ended with {status}"),
         };
         Self {
@@ -217,7 +217,7 @@ mod tests {
         let log = dir.path().join("log");
         assert!(exit_of("exit 0", &log).clean);
         assert!(exit_of("exit 3", &log).reason.contains("exit status: 3"));
-        fs::write(&log, "started\nno kernel at x\n\n").unwrap();
+        fs::write(&log, "started\nblanket-vmm: no kernel at x\n\n").unwrap();
         assert_eq!(exit_of("exit 1", &log).reason, "no kernel at x");
         let killed = exit_of("kill -KILL $$", &log);
         assert!(killed.reason.contains("SIGKILL") && !killed.clean);

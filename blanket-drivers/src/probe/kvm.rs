@@ -49,7 +49,7 @@ pub(super) fn kind() -> Finding {
         return Finding::missing(
             format!("/dev/kvm speaks version {version} of the API, not {API_VERSION}"),
             COST,
-            "use a Linux kernel of this century",
+            "use Linux 2.6.22 or newer",
         );
     }
     let found = match Kind::this() {

@@ -1,6 +1,5 @@
 //! `blanket console`, and the attaching half of `blanket run --attach`.
 
-use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -53,17 +52,14 @@ pub(crate) fn console(home: &Home, args: &Args) -> Result<ExitCode> {
     attach(&vm, &stream, args.idle.map(Duration::from_secs))
 }
 
-/// Attaches to a VM that has just been started. `serial` was connected during
-/// the start; what the guest wrote earlier is in the log.
-pub(super) fn attach_new(vm: &VmDir, serial: Option<UnixStream>) -> Result<ExitCode> {
+/// Attaches to a VM that has just been started, over a connection made before
+/// its guest said anything.
+pub(super) fn attach_new(vm: &VmDir, serial: Option<&UnixStream>) -> Result<ExitCode> {
     match serial {
-        Some(stream) => attach(vm, &stream, None),
-        None => {
-            // It ended before anybody could attach: show what it said.
-            let log = std::fs::read(vm.serial_log()).unwrap_or_default();
-            io::stdout().write_all(&log)?;
-            report(vm, End::Closed)
-        }
+        Some(stream) => attach(vm, stream, None),
+        // Its monitor was told to wait; that it is gone already means that
+        // somebody else ended it.
+        None => Err(vm.not_running()),
     }
 }
 

@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use blanket_vmm::api::types::VmState;
+use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::config::{CharConfig, VmConfig};
 
 use super::{console, print};
@@ -64,7 +64,15 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
     let monitor = find_monitor()?;
     // From here on the name is ours, and everything made is unmade on failure.
     let (vm, lock) = home.claim(&args.name)?;
-    let started = start(&vm, &config, &monitor, args.user.as_deref(), home_flag);
+    let launch = Launch {
+        vm: &vm,
+        config: &config,
+        monitor: &monitor,
+        user: args.user.as_deref(),
+        home: home_flag,
+        attach: args.attach,
+    };
+    let started = launch.start();
     let serial = match started {
         Ok(serial) => serial,
         Err(error) => {
@@ -74,7 +82,7 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
     };
     drop(lock);
     if args.attach {
-        return console::attach_new(&vm, serial);
+        return console::attach_new(&vm, serial.as_ref());
     }
     print(&format!("{}\n", args.name))?;
     Ok(ExitCode::SUCCESS)
@@ -170,85 +178,107 @@ fn find_monitor() -> Result<PathBuf> {
         })
 }
 
-/// Starts the VM and waits until its guest runs (or has already ended well).
-/// Returns the connection to its serial port, if one could be made.
-fn start(
-    vm: &VmDir,
-    config: &VmConfig,
-    monitor: &Path,
-    user: Option<&str>,
-    home_flag: Option<&Path>,
-) -> Result<Option<UnixStream>> {
-    let text = toml::to_string(config).context("cannot write the configuration as TOML")?;
-    vm.write(&vm.config(), text.as_bytes())?;
-    let mut command = Command::new(env::current_exe().context("cannot find this program")?);
-    command.arg("supervise").arg(vm.name.as_str());
-    command.arg("--monitor").arg(monitor);
-    if let Some(home) = home_flag {
-        command.arg("--home").arg(std::path::absolute(home)?);
-    }
-    command.args(["--", "--id", vm.name.as_str()]);
-    command.arg("--api-socket").arg(vm.api_socket());
-    command.arg("--config").arg(vm.config());
-    if let Some(user) = user {
-        command.args(["--user", user]);
-    }
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open(vm.monitor_log())
-        .with_context(|| format!("cannot write {}", vm.monitor_log().display()))?;
-    let mut supervisor = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .context("cannot start the supervisor")?;
-    let serial = config
-        .serial
-        .as_ref()
-        .and_then(|serial| serial.socket.as_deref());
-    let result = wait_until_running(vm, &mut supervisor, serial);
-    if result.is_err() {
-        end(vm, &mut supervisor)?;
-    }
-    result
+/// The start of one VM whose name is claimed.
+struct Launch<'a> {
+    vm: &'a VmDir,
+    config: &'a VmConfig,
+    monitor: &'a Path,
+    user: Option<&'a str>,
+    home: Option<&'a Path>,
+    /// Connect to the serial port before the guest says its first word.
+    attach: bool,
 }
 
-fn wait_until_running(
-    vm: &VmDir,
-    supervisor: &mut Child,
-    serial: Option<&Path>,
-) -> Result<Option<UnixStream>> {
-    let client = vm.client()?.with_timeout(Duration::from_secs(10));
-    let deadline = Instant::now() + START;
-    let mut stream = None;
-    while Instant::now() < deadline {
-        // As early as possible, so that the guest's first words are not missed.
-        if stream.is_none() {
-            stream = serial.and_then(|socket| UnixStream::connect(socket).ok());
+impl Launch<'_> {
+    /// Starts the VM and waits until its guest runs (or has already ended
+    /// well). Returns the connection to its serial port, if that was asked
+    /// for.
+    fn start(&self) -> Result<Option<UnixStream>> {
+        let vm = self.vm;
+        let text = toml::to_string(self.config).context("cannot write the configuration")?;
+        vm.write(&vm.config(), text.as_bytes())?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(vm.monitor_log())
+            .with_context(|| format!("cannot write {}", vm.monitor_log().display()))?;
+        let mut supervisor = self
+            .command()?
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .context("cannot start the supervisor")?;
+        let result = self.wait_until_running(&mut supervisor);
+        if result.is_err() {
+            end(vm, &mut supervisor)?;
         }
-        if let Ok(info) = client.info()
-            && info.state != VmState::Created
-        {
-            return Ok(stream);
-        }
-        if supervisor.try_wait()?.is_some() {
-            return match vm.read::<Exit>(&vm.exit())? {
-                Some(exit) if exit.clean => Ok(stream),
-                exit => Err(cannot_start(vm, exit)),
-            };
-        }
-        std::thread::sleep(Duration::from_millis(2));
+        result
     }
-    Err(failure(
-        format!(
-            "'{}' did not start within {} s; its monitor was ended",
-            vm.name,
-            START.as_secs()
-        ),
-        "run blanket-vmm with the same options to see where it stays",
-    ))
+
+    /// The supervisor's command line, with the monitor's at its end.
+    fn command(&self) -> Result<Command> {
+        let vm = self.vm;
+        let program = env::current_exe().context("cannot find this program")?;
+        let mut command = Command::new(program);
+        command.arg("supervise").arg(vm.name.as_str());
+        command.arg("--monitor").arg(self.monitor);
+        if let Some(home) = self.home {
+            command.arg("--home").arg(std::path::absolute(home)?);
+        }
+        command.args(["--", "--id", vm.name.as_str()]);
+        command.arg("--api-socket").arg(vm.api_socket());
+        command.arg("--config").arg(vm.config());
+        if let Some(user) = self.user {
+            command.args(["--user", user]);
+        }
+        if self.attach {
+            command.arg("--no-boot");
+        }
+        Ok(command)
+    }
+
+    fn wait_until_running(&self, supervisor: &mut Child) -> Result<Option<UnixStream>> {
+        let vm = self.vm;
+        let client = vm.client()?.with_timeout(START);
+        let deadline = Instant::now() + START;
+        while Instant::now() < deadline {
+            match client.info() {
+                Ok(info) if self.attach && info.state == VmState::Created => {
+                    let stream = self.connect_serial()?;
+                    client.act(Action::Boot)?;
+                    return Ok(stream);
+                }
+                Ok(info) if info.state != VmState::Created => return Ok(None),
+                _ => (),
+            }
+            if supervisor.try_wait()?.is_some() {
+                return match vm.read::<Exit>(&vm.exit())? {
+                    Some(exit) if exit.clean => Ok(None),
+                    exit => Err(cannot_start(vm, exit)),
+                };
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Err(failure(
+            format!(
+                "'{}' did not start within {} s; its monitor was ended",
+                vm.name,
+                START.as_secs()
+            ),
+            "run blanket-vmm with the same options to see where it stays",
+        ))
+    }
+
+    fn connect_serial(&self) -> Result<Option<UnixStream>> {
+        let port = self.config.serial.as_ref();
+        let socket = port.and_then(|port| port.socket.as_deref());
+        let connect = |socket: &Path| {
+            UnixStream::connect(socket)
+                .with_context(|| format!("cannot attach to {}", socket.display()))
+        };
+        socket.map(connect).transpose()
+    }
 }
 
 fn cannot_start(vm: &VmDir, exit: Option<Exit>) -> anyhow::Error {
