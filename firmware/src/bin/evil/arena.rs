@@ -10,8 +10,10 @@ pub(crate) const START_BIT: u64 = START;
 /// Where descriptors, indirect tables and data lie, from [`START`] on.
 const TABLES: u64 = 8 << 20;
 const DATA: u64 = 12 << 20;
-/// Bytes of the regions that hold something.
+/// Bytes of the indirect tables.
 const FILLED: u64 = 1 << 20;
+/// Bytes of data that are filled.
+const FILLED_DATA: u64 = 64 << 10;
 /// Bytes between the rings of two queues.
 const RING_SPACE: u64 = 256 << 10;
 
@@ -38,7 +40,7 @@ impl Arena {
 
     /// Somewhere in the data.
     pub(crate) fn data(&self, random: &mut Random) -> u64 {
-        START + DATA + random.below(FILLED)
+        START + DATA + random.below(FILLED_DATA)
     }
 
     /// An address that a device should not be given, but never one of the
@@ -55,7 +57,7 @@ impl Arena {
     /// Fills the data with small and large numbers: many of them pass for
     /// request types, sectors and header fields.
     pub(crate) fn fill_data(&self, random: &mut Random) {
-        for at in (0..FILLED / 16).step_by(4) {
+        for at in (0..FILLED_DATA).step_by(4) {
             self.put(START + DATA + at, Width::Long, random.nasty());
         }
     }

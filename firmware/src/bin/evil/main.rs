@@ -1,7 +1,7 @@
 //! A malicious guest: writes garbage to every register and ring that it finds,
 //! many times over, and says at the end whether the machine is still there.
 //!
-//! Command line: `seed=N` (which garbage; 1), `rounds=N` (100), and
+//! Command line: `seed=N` (which garbage; 1), `rounds=N` (30), and
 //! `devices-only`, which leaves the chipset alone: for machines, unlike
 //! Blanket's, whose chipset lets a guest harm itself.
 //!
@@ -30,7 +30,7 @@ use virtio::Device;
 entry!(main);
 
 const FUNCTIONS_MAX: usize = 64;
-const DEFAULT_ROUNDS: u64 = 100;
+const DEFAULT_ROUNDS: u64 = 30;
 
 /// A function under attack.
 #[derive(Clone, Copy)]

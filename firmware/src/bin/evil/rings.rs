@@ -166,36 +166,59 @@ fn put(arena: &Arena, at: u64, [address, len, flags, next]: [u64; 4]) {
 }
 
 /// A chain of the shape that devices expect, so that they look at its content:
-/// a header, data, and a byte for the status.
+/// a header, data, and a byte for the status. The header is what a disk wants.
 fn put_request(arena: &Arena, random: &mut Random, queue: &Queue, head: u64) {
-    let direction = random.pick(&[0, WRITE]);
-    let len = random.pick(&[1, 64, 512, 1514, 4096, 65536]);
-    let shapes = [(16, NEXT), (len, NEXT | direction), (1, WRITE)];
-    for (i, (len, flags)) in shapes.into_iter().enumerate() {
-        let index = head + i as u64;
-        let at = queue.place + 16 * index;
-        put(arena, at, [arena.data(random), len, flags, index + 1]);
+    let header = arena.data(random);
+    let kind = match random.below(4) {
+        0 => random.pick(&[4, 8, 11, 13, 14]),
+        1 => random.nasty(),
+        _ => random.below(2),
+    };
+    let sector = match random.below(4) {
+        0 => random.nasty(),
+        _ => random.below(256),
+    };
+    arena.put(header, Width::Quad, kind & 0xffff_ffff);
+    arena.put(header + 8, Width::Quad, sector);
+    // Kind 1 is a write to the disk, of data that the device reads.
+    let direction = if kind & 1 == 1 && !random.one_in(4) {
+        0
+    } else {
+        WRITE
+    };
+    let len = random.pick(&[1, 64, 512, 512, 1514, 4096, 65536]);
+    let data = arena.data(random);
+    let status = arena.data(random);
+    let parts = [
+        [header, 16, NEXT, head + 1],
+        [data, len, NEXT | direction, head + 2],
+        [status, 1, WRITE, 0],
+    ];
+    for (index, part) in (head..).zip(parts) {
+        put(arena, queue.place + 16 * index, part);
     }
 }
 
-/// Fills descriptors and the available ring.
+/// Fills descriptors, requests in the first half, and the available ring.
 fn fill(arena: &Arena, random: &mut Random, queue: &Queue) {
-    let mut index = 0;
-    while index < queue.size {
-        if index + 3 <= queue.size && random.one_in(2) {
-            put_request(arena, random, queue, index);
-            index += 3;
-        } else {
-            let at = queue.place + 16 * index;
-            put_descriptor(arena, random, at, queue.size, index);
-            index += 1;
-        }
+    let requests = queue.size / 2 / 3;
+    for request in 0..requests {
+        put_request(arena, random, queue, 3 * request);
     }
+    for index in 3 * requests..queue.size {
+        let at = queue.place + 16 * index;
+        put_descriptor(arena, random, at, queue.size, index);
+    }
+    // A device may stop at the first bad chain: sometimes there is none, until
+    // the rings get corrupted.
+    let sober = requests != 0 && random.one_in(2);
     let avail = queue.place + AVAIL;
     for entry in 0..queue.size {
         let head = match random.below(16) {
+            _ if sober => 3 * random.below(requests),
             0 => random.nasty(),
             1 => queue.size,
+            2..8 => 3 * random.below(requests.max(1)),
             _ => random.below(queue.size),
         };
         arena.put(avail + 4 + 2 * entry, Width::Word, head);
@@ -203,6 +226,7 @@ fn fill(arena: &Arena, random: &mut Random, queue: &Queue) {
     arena.put(avail, Width::Word, random.below(2));
     arena.put(avail + 4 + 2 * queue.size, Width::Word, random.nasty());
     let published = match random.below(8) {
+        _ if sober => queue.size.min(1 + random.below(16)),
         0 => queue.size + 1 + u64::from(queue.index),
         1 => random.nasty(),
         _ => queue.size.min(1 + random.below(16)),
