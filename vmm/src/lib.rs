@@ -8,6 +8,7 @@ pub mod client;
 pub mod config;
 pub mod hvm;
 pub mod jail;
+pub mod log;
 pub mod monitor;
 pub mod timeline;
 pub mod vcpu;

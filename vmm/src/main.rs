@@ -10,6 +10,7 @@ use blanket_vmm::api::server;
 use blanket_vmm::config::VmConfig;
 use blanket_vmm::jail::privileges::{self, User};
 use blanket_vmm::jail::{Class, seccomp};
+use blanket_vmm::log;
 use blanket_vmm::monitor::{Ending, Monitor};
 use blanket_vmm::timeline::Timeline;
 use clap::Parser;
@@ -50,12 +51,7 @@ struct Arguments {
 fn main() -> ExitCode {
     let timeline = Timeline::start();
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .compact()
-        .init();
+    log::init();
     match run(arguments, timeline) {
         Ok(Ending::PowerOff | Ending::Reboot) => ExitCode::SUCCESS,
         Ok(Ending::Failed(message)) => {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use blanket_devices::legacy::power::{self, Power, Request};
-use blanket_devices::legacy::serial::SerialPort;
+use blanket_devices::legacy::serial::Uart;
 use blanket_devices::pci::PciBus;
 use blanket_devices::pci::bus::ECAM_SIZE;
 use blanket_devices::platform;
@@ -12,8 +12,8 @@ use crate::vcpu::{Bus, Event, Outcome};
 
 /// The devices behind ports and memory.
 pub(super) struct HvmBus {
-    /// The serial port.
-    pub serial: Arc<Mutex<SerialPort>>,
+    /// The serial port's registers.
+    pub uart: Arc<Mutex<Uart>>,
     /// Sleep, reset and power button.
     pub power: Mutex<Power>,
     /// The PCI bus.
@@ -47,8 +47,8 @@ fn ecam(addr: u64) -> Option<u64> {
 }
 
 impl HvmBus {
-    fn serial(&self) -> std::sync::MutexGuard<'_, SerialPort> {
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    fn uart(&self) -> std::sync::MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn power(&self) -> std::sync::MutexGuard<'_, Power> {
@@ -61,8 +61,8 @@ impl Bus for HvmBus {
         match port(at) {
             // A wide or repeated access reads the same byte register again.
             Port::Serial(offset) => {
-                let mut serial = self.serial();
-                data.fill_with(|| serial.read(offset));
+                let mut uart = self.uart();
+                data.fill_with(|| uart.read(offset));
             }
             Port::Power(offset) => {
                 let mut power = self.power();
@@ -76,9 +76,9 @@ impl Bus for HvmBus {
     fn write_port(&self, at: u16, data: &[u8]) -> Outcome {
         match port(at) {
             Port::Serial(offset) => {
-                let mut serial = self.serial();
+                let mut uart = self.uart();
                 for byte in data {
-                    serial.write(offset, *byte);
+                    uart.write(offset, *byte);
                 }
             }
             Port::Power(offset) => {

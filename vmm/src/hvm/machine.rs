@@ -5,12 +5,12 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blanket_devices::legacy::power::Power;
-use blanket_devices::legacy::serial::SerialPort;
+use blanket_devices::legacy::serial::Serial;
 use blanket_devices::lifecycle::{self, Lifecycle};
 use blanket_devices::pci::PciBus;
 use blanket_devices::platform;
 use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci, Workers};
-use blanket_devices::virtio::{Device, blk::Blk, console::Console, net::Net, rng::Rng};
+use blanket_devices::virtio::{Device, blk::Block, console::Console, net::Net, rng::Rng};
 use blanket_devices::worker::{ThreadSetup, Worker};
 use blanket_memory::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
@@ -101,6 +101,7 @@ fn setup(class: Class) -> ThreadSetup {
 pub struct Machine {
     vcpus: Vec<Vcpu>,
     bus: Arc<HvmBus>,
+    serial: Serial,
     virtio: Vec<Arc<Mutex<VirtioPci>>>,
     described: Vec<DeviceInfo>,
     payload: Payload,
@@ -124,8 +125,8 @@ impl Machine {
         let power = Power::new(line(platform::POWER_GSI)?);
         let serial_line = line(platform::SERIAL_GSI)?;
         let workers = spawn_workers(config.io_threads())?;
-        let serial = SerialPort::new(serial_line, parts.serial, &workers[0])
-            .map_err(resource("start the serial port"))?;
+        let serial = Serial::new(parts.serial, serial_line, workers.clone())
+            .map_err(resource("set up the serial port"))?;
         let mut builder = Builder {
             pci: PciBus::new(platform::PCI_WINDOW_START, platform::PCI_WINDOW_END),
             wiring: Arc::new(wiring),
@@ -147,7 +148,7 @@ impl Machine {
             builder.add(Box::new(Rng::new("rng0")), "virtio-rng")?;
         }
         let bus = Arc::new(HvmBus {
-            serial,
+            uart: serial.uart().clone(),
             power: Mutex::new(power),
             pci: builder.pci,
         });
@@ -155,6 +156,7 @@ impl Machine {
         Ok(Self {
             vcpus,
             bus,
+            serial,
             virtio: builder.virtio,
             described: builder.described,
             payload: parts.payload,
@@ -267,6 +269,7 @@ impl Machine {
                     let device = lock(device);
                     (device.name().to_owned(), named(device.metrics()))
                 })
+                .chain([("serial".to_owned(), named(self.serial.metrics()))])
                 .collect(),
             vcpus: self
                 .vcpus
@@ -303,13 +306,13 @@ impl Machine {
 
     /// Takes every device a step further.
     fn each_device(
-        &self,
+        &mut self,
         step: impl Fn(&mut dyn Lifecycle) -> Result<(), lifecycle::Error>,
     ) -> Result<(), lifecycle::Error> {
         for device in &self.virtio {
             step(&mut *lock(device))?;
         }
-        step(&mut *lock(&self.bus.serial))?;
+        step(&mut self.serial)?;
         step(&mut *self.power())
     }
 }
@@ -376,9 +379,7 @@ fn make_vcpus(
     let vcpus = fds
         .into_iter()
         .zip(0u8..)
-        .map(|(fd, index)| {
-            Vcpu::spawn(index, fd, bus.clone(), events.clone(), setup(Class::Vcpu))
-        })
+        .map(|(fd, index)| Vcpu::spawn(index, fd, bus.clone(), events.clone(), setup(Class::Vcpu)))
         .collect::<io::Result<Vec<_>>>()
         .map_err(resource("start a vCPU"))?;
     Ok((vcpus, power_on))
@@ -396,14 +397,17 @@ struct Builder {
 
 impl Builder {
     fn add_disk(&mut self, index: usize, disk: super::parts::Disk) -> Result<(), Error> {
-        let name = format!("blk{index}");
         let engine = match disk.image.engine() {
             blanket_drivers::store::Engine::IoUring => "io_uring",
             _ => "sync",
         };
-        let device = Blk::new(name, disk.image, disk.queues, &disk.serial, || {
-            setup(Class::Store)
-        })?;
+        let device = Block::new(
+            &format!("blk{index}"),
+            disk.image,
+            disk.serial.as_deref(),
+            disk.queues,
+            || setup(Class::Store),
+        )?;
         let info = self.add(Box::new(device), "virtio-blk")?;
         info.path = Some(disk.path);
         info.engine = Some(engine.to_owned());

@@ -19,7 +19,7 @@ use crate::config::{CharConfig, DiskConfig, HugePages, NetConfig, VmConfig};
 pub(super) struct Disk {
     pub image: Image,
     pub path: PathBuf,
-    pub serial: String,
+    pub serial: Option<String>,
     pub queues: u16,
 }
 
@@ -96,10 +96,7 @@ fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error> {
         engine: config.engine,
     })?;
     Ok(Disk {
-        serial: config
-            .serial
-            .clone()
-            .unwrap_or_else(|| image.default_serial()),
+        serial: config.serial.clone(),
         path: config.path.clone(),
         queues: config.queues.unwrap_or(queues),
         image,

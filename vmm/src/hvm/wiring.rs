@@ -115,7 +115,8 @@ impl Wiring for KvmWiring {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
         let index = (gsi - platform::FIRST_MSI_GSI) as usize;
         let old = std::mem::replace(&mut messages[index], message);
-        self.commit(&messages).inspect_err(|_| messages[index] = old)
+        self.commit(&messages)
+            .inspect_err(|_| messages[index] = old)
     }
 
     fn add_doorbell(&self, addr: u64, event: &EventFd) {

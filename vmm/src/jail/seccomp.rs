@@ -75,6 +75,8 @@ const MAIN: &[libc::c_long] = &[
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_io_uring_enter,
+    // A ring lets go of its image when the machine halts.
+    libc::SYS_io_uring_register,
     libc::SYS_lseek,
     libc::SYS_mincore,
     libc::SYS_openat,
@@ -117,8 +119,8 @@ const SETUP: &[libc::c_long] = &[
     libc::SYS_getdents64,
     libc::SYS_getegid,
     libc::SYS_getgid,
+    libc::SYS_getpgrp,
     libc::SYS_getuid,
-    libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
     libc::SYS_ioctl,
     libc::SYS_kill,
@@ -146,26 +148,16 @@ const SETUP: &[libc::c_long] = &[
     libc::SYS_uname,
 ];
 
-/// ioctls by which the main thread pauses, resets and saves a machine.
-const MAIN_IOCTLS: &[u64] = &[
-    libc::TIOCGWINSZ as u64,
-    libc::TCGETS as u64,
-    libc::TCSETS as u64,
-    libc::TCSETSW as u64,
-    libc::FIONBIO as u64,
-];
 /// Type byte of KVM's ioctls.
 const KVM_TYPE: u64 = 0xae;
-/// `_IO(KVMIO, 0x80)`.
-const KVM_RUN: u64 = 0xae80;
 
 /// Which ioctls a class may use.
 enum Ioctls {
     All,
     /// KVM's, and those listed.
-    Kvm(Vec<u64>),
+    Kvm(Vec<libc::Ioctl>),
     /// Those listed.
-    Only(Vec<u64>),
+    Only(Vec<libc::Ioctl>),
 }
 
 impl Class {
@@ -185,7 +177,7 @@ impl Class {
             // A vCPU that sets up or resets a device works on its queues.
             Self::Vcpu => &[
                 KICK_SYSCALLS,
-                char_device::OUTPUT_SYSCALLS,
+                store::RING_SYSCALLS,
                 &[libc::SYS_eventfd2, libc::SYS_fcntl],
             ],
             Self::Worker => &[
@@ -200,18 +192,24 @@ impl Class {
             ],
             Self::Store => &[store::THREAD_SYSCALLS],
         };
-        [BASE].iter().chain(lists).copied().flatten().copied().collect()
+        [BASE]
+            .iter()
+            .chain(lists)
+            .copied()
+            .flatten()
+            .copied()
+            .collect()
     }
 
     fn ioctls(self) -> Ioctls {
-        let tap = || tap::IOCTLS.iter().map(|request| *request as u64);
+        let list = |lists: &[&[libc::Ioctl]]| lists.concat();
         match self {
             Self::Setup => Ioctls::All,
-            Self::Main => Ioctls::Kvm(tap().chain(MAIN_IOCTLS.iter().copied()).collect()),
-            // Besides KVM_RUN: routes and doorbells follow the guest's wishes.
-            Self::Vcpu => Ioctls::Kvm(tap().chain([KVM_RUN]).collect()),
-            Self::Worker => Ioctls::Only(tap().collect()),
-            Self::Store => Ioctls::Only(store::THREAD_IOCTLS.to_vec()),
+            Self::Main => Ioctls::Kvm(list(&[tap::IOCTLS, char_device::IOCTLS])),
+            // Routes and doorbells follow the guest's wishes.
+            Self::Vcpu => Ioctls::Kvm(list(&[tap::IOCTLS])),
+            Self::Worker => Ioctls::Only(list(&[tap::IOCTLS, char_device::IOCTLS])),
+            Self::Store => Ioctls::Only(Vec::new()),
         }
     }
 }
@@ -251,7 +249,7 @@ pub fn program(class: Class) -> io::Result<BpfProgram> {
         ioctls.push(ioctl_rule(0xff00, KVM_TYPE << 8).map_err(io::Error::other)?);
     }
     for request in requests {
-        ioctls.push(ioctl_rule(ANY_REQUEST, request).map_err(io::Error::other)?);
+        ioctls.push(ioctl_rule(ANY_REQUEST, request as u64).map_err(io::Error::other)?);
     }
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);
@@ -339,7 +337,12 @@ mod tests {
         for class in ALL {
             program(class).unwrap();
             let calls = class.syscalls();
-            for never in [libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_mount] {
+            for never in [
+                libc::SYS_execve,
+                libc::SYS_execveat,
+                libc::SYS_ptrace,
+                libc::SYS_mount,
+            ] {
                 assert!(!calls.contains(&never), "{class:?} {never}");
             }
         }

@@ -52,9 +52,9 @@ pub(super) fn prepare(
     }
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, at::ZERO_PAGE), ram)
         .map_err(|error| {
-            Error::Guest(vm_memory::GuestMemoryError::IOError(
-                std::io::Error::other(error.to_string()),
-            ))
+            Error::Guest(vm_memory::GuestMemoryError::IOError(std::io::Error::other(
+                error.to_string(),
+            )))
         })?;
     write_page_tables(ram)?;
     for (i, descriptor) in GDT.iter().enumerate() {

@@ -77,7 +77,9 @@ pub enum Error {
         why: String,
     },
     /// It does not fit into guest memory.
-    #[error("{what} needs {needed_mib} MiB but the guest has {have_mib} MiB below 3 GiB; give it more with --memory")]
+    #[error(
+        "{what} needs {needed_mib} MiB but the guest has {have_mib} MiB below 3 GiB; give it more with --memory"
+    )]
     Memory {
         /// `kernel` or `initrd`.
         what: &'static str,
@@ -343,7 +345,9 @@ impl ElfHeader {
     fn physical_entry(&self) -> u64 {
         self.segments
             .iter()
-            .find(|s| (s.virtual_start..s.virtual_start.saturating_add(s.len)).contains(&self.entry))
+            .find(|s| {
+                (s.virtual_start..s.virtual_start.saturating_add(s.len)).contains(&self.entry)
+            })
             .map_or(self.entry, |s| {
                 s.physical_start + (self.entry - s.virtual_start)
             })
@@ -418,14 +422,14 @@ fn load_bzimage(ram: &GuestRam, file: &mut File, path: &Path) -> Result<Kernel, 
     const XLF_KERNEL_64: u16 = 1;
     let size = file.seek(SeekFrom::End(0)).unwrap_or(0);
     needs(ram, at::HIGH.0 + size)?;
-    let loaded =
-        BzImage::load(ram, None, file, Some(at::HIGH)).map_err(|error| Error::Format {
-            path: path.to_owned(),
-            why: error.to_string(),
-        })?;
+    let loaded = BzImage::load(ram, None, file, Some(at::HIGH)).map_err(|error| Error::Format {
+        path: path.to_owned(),
+        why: error.to_string(),
+    })?;
     let header = loaded.setup_header.unwrap_or_default();
     // The protected-mode part is counted in 16-byte units.
-    let promised = (u64::from(header.setup_sects.max(1)) + 1) * 512 + u64::from(header.syssize) * 16;
+    let promised =
+        (u64::from(header.setup_sects.max(1)) + 1) * 512 + u64::from(header.syssize) * 16;
     if size < promised {
         return Err(Error::Truncated {
             path: path.to_owned(),

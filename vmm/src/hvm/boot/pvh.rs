@@ -48,9 +48,9 @@ pub(super) fn prepare(ram: &GuestRam, boot: &Boot, entry: u64) -> Result<Entry, 
         params.set_modules(&[module], at::MODULES);
     }
     PvhBootConfigurator::write_bootparams(&params, ram).map_err(|error| {
-        Error::Guest(vm_memory::GuestMemoryError::IOError(
-            std::io::Error::other(error.to_string()),
-        ))
+        Error::Guest(vm_memory::GuestMemoryError::IOError(std::io::Error::other(
+            error.to_string(),
+        )))
     })?;
     Ok(Entry::Pvh(entry))
 }

@@ -37,10 +37,18 @@ fn elf(load: u64, code: &[u8], pvh: Option<u32>) -> Vec<u8> {
     out.extend(1u32.to_le_bytes());
     out.extend([load, 64, 0].iter().flat_map(|v| v.to_le_bytes()));
     out.extend(0u32.to_le_bytes());
-    out.extend([64u16, 56, headers, 0, 0, 0].iter().flat_map(|v| v.to_le_bytes()));
+    out.extend(
+        [64u16, 56, headers, 0, 0, 0]
+            .iter()
+            .flat_map(|v| v.to_le_bytes()),
+    );
     let mut header = |kind: u32, at: u64, addr: u64, len: u64| {
         out.extend([kind, 7].iter().flat_map(|v| v.to_le_bytes()));
-        out.extend([at, addr, addr, len, len, 4].iter().flat_map(|v| v.to_le_bytes()));
+        out.extend(
+            [at, addr, addr, len, len, 4]
+                .iter()
+                .flat_map(|v| v.to_le_bytes()),
+        );
     };
     header(1, code_at, load, code.len() as u64);
     if pvh.is_some() {
@@ -75,7 +83,8 @@ fn an_elf_image_with_a_note_starts_by_pvh_and_finds_its_initrd() {
     let field = |at: usize| u64_at(&info, at);
     assert_eq!(field(0) as u32, 0x336e_c578);
     let mut cmdline = [0; 13];
-    ram.read_slice(&mut cmdline, GuestAddress(field(24))).unwrap();
+    ram.read_slice(&mut cmdline, GuestAddress(field(24)))
+        .unwrap();
     assert_eq!(&cmdline, b"console=ttyS0");
     let module: u64 = ram.read_obj(GuestAddress(field(16))).unwrap();
     let mut initrd = [0; 4];
@@ -103,7 +112,10 @@ fn a_kernel_or_initrd_that_does_not_fit_says_how_much_would_do() {
     let ram = ram(16);
     let kernel = elf(15 * MIB, &vec![0; 2 << 20], None);
     let error = load(&kernel, None, &ram).unwrap_err().to_string();
-    assert!(error.contains("17 MiB") && error.contains("--memory"), "{error}");
+    assert!(
+        error.contains("17 MiB") && error.contains("--memory"),
+        "{error}"
+    );
     let error = load(&elf(MIB, b"code", None), Some(&vec![1; 16 << 20]), &ram).unwrap_err();
     assert!(matches!(error, Error::Memory { .. }), "{error}");
 }
