@@ -53,16 +53,20 @@ fn transfer(operation: Operation, offset: u64, bytes: &mut [u8], cuts: &[usize])
     }
 }
 
-/// Waits for the store's event.
-fn wait(store: &dyn Store) {
+/// Whether the store's event comes within `timeout` milliseconds.
+fn event_within(store: &dyn Store, timeout: libc::c_int) -> bool {
     let mut fd = libc::pollfd {
         fd: store.event(),
         events: libc::POLLIN,
         revents: 0,
     };
     // SAFETY: one valid pollfd.
-    let ready = unsafe { libc::poll(&raw mut fd, 1, 30_000) };
-    assert_eq!(ready, 1, "no completion within 30 s");
+    unsafe { libc::poll(&raw mut fd, 1, timeout) == 1 }
+}
+
+/// Waits for the store's event.
+fn wait(store: &dyn Store) {
+    assert!(event_within(store, 30_000), "no completion within 30 s");
 }
 
 /// Runs one request to its end, waiting by the event as a device does.
