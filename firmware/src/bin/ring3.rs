@@ -2,13 +2,15 @@
 //!
 //! It lies at fixed addresses (see `ring3.ld`: code from 2 MiB on) and needs no
 //! loader: whoever starts it maps its segments with user access, sets rip to
-//! its ELF entry point, rflags to IOPL 3, CR4.OSFXSR, and these registers:
+//! its ELF entry point, CR4.OSFXSR, a task state segment whose I/O permission
+//! map allows the port (IOPL 3 in rflags is not enough: KVM without hardware
+//! virtualization ignores it), and these registers:
 //!
 //! | register | meaning |
 //! |---|---|
 //! | rdi | scratch memory, 8-byte aligned |
 //! | rsi | its length in bytes |
-//! | rdx | a port; also the ports up to 3 behind it are not used otherwise |
+//! | rdx | a port; accesses reach up to 3 ports further |
 //! | rcx | an address that no memory backs |
 //! | r8 | rounds of a loop that touches registers only |
 //!
