@@ -234,6 +234,17 @@ fn input_waits_with_its_sender_and_arrives_after_the_sender_has_gone() {
 }
 
 #[test]
+fn a_client_that_left_unread_input_behind_gives_way_to_the_next() {
+    let rig = Rig::new(false, false);
+    rig.say(b"x");
+    let mut first = rig.connect();
+    take(&mut first, 1);
+    first.write_all(b"unread").unwrap();
+    drop(first);
+    until(|| take(&mut rig.connect(), 1) == b"x");
+}
+
+#[test]
 fn a_client_that_has_said_all_still_listens() {
     let rig = Rig::new(false, false);
     rig.listen_for(100);

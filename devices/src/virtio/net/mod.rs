@@ -1,6 +1,6 @@
 //! The network interface (virtio 1.2, 5.1) on a TAP.
 //!
-//! A queue pair and its TAP queue have one owner, [`pair::Pair`], on one
+//! A queue pair and its TAP queue have one owner, `Pair`, on one
 //! worker: frames go between the guest's buffers and the kernel in one system
 //! call each, without a copy in between. Segmentation and checksums are left
 //! to whoever has to do them, as the driver negotiated.
