@@ -45,7 +45,7 @@ pub fn run(workspace: &Workspace, progress: &Progress, options: &Options) -> Res
     session.checks()?;
     session.suites()?;
     println!("\n{}", session.report);
-    Ok(if session.report.has_failures() {
+    Ok(if session.report.failures() != 0 {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS

@@ -67,10 +67,10 @@ impl Report {
         }
     }
 
-    /// Whether any test failed.
+    /// How many tests failed.
     #[must_use]
-    pub fn has_failures(&self) -> bool {
-        self.count(|status| *status == Status::Failed) != 0
+    pub fn failures(&self) -> usize {
+        self.count(|status| *status == Status::Failed)
     }
 
     fn count(&self, want: impl Fn(&Status) -> bool) -> usize {
@@ -119,7 +119,7 @@ impl fmt::Display for Report {
             f,
             "{} passed, {} failed, {} skipped",
             self.count(|status| *status == Status::Passed),
-            self.count(|status| *status == Status::Failed),
+            self.failures(),
             self.count(|status| matches!(status, Status::Skipped(_))),
         )
     }
@@ -164,7 +164,7 @@ the guest was not skipped, because it is quick
             Status::Skipped("/dev/kvm is missing & nothing helps".into())
         );
         assert_eq!(report.results["devices breaks"], Status::Failed);
-        assert!(report.has_failures());
+        assert_eq!(report.failures(), 1);
     }
 
     #[test]
@@ -208,6 +208,6 @@ the guest was not skipped, because it is quick
             Report::default().to_string(),
             "0 passed, 0 failed, 0 skipped"
         );
-        assert!(!Report::default().has_failures());
+        assert_eq!(Report::default().failures(), 0);
     }
 }

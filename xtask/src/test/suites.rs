@@ -15,8 +15,9 @@ const SYSTEM_TESTS: &str = "blanket-system-tests";
 const PROGRAMS_VARIABLE: &str = "BLANKET_BIN_DIR";
 /// Where tests find the guest payloads.
 const PAYLOADS_VARIABLE: &str = "BLANKET_FIRMWARE_DIR";
-/// Where nextest leaves its report, below the build directory.
-const JUNIT: &str = "nextest/default/junit.xml";
+/// Where nextest leaves its report, below the root: its own folder, wherever
+/// the build directory is.
+const JUNIT: &str = "target/nextest/default/junit.xml";
 
 impl Session<'_> {
     /// Runs all tests that the options ask for.
@@ -81,7 +82,7 @@ impl Session<'_> {
 
     fn nextest(&mut self, name: &str, packages: &[&str]) -> Result<()> {
         let step = self.progress.step(name);
-        let junit = self.workspace.target().join(JUNIT);
+        let junit = self.workspace.root().join(JUNIT);
         // An old report must not be taken for this run's.
         match std::fs::remove_file(&junit) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -97,19 +98,23 @@ impl Session<'_> {
             "none",
         ]);
         let outcome = outcome(&step, &mut command, Output::Streamed)?;
-        let before = self.report.has_failures();
-        let readable = std::fs::read_to_string(&junit)
-            .map_err(anyhow::Error::from)
+        let before = self.report.failures();
+        let read = std::fs::read_to_string(&junit)
+            .with_context(|| format!("reading {}", junit.display()))
             .and_then(|xml| self.report.add_junit(&xml));
-        if outcome.success && readable.is_ok() {
+        if outcome.success && read.is_ok() {
             step.done("");
             return Ok(());
         }
         // A run that failed without a failed test did not get that far.
-        if readable.is_err() || before == self.report.has_failures() {
+        if read.is_err() || before == self.report.failures() {
             self.report.add(name, Status::Failed);
         }
-        step.failed("");
+        step.failed(
+            &read
+                .err()
+                .map_or(String::new(), |error| format!("{error:#}")),
+        );
         Ok(())
     }
 
@@ -121,12 +126,12 @@ impl Session<'_> {
         // `--quiet` is cargo's; the harness prints a line for each test.
         command.args(["--", "--format=pretty"]);
         let outcome = outcome(&step, &mut command, Output::IfItFails)?;
-        let before = self.report.has_failures();
+        let before = self.report.failures();
         self.report.add_doc_tests(&outcome.text);
         if outcome.success {
             step.done("");
         } else {
-            if before == self.report.has_failures() {
+            if before == self.report.failures() {
                 self.report.add(NAME, Status::Failed);
             }
             step.failed("");
