@@ -1,6 +1,6 @@
 //! Disks of a machine.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// What becomes of writes to a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,6 @@ impl Disk {
         self.serial = Some(serial.into());
         self
     }
-
 
     /// The values of QEMU's `-blockdev`-like `-drive` and of its `-device` for the disk number
     /// `index`.

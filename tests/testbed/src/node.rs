@@ -6,6 +6,7 @@ use std::io::Write;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use blanket_testbed_agent::client::Client;
@@ -16,7 +17,9 @@ use crate::error::{Context, Error, Result};
 use crate::hardware::{Hardware, Smbios};
 use crate::image;
 use crate::kernel::{Kernel, KernelFlavor};
+use crate::network::Network;
 use crate::packages;
+use crate::payload::Payload;
 use crate::qemu::{Accelerator, Qemu, RunFolder, Watchdog};
 use crate::tree::Tree;
 
@@ -31,6 +34,27 @@ const HOST_PACKAGES: [&str; 3] = ["qemu-system-x86", "seabios", "e2fsprogs"];
 /// Time for an orderly end.
 const SHUTDOWN: Duration = Duration::from_secs(60);
 
+/// A network card.
+struct Nic {
+    network: Network,
+    mac: String,
+    /// With the length of its prefix; none if empty.
+    address: String,
+}
+
+impl Nic {
+    fn new(network: &Network, address: &str) -> Self {
+        static NEXT: AtomicU16 = AtomicU16::new(1);
+        let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+        let mac = format!("52:54:00:00:{high:02x}:{low:02x}");
+        Self {
+            network: network.clone(),
+            mac,
+            address: address.to_owned(),
+        }
+    }
+}
+
 /// Describes a node, then boots it.
 #[must_use = "nothing happens until it is booted"]
 pub struct NodeBuilder {
@@ -41,6 +65,8 @@ pub struct NodeBuilder {
     kernel: Option<KernelFlavor>,
     smbios: Smbios,
     disks: Vec<Disk>,
+    nics: Vec<Nic>,
+    payloads: Vec<Payload>,
     injected: Vec<(PathBuf, String)>,
     boot_limit: Duration,
     time_limit: Duration,
@@ -80,6 +106,25 @@ impl NodeBuilder {
     /// Adds a disk of the provider's kind.
     pub fn disk(mut self, disk: Disk) -> Self {
         self.disks.push(disk);
+        self
+    }
+
+    /// Adds a network card of the provider's kind, plugged into the network under the node's
+    /// name. It is up, without an address.
+    pub fn nic(mut self, network: &Network) -> Self {
+        self.nics.push(Nic::new(network, ""));
+        self
+    }
+
+    /// Adds a network card like [`NodeBuilder::nic`], with an address such as `10.0.0.1/24`.
+    pub fn nic_with_address(mut self, network: &Network, address: &str) -> Self {
+        self.nics.push(Nic::new(network, address));
+        self
+    }
+
+    /// Adds a payload, on a virtio disk whatever the provider's kind is.
+    pub fn payload(mut self, payload: &Payload) -> Self {
+        self.payloads.push(payload.clone());
         self
     }
 
@@ -144,6 +189,7 @@ impl NodeBuilder {
             boot_time: start.elapsed(),
             qemu,
             folder,
+            _networks: self.nics.into_iter().map(|nic| nic.network).collect(),
             _watchdog: watchdog,
         })
     }
@@ -189,10 +235,28 @@ impl NodeBuilder {
             let (drive, device) = disk.arguments(self.hardware.disk(), index);
             add(&["-drive", &drive, "-device", &device]);
         }
-        add(&[
-            "-append",
-            &format!("{KERNEL_OPTIONS} blanket.name={}", self.name),
-        ]);
+        for (index, payload) in (self.disks.len()..).zip(&self.payloads) {
+            let (drive, device) = payload.disk().arguments("virtio-blk-pci", index);
+            add(&["-drive", &drive, "-device", &device]);
+        }
+        let mut append = format!("{KERNEL_OPTIONS} blanket.name={}", self.name);
+        for (index, nic) in self.nics.iter().enumerate() {
+            let socket = format!("nic{index}.sock");
+            nic.network.plug_in(&self.name, &folder.socket(&socket))?;
+            let netdev = "stream,server=off,addr.type=unix";
+            add(&[
+                "-netdev",
+                &format!("{netdev},id=nic{index},addr.path={socket}"),
+            ]);
+            let card = self.hardware.network_card();
+            // Without a boot ROM, which is never used and takes time.
+            add(&[
+                "-device",
+                &format!("{card},netdev=nic{index},mac={},romfile=", nic.mac),
+            ]);
+            append.push_str(&format!(" blanket.net={}={}", nic.mac, nic.address));
+        }
+        add(&["-append", &append]);
         all.extend(["-kernel".into(), kernel.vmlinux().into()]);
         all.extend([
             "-initrd".into(),
@@ -229,6 +293,8 @@ pub struct Node {
     agent: Client,
     boot_time: Duration,
     _watchdog: Watchdog,
+    /// The switches work as long as something refers to them.
+    _networks: Vec<Network>,
     qemu: Arc<Qemu>,
     folder: RunFolder,
 }
@@ -244,6 +310,8 @@ impl Node {
             kernel: None,
             smbios: Smbios::default(),
             disks: Vec::new(),
+            nics: Vec::new(),
+            payloads: Vec::new(),
             injected: Vec::new(),
             boot_limit: Duration::from_secs(180),
             time_limit: Duration::from_secs(20 * 60),

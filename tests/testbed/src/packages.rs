@@ -115,7 +115,8 @@ impl Set {
             set.files = text.lines().map(str::to_owned).collect();
             return Ok(set);
         }
-        let folder = cache::subfolder("debs")?;
+        // apt leaves out what it finds downloaded, so it is shown an empty folder.
+        let folder = cache::subfolder("no-debs")?;
         let output = program::run(set.apt(&folder)?.arg("--print-uris").args(&set.names))?;
         set.files = String::from_utf8_lossy(&output)
             .lines()
@@ -124,6 +125,12 @@ impl Set {
             .map(|(_, file)| file.to_owned())
             .collect();
         set.files.sort();
+        if set.files.is_empty() {
+            return Err(Error::Format {
+                what: format!("packages {}", set.names.join(" ")),
+                problem: "apt-get finds nothing to download".to_owned(),
+            });
+        }
         let partial = tempfile::NamedTempFile::new_in(cache::subfolder("resolved")?)
             .context(|| "cannot make a temporary file".to_owned())?;
         fs::write(&partial, set.files.join("\n") + "\n")

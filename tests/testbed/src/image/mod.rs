@@ -1,6 +1,8 @@
 //! The images that machines boot from.
 
+mod guest;
 mod node;
+mod tools;
 
 use std::path::Path;
 use std::process::Command;
@@ -11,7 +13,9 @@ use crate::packages::Set;
 use crate::program;
 use crate::tree::{Node, Tree};
 
+pub use guest::{GUEST_PAGE, GuestImages};
 pub(crate) use node::node;
+pub use tools::tools;
 
 /// Parts of packages that no machine of the testbed uses.
 const UNUSED: [&str; 9] = [

@@ -1,6 +1,6 @@
 #!/usr/bin/busybox sh
 # Brings a node up: file systems, drivers, addresses, payload disks. Then the agent is started.
-export PATH=/usr/local/bin:/usr/bin:/usr/sbin HOME=/root
+export PATH=/usr/bin:/usr/sbin
 /usr/bin/busybox --install -s /usr/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys

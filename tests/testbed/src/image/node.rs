@@ -14,8 +14,10 @@ use crate::tree::{Node, Tree};
 
 /// What a node has besides busybox. The last two are for dynamically linked programs that tests
 /// bring along.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 11] = [
     "busybox-static",
+    // busybox's own shell prefers its `ip` to the real one.
+    "dash",
     "kmod",
     "iproute2",
     "iperf3",

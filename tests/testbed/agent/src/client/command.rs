@@ -231,7 +231,7 @@ impl fmt::Display for Status {
 }
 
 /// What a command left.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Output {
     /// How it ended.
     pub status: Status,
@@ -241,6 +241,17 @@ pub struct Output {
     pub stderr: Vec<u8>,
     /// There was more output than is kept.
     pub truncated: bool,
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Output")
+            .field("status", &self.status)
+            .field("stdout", &String::from_utf8_lossy(&self.stdout))
+            .field("stderr", &String::from_utf8_lossy(&self.stderr))
+            .field("truncated", &self.truncated)
+            .finish()
+    }
 }
 
 impl fmt::Display for Output {

@@ -1,0 +1,40 @@
+#!/usr/bin/busybox sh
+# The first program of a guest: drivers, then either the root disk or the agent.
+export PATH=/usr/bin:/usr/sbin
+/usr/bin/busybox mount -t proc proc /proc
+/usr/bin/busybox mount -t devtmpfs devtmpfs /dev
+read -r uptime _ </proc/uptime
+echo "guest: init after $uptime s" >/dev/console
+/usr/bin/busybox --install -s /usr/bin
+mount -t sysfs sysfs /sys
+for pass in 1 2; do
+    find /sys/devices -name modalias -exec cat {} + | sort -u | xargs modprobe -abq
+done
+modprobe -a evdev button af_packet
+
+argument() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1=//p" | tail -n 1; }
+root=$(argument root)
+if [ -n "$root" ]; then
+    # Disks are found in the background.
+    tries=0
+    until [ -b "$root" ] || [ $tries -ge 100 ]; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    access=rw
+    grep -qw ro /proc/cmdline && access=ro
+    mkdir -p /newroot
+    if mount -o "$access" "$root" /newroot; then
+        mount --move /dev /newroot/dev
+        mount --move /proc /newroot/proc
+        mount --move /sys /newroot/sys
+        exec switch_root /newroot /sbin/init
+    fi
+    echo "guest: cannot mount $root" >/dev/console
+fi
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /run
+hostname guest
+testbed-net
+exec init

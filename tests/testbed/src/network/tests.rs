@@ -1,0 +1,168 @@
+//! The switch with sockets in place of nodes.
+
+use std::io::{ErrorKind, Read};
+use std::time::Instant;
+
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const BROADCAST: u8 = 0xff;
+
+struct Card {
+    stream: UnixStream,
+    mac: u8,
+}
+
+impl Card {
+    fn new(network: &Network, folder: &Path, name: &str, mac: u8) -> Self {
+        let path = folder.join(name);
+        network.plug_in(name, &path).unwrap();
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { stream, mac }
+    }
+
+    fn send(&mut self, to: u8, content: &[u8]) {
+        let mut frame = vec![to; 6];
+        frame.extend([self.mac & 0xfe; 6]);
+        frame.extend([0x88, 0xb5]);
+        frame.extend(content);
+        let mut wire = (frame.len() as u32).to_be_bytes().to_vec();
+        wire.extend(frame);
+        self.stream.write_all(&wire).unwrap();
+    }
+
+    fn receive(&mut self) -> Vec<u8> {
+        let mut len = [0; 4];
+        self.stream.read_exact(&mut len).unwrap();
+        let mut frame = vec![0; u32::from_be_bytes(len) as usize];
+        self.stream.read_exact(&mut frame).unwrap();
+        frame.split_off(14)
+    }
+
+    fn is_silent(&mut self) -> bool {
+        self.stream.set_nonblocking(true).unwrap();
+        let error = self.stream.read(&mut [0]).map_err(|error| error.kind());
+        self.stream.set_nonblocking(false).unwrap();
+        error == Err(ErrorKind::WouldBlock)
+    }
+}
+
+fn three() -> (Network, Card, Card, Card, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let network = Network::new(1).unwrap();
+    let mut cards = ["a", "b", "c"]
+        .iter()
+        .zip([2, 4, 6])
+        .map(|(name, mac)| Card::new(&network, folder.path(), name, mac));
+    let (a, b, c) = (
+        cards.next().unwrap(),
+        cards.next().unwrap(),
+        cards.next().unwrap(),
+    );
+    drop(cards);
+    let (mut a, mut b, mut c) = (a, b, c);
+    // A first frame may be lost while the others' sockets are still being accepted.
+    for card in [&mut a, &mut b, &mut c] {
+        card.stream
+            .set_read_timeout(Some(Duration::from_millis(20)))
+            .unwrap();
+    }
+    loop {
+        a.send(BROADCAST, b"hello");
+        let mut buffer = [0; 4096];
+        if b.stream.read(&mut buffer).is_ok() && c.stream.read(&mut buffer).is_ok() {
+            break;
+        }
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    for card in [&mut a, &mut b, &mut c] {
+        let mut buffer = [0; 65536];
+        while card.stream.read(&mut buffer).is_ok() {}
+        card.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    (network, a, b, c, folder)
+}
+
+#[test]
+fn a_broadcast_reaches_all_and_an_answer_only_its_target() {
+    let (_network, mut a, mut b, mut c, _folder) = three();
+    a.send(BROADCAST, b"who");
+    assert_eq!(b.receive(), b"who");
+    assert_eq!(c.receive(), b"who");
+    b.send(2, b"me");
+    assert_eq!(a.receive(), b"me");
+    assert!(c.is_silent());
+}
+
+#[test]
+fn latency_holds_frames_back_until_it_is_taken_away() {
+    let (network, mut a, mut b, mut c, _folder) = three();
+    network.set_latency("a", "b", Duration::from_millis(300));
+    let start = Instant::now();
+    a.send(BROADCAST, b"far");
+    assert_eq!(c.receive(), b"far");
+    assert!(b.is_silent());
+    assert_eq!(b.receive(), b"far");
+    assert!(start.elapsed() >= Duration::from_millis(300));
+}
+
+#[test]
+fn a_partition_cuts_two_nodes_and_no_others_until_it_is_healed() {
+    let (network, mut a, mut b, mut c, _folder) = three();
+    network.partition("a", "b");
+    let before = network.counters("a", "b");
+    for _ in 0..10 {
+        a.send(BROADCAST, b"cut");
+        assert_eq!(c.receive(), b"cut");
+    }
+    assert!(b.is_silent());
+    network.heal("b", "a");
+    a.send(BROADCAST, b"healed");
+    assert_eq!(b.receive(), b"healed");
+    assert_eq!(c.receive(), b"healed");
+    let after = network.counters("a", "b");
+    assert_eq!(after.dropped - before.dropped, 10);
+}
+
+#[test]
+fn loss_takes_the_given_part_of_many_frames() {
+    let (network, mut a, b, mut c, _folder) = three();
+    network.set_link(
+        "a",
+        "c",
+        Link {
+            loss: 0.5,
+            ..Link::default()
+        },
+    );
+    drop(b);
+    let before = network.counters("a", "c");
+    let of_these = |network: &Network| {
+        let now = network.counters("a", "c");
+        (now.passed - before.passed, now.dropped - before.dropped)
+    };
+    for n in 0..1000u32 {
+        a.send(BROADCAST, &n.to_le_bytes());
+    }
+    let start = Instant::now();
+    while of_these(&network).0 + of_these(&network).1 < 1000 {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (passed, dropped) = of_these(&network);
+    assert!((400..600).contains(&dropped), "{dropped} of 1000 were lost");
+    for _ in 0..passed {
+        c.receive();
+    }
+    assert!(c.is_silent());
+}
+
+#[test]
+fn garbage_from_one_node_does_not_disturb_the_others() {
+    let (_network, mut a, mut b, mut c, _folder) = three();
+    c.stream.write_all(&[0xff; 100]).unwrap();
+    a.send(4, b"short");
+    b.send(2, b"x");
+    assert_eq!(a.receive(), b"x");
+}
