@@ -376,6 +376,8 @@ fn a_terminal_passes_every_key_on_and_has_its_mode_back_at_exit() {
             libc::openpty(&mut ours, &mut theirs, null, null.cast(), &size),
             0
         );
+        // The child must not hold its own terminal open: it ends with this test.
+        libc::fcntl(ours, libc::F_SETFD, libc::FD_CLOEXEC);
         (
             std::fs::File::from(OwnedFd::from_raw_fd(ours)),
             OwnedFd::from_raw_fd(theirs),
@@ -396,6 +398,7 @@ fn a_terminal_passes_every_key_on_and_has_its_mode_back_at_exit() {
             Ok(())
         });
     }
+    assert!(!is_raw(&inside));
     let mut child = command.spawn().unwrap();
     let mut seen: Vec<u8> = Vec::new();
     let mut wait_for = |terminal: &mut std::fs::File, text: &str| {
@@ -405,7 +408,6 @@ fn a_terminal_passes_every_key_on_and_has_its_mode_back_at_exit() {
             seen.extend(&buffer[..n]);
         }
     };
-    assert!(!is_raw(&inside));
     wait_for(&mut terminal, "ready 100x40;");
     assert!(is_raw(&inside));
     // Ctrl-C is a key like any other, and none waits for a line's end.
