@@ -316,6 +316,10 @@ impl CharPort {
 
     /// Passes output on to everyone who listens.
     pub fn write(&mut self, data: &[u8]) {
+        // Counted before anyone can have seen it.
+        self.metrics
+            .output
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
         let mut heard = false;
         let mut dropped = 0;
         if let Some(log) = &mut self.log {
@@ -333,9 +337,6 @@ impl CharPort {
         if !heard {
             dropped += forgotten;
         }
-        self.metrics
-            .output
-            .fetch_add(data.len() as u64, Ordering::Relaxed);
         self.metrics.drop_bytes(dropped);
     }
 
