@@ -123,6 +123,12 @@ impl Layers {
     }
 }
 
+/// Most bytes of the two tables that are kept in memory as long as the image is
+/// open: the L1 and the refcount table (QEMU's limits, in its `block/qcow2.h`).
+/// Without them a short image with a long hole would take all memory.
+const MAX_L1_TABLE: u64 = 32 << 20;
+const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
+
 /// Opens what an image refers to: for reading only, and locked.
 struct Gate {
     layers: usize,
@@ -166,7 +172,7 @@ impl ImplicitOpenGate<Storage> for Gate {
 
 /// Checks that the image's tables lie inside its file: past the end they would
 /// read as zeros, and a cut image as an empty disk. (qcow2 specification,
-/// "Header" and "Cluster mapping".)
+/// "Header" and "Cluster mapping".) And that they are not too large to be kept.
 pub(super) fn check_tables(file: &File) -> io::Result<()> {
     let cut = || {
         io::Error::new(
@@ -190,6 +196,12 @@ pub(super) fn check_tables(file: &File) -> io::Result<()> {
     let inside = |offset: u64, len: u64| offset.checked_add(len).is_some_and(|last| last <= end);
     let (l1_entries, l1_offset) = (u32_at(36), u64_at(40));
     let (refcounts, refcount_clusters) = (u64_at(48), u32_at(56));
+    if l1_entries * 8 > MAX_L1_TABLE || refcount_clusters * cluster > MAX_REFCOUNT_TABLE {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "its tables are larger than any image needs: the header is damaged",
+        ));
+    }
     if !inside(l1_offset, l1_entries * 8) || !inside(refcounts, refcount_clusters * cluster) {
         return Err(cut());
     }

@@ -189,6 +189,32 @@ fn cut_and_misdirected_qcow2_images_are_refused() {
 }
 
 #[test]
+fn a_short_qcow2_image_with_a_long_hole_takes_no_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("hole.qcow2");
+    // Version 3, clusters of 512 bytes, both tables behind the first one.
+    let mut header = [0u8; 104];
+    header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    header[23] = 9;
+    header[27] = 1;
+    header[46] = 2;
+    header[54] = 2;
+    header[103] = 104;
+    for (field, entries) in [(36, 0x0080_0000u32), (56, 0x0001_0000)] {
+        let mut header = header;
+        header[field..field + 4].copy_from_slice(&entries.to_be_bytes());
+        std::fs::write(&path, header).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(1 << 30).unwrap();
+        let said = refusal(&Spec {
+            format: Some(Format::Qcow2),
+            ..spec(&path)
+        });
+        assert!(said.contains("tables are larger"), "{said}");
+    }
+}
+
+#[test]
 fn a_qcow2_image_is_told_by_its_first_bytes_and_served_by_a_thread() {
     if !have_qemu_img() {
         return;
