@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
-use virtio_queue::{Queue, QueueState};
+use virtio_bindings::virtio_config as status;
+use virtio_queue::{Queue, QueueState, QueueT};
 
 use super::common::Registers;
 use super::{Handlers, VirtioPci};
@@ -80,6 +81,13 @@ impl VirtioPci {
     }
 
     fn restore_queue(&mut self, index: usize, record: &QueueRecord) -> Result<(), Error> {
+        let most = self.queues[index].setup.max_size();
+        if record.max_size != most {
+            return Err(self.error(format!(
+                "queue {index} has up to {} entries in the state, {most} here",
+                record.max_size
+            )));
+        }
         let state = QueueState {
             max_size: record.max_size,
             next_avail: record.next_avail,
@@ -111,6 +119,8 @@ impl Lifecycle for VirtioPci {
     fn reset(&mut self) -> Result<(), Error> {
         self.reset_device();
         self.interrupts.msix().reset();
+        // The bus has to route anew: see `PciBus::reroute`.
+        self.config = self.power_on.clone();
         Ok(())
     }
 
@@ -156,6 +166,14 @@ impl Lifecycle for VirtioPci {
         if !self.config.restore(&state.config) || !self.interrupts.msix().restore(&state.msix) {
             return Err(self.error("the state is of another PCI function"));
         }
+        // Until they are settled, a driver may try what it likes.
+        let settled = status::VIRTIO_CONFIG_S_FEATURES_OK | status::VIRTIO_CONFIG_S_DRIVER_OK;
+        let lacking = state.registers.driver_features & !self.features();
+        if lacking != 0 && state.registers.status & settled as u8 != 0 {
+            return Err(self.error(format!(
+                "the driver uses features that the device lacks here: {lacking:#x}"
+            )));
+        }
         self.registers = state.registers;
         self.interrupts.set_vector(None, state.config_vector);
         self.interrupts.isr.store(state.isr, Ordering::Release);
@@ -166,7 +184,7 @@ impl Lifecycle for VirtioPci {
             self.restore_queue(index, record)?;
         }
         self.device.restore(&state.device)?;
-        let running = virtio_bindings::virtio_config::VIRTIO_CONFIG_S_DRIVER_OK as u8;
+        let running = status::VIRTIO_CONFIG_S_DRIVER_OK as u8;
         if self.registers.status & running != 0 && !state.broken {
             self.activate().map_err(|error| self.error(error))?;
         }

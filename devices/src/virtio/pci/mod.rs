@@ -100,6 +100,9 @@ pub struct Context {
 pub struct VirtioPci {
     device: Box<dyn Device>,
     config: ConfigSpace,
+    /// The configuration space after power-on: what a machine's reset needs,
+    /// as no firmware places BARs again.
+    power_on: ConfigSpace,
     msix_capability: usize,
     registers: common::Registers,
     queues: Vec<QueueSlot>,
@@ -133,6 +136,7 @@ impl VirtioPci {
         Ok(Self {
             interrupts: Arc::new(Interrupts::new(msix, queues.len())),
             device,
+            power_on: config.clone(),
             config,
             msix_capability,
             registers: common::Registers::default(),
@@ -276,9 +280,13 @@ impl VirtioPci {
         if let Err(error) = self.park() {
             tracing::error!(device = self.name(), %error, "reset");
         }
-        if let Handlers::Parked(handlers) = std::mem::replace(&mut self.handlers, Handlers::None) {
-            self.device.reset(handlers);
-        }
+        // Without handlers too: the driver may have written the configuration
+        // space, or a state was restored that it could not run on.
+        let handlers = match std::mem::replace(&mut self.handlers, Handlers::None) {
+            Handlers::Parked(handlers) => handlers,
+            Handlers::None | Handlers::Running(_) => Vec::new(),
+        };
+        self.device.reset(handlers);
         for slot in &mut self.queues {
             slot.setup.reset();
             // A notification that nobody took is none for the next driver.

@@ -13,6 +13,9 @@ use vm_memory::{Bytes, GuestAddress};
 /// A device that answers each request with its own bytes.
 struct Echo {
     sizes: Vec<u16>,
+    features: u64,
+    /// The last byte of its configuration space, which drivers may write.
+    scratch: u8,
 }
 
 struct EchoHandler {
@@ -28,13 +31,18 @@ impl Device for Echo {
         "echo0"
     }
     fn features(&self) -> u64 {
-        1
+        self.features
     }
     fn queue_sizes(&self) -> &[u16] {
         &self.sizes
     }
     fn config(&self) -> Vec<u8> {
-        vec![1, 2, 3, 4]
+        vec![1, 2, 3, self.scratch]
+    }
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        if let (3, [value]) = (offset, data) {
+            self.scratch = *value;
+        }
     }
     fn activate(&mut self, activation: Activation) -> io::Result<Vec<Box<dyn QueueHandler>>> {
         Ok(vec![Box::new(EchoHandler {
@@ -44,6 +52,7 @@ impl Device for Echo {
     }
     fn reset(&mut self, handlers: Vec<Box<dyn QueueHandler>>) {
         drop(handlers);
+        self.scratch = 4;
     }
 }
 
@@ -112,6 +121,11 @@ impl Wiring for Machine {
 }
 
 fn transport(ram: &GuestRam) -> (VirtioPci, Arc<Machine>) {
+    transport_of(ram, 16, 1)
+}
+
+/// With a queue of so many entries and these features.
+fn transport_of(ram: &GuestRam, size: u16, features: u64) -> (VirtioPci, Arc<Machine>) {
     let machine = Arc::new(Machine::default());
     let worker = Worker::spawn("test", Box::new(|| Ok(()))).unwrap();
     let context = Context {
@@ -121,7 +135,11 @@ fn transport(ram: &GuestRam) -> (VirtioPci, Arc<Machine>) {
         bar: 0xc000_0000,
         first_worker: 0,
     };
-    let device = Box::new(Echo { sizes: vec![16] });
+    let device = Box::new(Echo {
+        sizes: vec![size],
+        features,
+        scratch: 4,
+    });
     (VirtioPci::new(device, context).unwrap(), machine)
 }
 
@@ -196,7 +214,11 @@ fn a_queue_outside_memory_makes_the_device_ask_for_a_reset() {
     write(&mut device, 20, 0, 1);
     assert_eq!(read(&mut device, 20, 1), 0);
     let driver = Driver::new(&ram, 0, 0x1000, 16);
-    assert_eq!(start(&mut device, &driver, VERSION_1), 15, "and works after it");
+    assert_eq!(
+        start(&mut device, &driver, VERSION_1),
+        15,
+        "and works after it"
+    );
 }
 
 fn blanket_memory_at(start: u64) -> GuestRam {
@@ -228,6 +250,45 @@ fn a_paused_device_is_silent_and_goes_on_elsewhere_from_its_saved_state() {
     assert_eq!(driver.wait_used(), (second, 7));
     let interrupts = machine.interrupts.lock().unwrap();
     until("interrupt", || interrupts[1].read().is_ok());
+}
+
+#[test]
+fn a_reset_by_the_machine_brings_back_the_bar_and_all_else() {
+    let (mut device, _) = transport(&ram(1 << 20));
+    let built = device.save().unwrap();
+    device.write_config(0x10, &0xd000_0000u32.to_le_bytes());
+    device.write_config(device.msix_capability + 2, &0x8000u16.to_le_bytes());
+    assert_ne!(device.save().unwrap(), built);
+    device.reset().unwrap();
+    assert_eq!(device.save().unwrap(), built);
+    assert_eq!(device.window(), Some((0xc000_0000, BAR_SIZE)));
+}
+
+#[test]
+fn a_reset_reaches_the_model_although_no_driver_has_started_it() {
+    let (mut device, _) = transport(&ram(1 << 20));
+    write(&mut device, DEVICE_CONFIG + 3, 9, 1);
+    assert_eq!(read(&mut device, DEVICE_CONFIG + 3, 1), 9);
+    write(&mut device, 20, 0, 1);
+    assert_eq!(read(&mut device, DEVICE_CONFIG + 3, 1), 4);
+}
+
+#[test]
+fn a_state_of_other_features_or_queue_sizes_is_refused_and_a_reset_helps() {
+    let ram = ram(1 << 20);
+    for (size, features) in [(32, 1), (16, 3)] {
+        let (mut other, _) = transport_of(&ram, size, features);
+        let driver = Driver::new(&ram, 0, 0x1000, 16);
+        assert_eq!(start(&mut other, &driver, VERSION_1 | features), 15);
+        other.pause().unwrap();
+        let state = other.save().unwrap();
+        let (mut device, _) = transport(&ram);
+        let built = device.save().unwrap();
+        assert!(device.restore(&state).is_err());
+        device.reset().unwrap();
+        assert_eq!(device.save().unwrap(), built);
+        assert_eq!(start(&mut device, &driver, VERSION_1), 15);
+    }
 }
 
 #[test]
