@@ -4,11 +4,11 @@
 use std::fs;
 use std::time::Duration;
 
-use blanket_testbed::client::Error;
+use blanket_testbed::client::{Client, Error};
 use blanket_testbed::{Disk, GUEST_PAGE, GuestImages, Hardware, Network, Node, Smbios, tools};
 
 /// Generous: guests run under emulated hardware virtualization.
-const GUEST_LIMIT: Duration = Duration::from_secs(240);
+const GUEST_LIMIT: Duration = Duration::from_secs(100);
 
 #[test]
 fn a_node_boots_answers_and_has_kvm() {
@@ -167,6 +167,13 @@ fn node_for_guests() -> Node {
         .unwrap()
 }
 
+fn guest_of(node: &Node) -> Client {
+    node.guest("/run/guest.sock", GUEST_LIMIT)
+        .unwrap_or_else(|error| {
+            panic!("{error}\n{}", node.sh("cat /run/*.log").text().unwrap());
+        })
+}
+
 /// Presses the guest's power button and waits for its QEMU to end.
 fn power_off(node: &Node, qemu: u32) {
     node.sh(format!(
@@ -183,7 +190,7 @@ fn a_guest_without_disk_serves_commands_and_obeys_the_power_button() {
     let node = node_for_guests();
     let qemu = node.sh(format!("exec {QEMU} -append 'console=ttyS0 quiet'"));
     let qemu = qemu.spawn("/run/qemu.log").unwrap();
-    let guest = node.guest("/run/guest.sock", GUEST_LIMIT).unwrap();
+    let guest = guest_of(&node);
     assert_eq!(guest.command("hostname").text().unwrap(), "guest\n");
     let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n % 253) as u8).collect();
     guest.write("/tmp/file", 0o600, &bytes).unwrap();
@@ -206,14 +213,20 @@ fn a_debian_guest_boots_from_its_disk_and_serves_its_page() {
          -append 'console=ttyS0 quiet root=/dev/vda blanket.ip=10.0.0.2/24'"
     ));
     let qemu = qemu.spawn("/run/qemu.log").unwrap();
-    let guest = node.guest("/run/guest.sock", GUEST_LIMIT).unwrap();
+    let guest = guest_of(&node);
     let state = guest
         .sh("systemctl is-system-running --wait")
         .timeout(GUEST_LIMIT)
         .run()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&state.stdout), "running\n");
-    eprintln!("{}", guest.sh("systemd-analyze").text().unwrap());
+    eprintln!(
+        "{}",
+        guest
+            .sh("systemd-analyze; systemd-analyze blame|head -15")
+            .text()
+            .unwrap()
+    );
     assert_eq!(
         node.command("curl")
             .args(["-s", "http://10.0.0.2/"])

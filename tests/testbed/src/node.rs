@@ -7,9 +7,10 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use blanket_testbed_agent::client::Client;
+use blanket_testbed_agent::client::{self, Client};
 
 use crate::cache;
 use crate::disk::Disk;
@@ -30,6 +31,9 @@ const KERNEL_OPTIONS: &str = "console=ttyS0 quiet panic=-1 mitigations=off no_ti
 
 /// Host packages that nodes need.
 const HOST_PACKAGES: [&str; 3] = ["qemu-system-x86", "seabios", "e2fsprogs"];
+
+/// Pause before a guest's console that is not there yet is tried again.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Time for an orderly end.
 const SHUTDOWN: Duration = Duration::from_secs(60);
@@ -329,17 +333,25 @@ impl Node {
     }
 
     /// The channel into a guest on this node, whose agent is on the console that is at the Unix
-    /// socket `socket` of the node. Waits up to `limit` for the guest to answer.
+    /// socket `socket` of the node. Waits up to `limit` for the socket to be there and for the
+    /// guest to answer.
     ///
     /// # Errors
-    /// [`Error::Channel`] when no agent answers in time, or the socket is not there.
+    /// [`Error::Channel`] when no agent has answered in time.
     pub fn guest(&self, socket: &str, limit: Duration) -> Result<Client> {
-        let stream = self
-            .agent
-            .command("blanket-agent")
-            .args(["relay", socket])
-            .stream()?;
-        Ok(Client::connect(stream.output, stream.input, limit)?)
+        let deadline = Instant::now() + limit;
+        loop {
+            let stream = self
+                .agent
+                .command("blanket-agent")
+                .args(["relay", socket])
+                .stream()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            match Client::connect(stream.output, stream.input, left) {
+                Err(client::Error::Closed(_)) if !left.is_zero() => thread::sleep(RETRY),
+                result => return Ok(result?),
+            }
+        }
     }
 
     /// What the node has written on its serial console so far.
@@ -384,7 +396,7 @@ impl Deref for Node {
 impl Drop for Node {
     fn drop(&mut self) {
         self.qemu.kill();
-        if std::thread::panicking() {
+        if thread::panicking() {
             match keep_log(&self.folder, &self.name) {
                 Ok(log) => eprintln!("testbed: console of `{}`: {}", self.name, log.display()),
                 Err(error) => eprintln!("testbed: console of `{}` is lost: {error}", self.name),
@@ -395,8 +407,8 @@ impl Drop for Node {
 
 /// Copies the machine's console output and QEMU's messages to where they stay.
 fn keep_log(folder: &RunFolder, name: &str) -> Result<PathBuf> {
-    let thread = std::thread::current();
-    let test = thread.name().unwrap_or("main").replace("::", "-");
+    let this = thread::current();
+    let test = this.name().unwrap_or("main").replace("::", "-");
     let path = cache::subfolder("logs")?.join(format!("{test}-{name}.log"));
     let collect = |path: &Path| {
         let mut log = fs::File::create(path)?;

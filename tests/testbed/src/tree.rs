@@ -70,6 +70,19 @@ impl Tree {
         self.insert(path, 0o777, Node::Link(target.to_owned()));
     }
 
+    /// Whether there is something at `path`.
+    pub(crate) fn has(&self, path: &str) -> bool {
+        self.entries.contains_key(&canonical(path))
+    }
+
+    /// Writes the file at `path` to the host.
+    pub(crate) fn extract(&self, path: &str, host: &Path) -> Result<()> {
+        match self.entries.get(&canonical(path)) {
+            Some((mode, Node::File(content))) => write_file(host, *mode, content),
+            _ => Err(malformed(Path::new(path), "is no file of the image")),
+        }
+    }
+
     /// Adds a file of the host, with its permission bits.
     pub(crate) fn host_file(&mut self, path: &str, host: &Path) -> Result<()> {
         let reading = || format!("cannot read {}", host.display());
@@ -177,8 +190,10 @@ impl Tree {
             let target = root.join(path);
             let result = match node {
                 Node::Folder => fs::create_dir_all(&target),
-                Node::File(content) => fs::write(&target, content)
-                    .and_then(|()| fs::set_permissions(&target, fs::Permissions::from_mode(*mode))),
+                Node::File(content) => {
+                    write_file(&target, *mode, content)?;
+                    continue;
+                }
                 Node::Link(to) => std::os::unix::fs::symlink(to, &target),
                 Node::Device(..) => Ok(()),
             };
@@ -186,6 +201,12 @@ impl Tree {
         }
         Ok(())
     }
+}
+
+fn write_file(path: &Path, mode: u32, content: &[u8]) -> Result<()> {
+    fs::write(path, content)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+        .context(|| format!("cannot write {}", path.display()))
 }
 
 /// A path without leading `./` or `/` and with merged folders under `usr`.

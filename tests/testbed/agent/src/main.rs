@@ -43,28 +43,32 @@ fn main() -> ExitCode {
     })
 }
 
-/// Serves the device until the machine ends. It is opened again when it fails, because a
-/// console reports an error when its backend is replaced.
+/// Serves the device until the machine ends. It is opened again when it fails: a port may appear
+/// late, and a console reports an error when its backend is replaced.
 fn serve(device: &Path) -> io::Result<ExitCode> {
+    let mut said = String::new();
     loop {
-        let result = File::options()
-            .read(true)
-            .write(true)
-            .open(device)
-            .and_then(|port| {
-                if port.is_terminal() {
-                    let mut settings = tcgetattr(&port)?;
-                    settings.make_raw();
-                    tcsetattr(&port, OptionalActions::Now, &settings)?;
-                }
-                let writer = port.try_clone()?;
-                server::serve(port, writer)
-            });
-        if let Err(error) = result {
-            eprintln!("blanket-agent: {}: {error}", device.display());
+        let problem = match serve_once(device) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        if problem != said {
+            eprintln!("blanket-agent: {}: {problem}", device.display());
+            said = problem;
         }
         thread::sleep(Duration::from_millis(100));
     }
+}
+
+fn serve_once(device: &Path) -> io::Result<()> {
+    let port = File::options().read(true).write(true).open(device)?;
+    if port.is_terminal() {
+        let mut settings = tcgetattr(&port)?;
+        settings.make_raw();
+        tcsetattr(&port, OptionalActions::Now, &settings)?;
+    }
+    let writer = port.try_clone()?;
+    server::serve(port, writer)
 }
 
 fn relay(socket: &Path) -> io::Result<ExitCode> {

@@ -5,12 +5,9 @@ export PATH=/usr/bin:/usr/sbin
 /usr/bin/busybox mount -t devtmpfs devtmpfs /dev
 read -r uptime _ </proc/uptime
 echo "guest: init after $uptime s" >/dev/console
-/usr/bin/busybox --install -s /usr/bin
 mount -t sysfs sysfs /sys
-for pass in 1 2; do
-    find /sys/devices -name modalias -exec cat {} + | sort -u | xargs modprobe -abq
-done
-modprobe -a evdev button af_packet
+modprobe -a virtio_pci virtio_blk virtio_net virtio_console evdev button af_packet
+cat /sys/bus/virtio/devices/*/modalias | xargs modprobe -abq
 
 argument() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1=//p" | tail -n 1; }
 root=$(argument root)

@@ -5,7 +5,7 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{add_modules, add_packages};
+use super::{add_busybox_commands, add_modules, add_packages};
 use crate::agent;
 use crate::cache::{self, Key};
 use crate::error::{Context, Result};
@@ -70,10 +70,14 @@ const INITTAB: &str = "::respawn:/usr/bin/blanket-agent serve /dev/hvc0\n\
 /// The page that the disk's web server has at `/`.
 pub const GUEST_PAGE: &str = "Hello from a guest of Blanket\n";
 
+/// Debian's own configuration runs Perl, which takes ten seconds under emulation.
+const WEB_SERVER: &str = "server.document-root = \"/var/www/html\"\nserver.port = 80\n\
+     index-file.names = (\"index.html\")\nmimetype.assign = (\".html\" => \"text/html\")\n";
+
 /// The agent on the disk.
 const AGENT_UNIT: &str = "[Unit]\nDescription=Testbed command channel\nDefaultDependencies=no\n\
      After=systemd-remount-fs.service\nConflicts=shutdown.target\nBefore=shutdown.target\n\
-     ConditionPathExists=/dev/hvc0\n\
+     StartLimitIntervalSec=0\n\
      [Service]\nExecStart=/usr/bin/blanket-agent serve /dev/hvc0\nRestart=always\n";
 
 const NET_UNIT: &str = "[Unit]\nDescription=Addresses from the kernel command line\n\
@@ -174,6 +178,7 @@ fn initrd(kernel: &Kernel) -> Result<PathBuf> {
         add_packages(&mut tree, &packages)?;
         let scratch = tempfile::tempdir_in(folder).context(|| "cannot make a folder".to_owned())?;
         add_modules(&mut tree, kernel, &MODULES, scratch.path())?;
+        add_busybox_commands(&mut tree, scratch.path())?;
         tree.host_file("usr/bin/blanket-agent", &agent)?;
         tree.file("init", 0o755, INIT);
         tree.file("usr/sbin/testbed-net", 0o755, NET);
@@ -257,6 +262,7 @@ fn additions(kernel: &Kernel, agent: &Path, scratch: &Path) -> Result<Tree> {
     tree.host_file("usr/bin/blanket-agent", agent)?;
     tree.file("usr/sbin/testbed-net", 0o755, NET);
     tree.file("var/www/html/index.html", 0o644, GUEST_PAGE);
+    tree.file("etc/lighttpd/lighttpd.conf", 0o644, WEB_SERVER);
     tree.file("etc/hostname", 0o644, "guest\n");
     tree.file(
         "etc/hosts",

@@ -61,8 +61,25 @@ fn add_packages(tree: &mut Tree, packages: &Set) -> Result<()> {
     Ok(())
 }
 
-/// Adds these modules, all that they need, and an index of just these. `scratch` is an empty
-/// folder to work in.
+/// Adds links to busybox for those of its commands that no package has. `scratch` is a folder to
+/// work in.
+fn add_busybox_commands(tree: &mut Tree, scratch: &Path) -> Result<()> {
+    let busybox = scratch.join("busybox");
+    tree.extract("usr/bin/busybox", &busybox)?;
+    let list = program::run(Command::new(&busybox).arg("--list"))?;
+    for command in String::from_utf8_lossy(&list).lines() {
+        let taken = ["usr/bin", "usr/sbin"]
+            .iter()
+            .any(|folder| tree.has(&format!("{folder}/{command}")));
+        if !taken {
+            tree.link(&format!("usr/bin/{command}"), "busybox");
+        }
+    }
+    Ok(())
+}
+
+/// Adds these modules, all that they need, and an index of just these. `scratch` is a folder
+/// to work in.
 fn add_modules(tree: &mut Tree, kernel: &Kernel, names: &[&str], scratch: &Path) -> Result<()> {
     let mut selected = Tree::default();
     let folder = format!("lib/modules/{}", kernel.release());

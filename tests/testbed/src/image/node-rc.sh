@@ -1,7 +1,6 @@
 #!/usr/bin/busybox sh
 # Brings a node up: file systems, drivers, addresses, payload disks. Then the agent is started.
 export PATH=/usr/bin:/usr/sbin
-/usr/bin/busybox --install -s /usr/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
@@ -14,8 +13,8 @@ mount -t hugetlbfs hugetlbfs /dev/hugepages
 ln -s /proc/self/fd /dev/fd
 
 # Drivers of what is there; virtio devices show up when virtio_pci is loaded.
-for pass in 1 2; do
-    find /sys/devices -name modalias -exec cat {} + | sort -u | xargs modprobe -abq
+for bus in pci acpi virtio; do
+    cat /sys/bus/$bus/devices/*/modalias | sort -u | xargs modprobe -abq
 done
 case " $(grep -m1 ^flags /proc/cpuinfo) " in
 *" svm "*) modprobe kvm_amd ;;

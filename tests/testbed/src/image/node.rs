@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::path::PathBuf;
 
-use super::{add_modules, add_packages};
+use super::{add_busybox_commands, add_modules, add_packages};
 use crate::agent;
 use crate::cache::{self, Key};
 use crate::error::{Context, Result};
@@ -130,6 +130,7 @@ pub(crate) fn node(flavor: KernelFlavor, kernel: &Kernel) -> Result<PathBuf> {
             &[&MODULES, metal].concat(),
             scratch.path(),
         )?;
+        add_busybox_commands(&mut tree, scratch.path())?;
         tree.host_file("usr/bin/blanket-agent", &agent)?;
         tree.file("init", 0o755, INIT);
         tree.file("usr/sbin/testbed-rc", 0o755, RC);
