@@ -8,7 +8,7 @@ use blanket_testbed::client::{Client, Error};
 use blanket_testbed::{Disk, GUEST_PAGE, GuestImages, Hardware, Network, Node, Smbios, tools};
 
 /// Generous: guests run under emulated hardware virtualization.
-const GUEST_LIMIT: Duration = Duration::from_secs(100);
+const GUEST_LIMIT: Duration = Duration::from_secs(240);
 
 #[test]
 fn a_node_boots_answers_and_has_kvm() {
@@ -220,13 +220,7 @@ fn a_debian_guest_boots_from_its_disk_and_serves_its_page() {
         .run()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&state.stdout), "running\n");
-    eprintln!(
-        "{}",
-        guest
-            .sh("systemd-analyze; systemd-analyze blame|head -15")
-            .text()
-            .unwrap()
-    );
+    eprintln!("{}", guest.sh("systemd-analyze").text().unwrap());
     assert_eq!(
         node.command("curl")
             .args(["-s", "http://10.0.0.2/"])

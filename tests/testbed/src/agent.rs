@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use crate::cache;
 use crate::error::Result;
@@ -16,6 +17,10 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Builds the agent if its sources have changed, and returns the program. It is linked
 /// statically, so that it runs in any machine.
 pub(crate) fn program() -> Result<PathBuf> {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(path) = BUILT.get() {
+        return Ok(path.clone());
+    }
     let target_dir = cache::subfolder("build")?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -39,5 +44,6 @@ pub(crate) fn program() -> Result<PathBuf> {
         .env_remove("RUSTC_WRAPPER")
         .env_remove("RUSTC_WORKSPACE_WRAPPER");
     program::run(&mut command)?;
-    Ok(target_dir.join(TARGET).join("release/blanket-agent"))
+    let path = target_dir.join(TARGET).join("release/blanket-agent");
+    Ok(BUILT.get_or_init(|| path).clone())
 }
