@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::progress::Progress;
 use xtask::workspace::Workspace;
-use xtask::{bench, build, setup, test};
+use xtask::{bench, build, fuzz, setup, test};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version, about)]
@@ -23,6 +23,8 @@ enum Task {
     Build(build::Options),
     /// Measure; without a NAME, list what can be measured.
     Bench(bench::Options),
+    /// Run the fuzz targets for a while each.
+    Fuzz(fuzz::Options),
     /// Install what the other commands need, and nothing else.
     Setup,
 }
@@ -44,6 +46,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Task::Test(options) => test::run(&workspace, &progress, options),
         Task::Build(options) => build::run(&workspace, &progress, options),
         Task::Bench(options) => bench::run(&workspace, &progress, options),
+        Task::Fuzz(options) => fuzz::run(&workspace, &progress, options),
         Task::Setup => setup::run(&progress).map(|()| ExitCode::SUCCESS),
     }
 }

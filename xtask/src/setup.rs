@@ -14,6 +14,7 @@ const PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "qemu-system-x86"];
 /// A version that the workspace's Rust can build.
 const NEXTEST: &str = "cargo-nextest@0.9.143";
 const DENY: &str = "cargo-deny@0.20.2";
+const FUZZ: &str = "cargo-fuzz@0.13.2";
 
 /// Installs whatever is missing.
 ///
@@ -32,6 +33,17 @@ pub fn run(progress: &Progress) -> Result<()> {
 /// It cannot be built.
 pub fn cargo_deny(progress: &Progress) -> Result<()> {
     install(progress, "deny", DENY)
+}
+
+/// Installs `cargo fuzz`, and the C++ compiler for its engine.
+///
+/// # Errors
+/// It cannot be installed.
+pub fn cargo_fuzz(progress: &Progress) -> Result<()> {
+    let step = progress.step("packages for fuzzing");
+    blanket_testbed::ensure_packages(&["g++"])?;
+    step.done("");
+    install(progress, "fuzz", FUZZ)
 }
 
 /// Whether `cargo NAME` is there.

@@ -1,6 +1,7 @@
 //! `cargo xtask test`.
 
 mod checks;
+mod fuzzing;
 pub mod report;
 mod suites;
 
@@ -18,8 +19,9 @@ use report::{Report, Status};
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Also what takes long: tests marked as ignored, and the check of
-    /// dependencies, for which `cargo deny` gets built.
+    /// Also what takes long: tests marked as ignored, the fuzz targets for
+    /// some seconds each, and the check of dependencies, for which `cargo deny`
+    /// gets built.
     #[arg(long)]
     all: bool,
     /// Leave out the whole-system tests.
@@ -44,6 +46,7 @@ pub fn run(workspace: &Workspace, progress: &Progress, options: &Options) -> Res
     };
     session.checks()?;
     session.suites()?;
+    session.fuzzing()?;
     println!("\n{}", session.report);
     Ok(if session.report.failures() != 0 {
         ExitCode::FAILURE
