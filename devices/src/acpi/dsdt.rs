@@ -1,12 +1,12 @@
 //! The DSDT, in AML.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Field, FieldAccessType,
     FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Method, Name, Notify,
     OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store,
 };
 use acpi_tables::sdt::Sdt;
-use acpi_tables::Aml;
 
 use super::{OEM, REVISION, TABLE};
 use crate::legacy::power;

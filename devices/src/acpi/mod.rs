@@ -3,13 +3,15 @@
 
 mod dsdt;
 
+use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 
 use blanket_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
@@ -146,7 +148,9 @@ mod tests {
     }
 
     fn sum(bytes: &[u8]) -> u8 {
-        bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+        bytes
+            .iter()
+            .fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
     }
 
     #[test]
@@ -155,7 +159,10 @@ mod tests {
         let root = write_tables(&ram, 64).unwrap();
         let mut rsdp = [0u8; 36];
         ram.read_slice(&mut rsdp, root).unwrap();
-        assert_eq!((&rsdp[..8], sum(&rsdp[..20]), sum(&rsdp)), (&b"RSD PTR "[..], 0, 0));
+        assert_eq!(
+            (&rsdp[..8], sum(&rsdp[..20]), sum(&rsdp)),
+            (&b"RSD PTR "[..], 0, 0)
+        );
         let xsdt = table(&ram, u64::from_le_bytes(rsdp[24..32].try_into().unwrap()));
         let mut signatures = Vec::new();
         for entry in xsdt[36..].chunks(8) {
@@ -163,7 +170,10 @@ mod tests {
             assert_eq!(sum(&bytes), 0);
             signatures.push(String::from_utf8(bytes[..4].to_vec()).unwrap());
             if signatures.last().unwrap() == "FACP" {
-                let dsdt = table(&ram, u64::from_le_bytes(bytes[140..148].try_into().unwrap()));
+                let dsdt = table(
+                    &ram,
+                    u64::from_le_bytes(bytes[140..148].try_into().unwrap()),
+                );
                 assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
             }
         }

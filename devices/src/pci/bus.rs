@@ -122,8 +122,11 @@ impl PciBus {
             let granted = function.window().and_then(|(start, len)| {
                 let end = start.checked_add(len)?;
                 let free = routes.iter().all(|r| end <= r.start || r.end <= start);
-                (start >= self.window.0 && end <= self.window.1 && free)
-                    .then_some(Route { start, end, slot })
+                (start >= self.window.0 && end <= self.window.1 && free).then_some(Route {
+                    start,
+                    end,
+                    slot,
+                })
             });
             function.window_moved(granted.is_some());
             routes.extend(granted);

@@ -227,8 +227,8 @@ impl Msix {
     /// number of vectors.
     #[must_use]
     pub fn restore(&mut self, state: &MsixState) -> bool {
-        let fits = state.entries.len() == self.entries.len()
-            && state.pending.len() == self.pending.len();
+        let fits =
+            state.entries.len() == self.entries.len() && state.pending.len() == self.pending.len();
         if fits {
             self.entries.clone_from(&state.entries);
             self.pending.clone_from(&state.pending);

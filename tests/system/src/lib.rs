@@ -1,1 +1,138 @@
-//! Whole-system tests.
+//! What whole-system tests share: nodes with Blanket on them, and its VMs.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use blanket_testbed::{Client, GuestImages, Node, NodeBuilder, Output};
+
+/// How long a guest may take to answer: generous, because hardware
+/// virtualization may be emulated.
+pub const GUEST_LIMIT: Duration = Duration::from_secs(180);
+
+/// A file from `BLANKET_BIN_DIR` or `BLANKET_FIRMWARE_DIR`, which `cargo xtask
+/// test` sets.
+fn built(variable: &str, name: &str) -> Result<PathBuf> {
+    let folder = std::env::var_os(variable)
+        .with_context(|| format!("{variable} is not set: run `cargo xtask test`"))?;
+    Ok(PathBuf::from(folder).join(name))
+}
+
+/// A program of Blanket, built for nodes.
+///
+/// # Errors
+/// Not run by `cargo xtask test`.
+pub fn program(name: &str) -> Result<PathBuf> {
+    built("BLANKET_BIN_DIR", name)
+}
+
+/// A freestanding guest payload.
+///
+/// # Errors
+/// Not run by `cargo xtask test`.
+pub fn payload(name: &str) -> Result<PathBuf> {
+    built("BLANKET_FIRMWARE_DIR", name)
+}
+
+/// A node with Blanket's programs in `/usr/bin` and the guest images in
+/// `/payload/guest`: 2 CPUs, 2 GiB.
+///
+/// # Errors
+/// An image cannot be built.
+pub fn provider(name: &str) -> Result<NodeBuilder> {
+    Ok(Node::builder(name)
+        .cpus(2)
+        .memory_mib(2048)
+        .payload(&GuestImages::get()?.payload()?)
+        .inject(program("blanket")?, "/usr/bin/blanket")
+        .inject(program("blanket-vmm")?, "/usr/bin/blanket-vmm"))
+}
+
+/// A VM on a node.
+pub struct Vm<'a> {
+    node: &'a Node,
+    name: String,
+}
+
+impl<'a> Vm<'a> {
+    /// `blanket run NAME FLAGS` on `node`, the agent's console included.
+    ///
+    /// # Errors
+    /// It did not start; what `blanket` said.
+    pub fn run(node: &'a Node, name: &str, flags: &str) -> Result<Self> {
+        let socket = console(name);
+        node.sh(format!(
+            "blanket run {name} --console socket={socket} {flags}"
+        ))
+        .text()?;
+        Ok(Self {
+            node,
+            name: name.to_owned(),
+        })
+    }
+
+    /// `blanket run` with an initrd whose agent answers when the guest is up.
+    ///
+    /// # Errors
+    /// It did not start.
+    pub fn linux(node: &'a Node, name: &str, cmdline: &str, flags: &str) -> Result<Self> {
+        Self::run(
+            node,
+            name,
+            &format!(
+                "--kernel /payload/guest/vmlinux --initrd /payload/guest/initrd.cpio \
+                 --cmdline 'console=ttyS0 quiet panic=-1 {cmdline}' {flags}"
+            ),
+        )
+    }
+
+    /// The channel into the guest; waits until it is up.
+    ///
+    /// # Errors
+    /// It does not answer: what it said on its serial port.
+    pub fn guest(&self) -> Result<Client> {
+        self.node
+            .guest(&console(&self.name), GUEST_LIMIT)
+            .map_err(anyhow::Error::from)
+            .with_context(|| {
+                let log = self.blanket("logs", "").map(|output| output.stdout);
+                String::from_utf8_lossy(&log.unwrap_or_default()).into_owned()
+            })
+    }
+
+    /// `blanket COMMAND NAME FLAGS`.
+    ///
+    /// # Errors
+    /// The node does not answer.
+    pub fn blanket(&self, command: &str, flags: &str) -> Result<Output> {
+        let line = format!("blanket {command} {} {flags}", self.name);
+        Ok(self.node.sh(line).run()?)
+    }
+
+    /// `blanket info --json`.
+    ///
+    /// # Errors
+    /// There is no such VM.
+    pub fn info(&self) -> Result<serde_json::Value> {
+        let output = self.blanket("info", "--json")?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// Waits until the monitor has ended, and returns `blanket ps`' reason.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn ended(&self) -> Result<String> {
+        let wait = format!(
+            "until ! blanket ps --json | grep -q '\"{}\"'; do sleep 0.2; done; blanket ps -a | grep -w {}",
+            self.name, self.name
+        );
+        Ok(self.node.sh(wait).timeout(GUEST_LIMIT).text()?)
+    }
+}
+
+/// Where a VM's virtio console is on its node.
+fn console(name: &str) -> String {
+    format!("/run/{name}.console")
+}
