@@ -201,72 +201,104 @@ impl NodeBuilder {
     fn arguments(&self, folder: &RunFolder) -> Result<Vec<OsString>> {
         let flavor = self.kernel.unwrap_or_else(|| self.hardware.kernel());
         let kernel = Kernel::get(flavor)?;
-        let mut all: Vec<OsString> = Vec::new();
-        let mut add = |items: &[&str]| all.extend(items.iter().map(OsString::from));
-        add(&Accelerator::probe().arguments());
-        add(&[
-            "-machine",
-            "q35",
-            "-nodefaults",
-            "-no-user-config",
-            "-no-reboot",
-        ]);
-        add(&["-display", "none", "-serial", "file:console.log"]);
-        add(&[
-            "-smp",
-            &self.cpus.to_string(),
-            "-m",
-            &format!("{}M", self.memory_mib),
-        ]);
-        add(&["-device", "virtio-serial-pci"]);
-        add(&[
-            "-chardev",
-            "socket,id=agent,path=agent.sock,server=on,wait=off",
-        ]);
-        add(&["-device", "virtserialport,chardev=agent,name=blanket.agent"]);
-        add(&["-device", "virtio-rng-pci"]);
+        let mut all = Vec::new();
+        add(&mut all, &Accelerator::probe().arguments());
+        add(
+            &mut all,
+            &[
+                "-machine",
+                "q35",
+                "-nodefaults",
+                "-no-user-config",
+                "-no-reboot",
+            ],
+        );
+        add(
+            &mut all,
+            &["-display", "none", "-serial", "file:console.log"],
+        );
+        let memory = format!("{}M", self.memory_mib);
+        add(&mut all, &["-smp", &self.cpus.to_string(), "-m", &memory]);
+        add(
+            &mut all,
+            &[
+                "-chardev",
+                "socket,id=agent,path=agent.sock,server=on,wait=off",
+            ],
+        );
+        add(&mut all, &["-device", "virtio-serial-pci"]);
+        add(
+            &mut all,
+            &["-device", "virtserialport,chardev=agent,name=blanket.agent"],
+        );
+        add(&mut all, &["-device", "virtio-rng-pci"]);
         for smbios in self.smbios.arguments() {
-            add(&["-smbios", &smbios]);
+            add(&mut all, &["-smbios", &smbios]);
         }
-        if let Some(controller) = self
-            .hardware
-            .disk_controller()
-            .filter(|_| !self.disks.is_empty())
-        {
-            add(&["-device", controller]);
-        }
-        for (index, disk) in self.disks.iter().enumerate() {
-            let (drive, device) = disk.arguments(self.hardware.disk(), index);
-            add(&["-drive", &drive, "-device", &device]);
-        }
-        for (index, payload) in (self.disks.len()..).zip(&self.payloads) {
-            let (drive, device) = payload.disk().arguments("virtio-blk-pci", index);
-            add(&["-drive", &drive, "-device", &device]);
-        }
-        let mut append = format!("{KERNEL_OPTIONS} blanket.name={}", self.name);
-        for (index, nic) in self.nics.iter().enumerate() {
-            let socket = format!("nic{index}.sock");
-            nic.network.plug_in(&self.name, &folder.socket(&socket))?;
-            let netdev = "stream,server=off,addr.type=unix";
-            add(&[
-                "-netdev",
-                &format!("{netdev},id=nic{index},addr.path={socket}"),
-            ]);
-            let card = self.hardware.network_card();
-            // Without a boot ROM, which is never used and takes time.
-            add(&[
-                "-device",
-                &format!("{card},netdev=nic{index},mac={},romfile=", nic.mac),
-            ]);
-            append.push_str(&format!(" blanket.net={}={}", nic.mac, nic.address));
-        }
-        add(&["-append", &append]);
+        self.add_disks(&mut all);
+        let addresses = self.add_nics(&mut all, folder)?;
+        let disks = self.disks.len() + self.payloads.len();
+        let own = format!(
+            "blanket.name={} blanket.disks={disks}{addresses}",
+            self.name
+        );
+        add(&mut all, &["-append", &format!("{KERNEL_OPTIONS} {own}")]);
         all.extend(["-kernel".into(), kernel.vmlinux().into()]);
         all.extend([
             "-initrd".into(),
             self.initrd(folder, flavor, &kernel)?.into(),
         ]);
         Ok(all)
+    }
+
+    fn add_disks(&self, all: &mut Vec<OsString>) {
+        if let Some(controller) = self
+            .hardware
+            .disk_controller()
+            .filter(|_| !self.disks.is_empty())
+        {
+            add(all, &["-device", controller]);
+        }
+        let disks = self
+            .disks
+            .iter()
+            .map(|disk| (disk.clone(), self.hardware.disk()));
+        let payloads = self
+            .payloads
+            .iter()
+            .map(|payload| (payload.disk(), "virtio-blk-pci"));
+        for (index, (disk, device)) in disks.chain(payloads).enumerate() {
+            let (drive, device) = disk.arguments(device, index);
+            add(all, &["-drive", &drive, "-device", &device]);
+        }
+    }
+
+    /// Returns what tells the node its cards' addresses, on the kernel's command line.
+    fn add_nics(&self, all: &mut Vec<OsString>, folder: &RunFolder) -> Result<String> {
+        let mut addresses = String::new();
+        for (index, nic) in self.nics.iter().enumerate() {
+            let socket = format!("nic{index}.sock");
+            nic.network.plug_in(&self.name, &folder.socket(&socket))?;
+            let netdev = "stream,server=off,addr.type=unix";
+            add(
+                all,
+                &[
+                    "-netdev",
+                    &format!("{netdev},id=nic{index},addr.path={socket}"),
+                ],
+            );
+            let card = self.hardware.network_card();
+            // Without a boot ROM, which is never used and takes time.
+            add(
+                all,
+                &[
+                    "-device",
+                    &format!("{card},netdev=nic{index},mac={},romfile=", nic.mac),
+                ],
+            );
+            addresses.push_str(&format!(" blanket.net={}={}", nic.mac, nic.address));
+        }
+        Ok(addresses)
     }
 
     /// The node image; with injected files a copy of it with a second archive behind it.
@@ -286,6 +318,10 @@ impl NodeBuilder {
             .context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
+}
+
+fn add(all: &mut Vec<OsString>, arguments: &[&str]) {
+    all.extend(arguments.iter().map(OsString::from));
 }
 
 /// A provider's machine that runs. It is also the [`Client`] of its command channel.

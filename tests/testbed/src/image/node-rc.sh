@@ -20,6 +20,8 @@ case " $(grep -m1 ^flags /proc/cpuinfo) " in
 *" svm "*) modprobe kvm_amd ;;
 *" vmx "*) modprobe kvm_intel ;;
 esac
+# SCSI disks name no module.
+[ ! -e /sys/class/scsi_host ] || modprobe -q sd_mod
 modprobe -a tun vhost_net bridge
 
 arguments() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1=//p"; }
@@ -34,6 +36,12 @@ for pair in $(arguments blanket.net); do
     done
 done
 
+# Disks are found in the background.
+disks=$(arguments blanket.disks) tries=0
+until [ "$(ls /sys/block | grep -c '^[vsn][dv]')" -ge "$disks" ] || [ $tries -ge 200 ]; do
+    sleep 0.05
+    tries=$((tries + 1))
+done
 for disk in /sys/block/vd*; do
     serial=$(cat "$disk/serial" 2>/dev/null)
     case $serial in
