@@ -2,8 +2,9 @@
 //! linker script states.
 
 /// Each payload and the linker script that lays it out.
-const SCRIPTS: [(&str, &str); 3] = [
+const SCRIPTS: [(&str, &str); 4] = [
     ("hello", "pvh.ld"),
+    ("idle", "pvh.ld"),
     ("evil", "pvh.ld"),
     ("ring3", "ring3.ld"),
 ];

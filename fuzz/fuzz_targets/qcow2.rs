@@ -122,6 +122,7 @@ fuzz_target!(|input: Input| {
         readonly: input.readonly,
         format: Some(Format::Qcow2),
         direct: false,
+        backing: false,
         engine: Engine::Auto,
     });
     assert!(image.is_ok() || !intact);

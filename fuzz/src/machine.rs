@@ -87,6 +87,7 @@ pub fn disk(capacity: u64) -> Block {
         readonly: false,
         format: Some(Format::Raw),
         direct: false,
+        backing: false,
         engine: Engine::Auto,
     });
     let image = image.expect("an image");

@@ -27,11 +27,13 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The file is not TOML or has an unknown or mistyped key.
-    #[error("{path} is not a VM configuration: {message}")]
+    #[error("{path} is not a VM configuration: line {line}: {message}")]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Where and why, as the TOML parser tells it.
+        /// Which line, from 1 on.
+        line: usize,
+        /// What is wrong there.
         message: String,
     },
     /// A value that cannot work, with the remedy.
@@ -154,6 +156,10 @@ pub struct DiskConfig {
     /// Bypass the node's page cache (`O_DIRECT`).
     #[serde(default)]
     pub direct: bool,
+    /// Let a qcow2 image read from the backing files that it names. Only for
+    /// images from people who may read any file that the monitor can.
+    #[serde(default)]
+    pub backing: bool,
     /// I/O engine: `auto`, `io_uring` or `sync`.
     #[serde(default)]
     pub engine: blanket_drivers::store::Engine,
@@ -242,7 +248,7 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared_memory: Option<bool>,
 
-    /// A disk: FILE, or path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,direct=on][,engine=auto|io_uring|sync][,queues=N].
+    /// A disk: FILE, or path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,direct=on][,backing=on][,engine=auto|io_uring|sync][,queues=N].
     /// May be repeated; the first is /dev/vda.
     #[arg(long, value_name = "DISK", value_parser = parse_disk)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -292,9 +298,14 @@ impl VmConfig {
             path: path.to_owned(),
             source,
         })?;
-        toml::from_str(&text).map_err(|error| Error::Parse {
-            path: path.to_owned(),
-            message: error.to_string(),
+        toml::from_str(&text).map_err(|error| {
+            let before = error.span().map_or(0, |span| span.start);
+            let line = 1 + text.bytes().take(before).filter(|b| *b == b'\n').count();
+            Error::Parse {
+                path: path.to_owned(),
+                line,
+                message: error.message().to_owned(),
+            }
         })
     }
 

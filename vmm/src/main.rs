@@ -87,6 +87,7 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
     runtime.block_on(async {
         // Bound first: who connects early waits for its answer, not for a file.
         let listener = arguments.api_socket.as_deref().map(listen).transpose()?;
+        let _socket = arguments.api_socket.map(SocketFile);
         monitor.timeline().mark("API ready");
         if config.kernel.is_some() {
             monitor.create(config)?;
@@ -96,6 +97,16 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         }
         serve(monitor, events, listener).await
     })
+}
+
+/// Removes the API socket's file at the end. (A monitor that was root may not
+/// any more; `blanket` then does.)
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// Binds the API socket, for this user only. A socket that nobody listens on

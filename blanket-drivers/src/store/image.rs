@@ -27,6 +27,9 @@ pub struct Spec {
     pub format: Option<Format>,
     /// Bypass the page cache (`O_DIRECT`).
     pub direct: bool,
+    /// Follow a qcow2 image to its backing files. An image that a stranger
+    /// made may name any file of the node there.
+    pub backing: bool,
     /// What carries out the I/O.
     pub engine: Engine,
 }
@@ -181,7 +184,7 @@ impl Image {
         if spec.direct {
             direct(&file, spec)?;
         }
-        let layers = match Layers::open(file, &path, spec.readonly, spec.direct) {
+        let layers = match Layers::open(file, &path, spec) {
             Ok(layers) => layers,
             Err(source) => return Err(Error::Qcow2 { path, source }),
         };

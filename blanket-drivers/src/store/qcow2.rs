@@ -16,7 +16,7 @@ use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 
 use super::transfer::{Limits, Transfer};
-use super::{Operation, Request, lock};
+use super::{Operation, Request, Spec, lock};
 
 /// Most layers of backing files: an image may name itself as its backing file.
 const MAX_LAYERS: usize = 64;
@@ -31,8 +31,9 @@ pub(super) struct Layers {
 }
 
 impl Layers {
-    /// Opens the image in `file`, at `path`; `direct` if the file is.
-    pub(super) fn open(file: File, path: &Path, readonly: bool, direct: bool) -> io::Result<Self> {
+    /// Opens the image in `file`, at `path`; the file is as `spec` says.
+    pub(super) fn open(file: File, path: &Path, spec: &Spec) -> io::Result<Self> {
+        let (readonly, direct) = (spec.readonly, spec.direct);
         let options = StorageOpenOptions::new()
             .filename(path)
             .write(!readonly)
@@ -41,7 +42,10 @@ impl Layers {
         let image = Qcow2::<Storage>::builder(storage)
             .write(!readonly)
             .storage_open_options(StorageOpenOptions::new().direct(direct))
-            .open(Gate { layers: 1 })?;
+            .open(Gate {
+                layers: 1,
+                backing: spec.backing,
+            })?;
         let access = FormatAccess::new(image);
         let sector = super::SECTOR;
         let limits = Limits {
@@ -132,6 +136,8 @@ const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// Opens what an image refers to: for reading only, and locked.
 struct Gate {
     layers: usize,
+    /// Whether the image may have backing files at all.
+    backing: bool,
 }
 
 impl ImplicitOpenGate<Storage> for Gate {
@@ -144,14 +150,23 @@ impl ImplicitOpenGate<Storage> for Gate {
                 "more than {MAX_LAYERS} layers of backing files: does one name itself?"
             )));
         }
-        let layers = self.layers + 1;
-        Ok(FormatAccess::new(builder.open(Gate { layers })?))
+        let gate = Gate {
+            layers: self.layers + 1,
+            backing: self.backing,
+        };
+        Ok(FormatAccess::new(builder.open(gate)?))
     }
 
     fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Storage> {
         let path = options
             .get_filename()
             .ok_or_else(|| io::Error::other("an image refers to a file without a name"))?;
+        if !self.backing {
+            return Err(io::Error::other(format!(
+                "it refers to another file, {}: say backing=on if whoever made the image may read that",
+                path.display()
+            )));
+        }
         if options.get_writable() {
             return Err(io::Error::other(
                 "external data files are not supported: convert the image with `qemu-img convert`",

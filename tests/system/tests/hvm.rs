@@ -188,7 +188,7 @@ fn disks_of_every_kind_hold_what_the_guest_writes() {
         "disks",
         "",
         "--cpus 2 --disk path=/run/raw,serial=raw-0 --disk path=/run/sync,engine=sync \
-         --disk /run/overlay --disk path=/run/ro,readonly=on",
+         --disk path=/run/overlay,backing=on --disk path=/run/ro,readonly=on",
     )
     .unwrap();
     let guest = vm.guest().unwrap();

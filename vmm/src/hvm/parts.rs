@@ -49,7 +49,12 @@ impl Parts {
     /// remedy. What was made until then (taps, sockets) goes away again.
     pub fn open(config: &VmConfig) -> Result<Self, Error> {
         let kernel = config.kernel.as_deref().ok_or(Error::NoKernel)?;
-        let payload = Payload::open(kernel, config.initrd.as_deref(), config.cmdline())?;
+        let payload = Payload::open(
+            kernel,
+            config.initrd.as_deref(),
+            config.cmdline(),
+            config.memory(),
+        )?;
         let host = kvm::open(config.cpus())?;
         let ram = blanket_memory::build(&blanket_memory::Spec {
             size: config.memory(),
@@ -93,6 +98,7 @@ fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error> {
         readonly: config.readonly,
         format: config.format,
         direct: config.direct,
+        backing: config.backing,
         engine: config.engine,
     })?;
     Ok(Disk {

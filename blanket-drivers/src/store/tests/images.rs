@@ -126,6 +126,40 @@ fn a_guest_cannot_turn_a_probed_raw_image_into_qcow2() {
 }
 
 #[test]
+fn an_image_reads_another_file_only_where_that_is_allowed() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    raw_image(dir.path(), 1 << 20, 9);
+    let create = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "disk.raw",
+        "-F",
+        "raw",
+        "top.qcow2",
+    ];
+    qemu_img(dir.path(), &create);
+    let trusted = Spec {
+        format: Some(Format::Qcow2),
+        ..spec(&dir.path().join("top.qcow2"))
+    };
+    let said = refusal(&Spec {
+        backing: false,
+        ..trusted.clone()
+    });
+    assert!(
+        said.contains("disk.raw") && said.contains("backing=on"),
+        "{said}"
+    );
+    Image::open(&trusted).unwrap();
+}
+
+#[test]
 fn cut_and_misdirected_qcow2_images_are_refused() {
     if !have_qemu_img() {
         return;

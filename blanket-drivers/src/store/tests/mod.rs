@@ -19,6 +19,7 @@ fn spec(path: &Path) -> Spec {
         readonly: false,
         format: Some(Format::Raw),
         direct: false,
+        backing: true,
         engine: Engine::Auto,
     }
 }

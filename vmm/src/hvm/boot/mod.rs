@@ -4,19 +4,19 @@
 //! 64-bit boot protocol (Documentation/arch/x86/boot.rst), an ELF image with a
 //! PVH note by Xen's (docs/misc/pvh.pandoc), which needs no page tables of ours.
 
+mod image;
 mod linux64;
 mod pvh;
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use blanket_devices::{acpi, platform};
 use blanket_memory::GuestRam;
-use linux_loader::loader::bzimage::BzImage;
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use linux_loader::loader::{KernelLoader, bootparam};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use image::{Image, Start};
 
 /// Low memory as the first instruction finds it.
 mod at {
@@ -117,16 +117,24 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// Opens the files.
+    /// Opens the files, for a guest with `memory` bytes of RAM.
     ///
     /// # Errors
-    /// A file is missing or cannot be read.
-    pub fn open(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> Result<Self, Error> {
+    /// A file is missing, is no whole kernel of a known form, or does not fit.
+    pub fn open(
+        kernel: &Path,
+        initrd: Option<&Path>,
+        cmdline: &str,
+        memory: u64,
+    ) -> Result<Self, Error> {
+        let low = blanket_memory::layout::regions(memory)[0].1;
+        let mut file = open("kernel", kernel)?;
+        let image = Image::inspect(&mut file, kernel)?;
+        image.fits(low)?;
+        let initrd = initrd.map(|path| open_initrd(path, &image, low));
         Ok(Self {
-            kernel: (open("kernel", kernel)?, kernel.to_owned()),
-            initrd: initrd
-                .map(|path| Ok::<_, Error>((open("initrd", path)?, path.to_owned())))
-                .transpose()?,
+            kernel: (file, kernel.to_owned()),
+            initrd: initrd.transpose()?,
             cmdline: cmdline.to_owned(),
         })
     }
@@ -136,11 +144,14 @@ impl Payload {
     /// # Errors
     /// The kernel is of no known form, truncated, or does not fit.
     pub fn load(&mut self, ram: &GuestRam, cpus: u8) -> Result<Entry, Error> {
-        let kernel = self.load_kernel(ram)?;
+        let (file, path) = &mut self.kernel;
+        let image = Image::inspect(file, path)?;
+        image.fits(low_memory(ram))?;
+        let start = image.load(ram, file, path)?;
         let mut cmdline = self.cmdline.clone().into_bytes();
         cmdline.push(0);
         ram.write_slice(&cmdline, at::CMDLINE)?;
-        let initrd = self.load_initrd(ram, &kernel)?;
+        let initrd = self.load_initrd(ram, &image)?;
         let rsdp = acpi::write_tables(ram, cpus)?;
         let boot = Boot {
             memory_map: memory_map(ram),
@@ -148,7 +159,7 @@ impl Payload {
             rsdp,
             cmdline_len: self.cmdline.len() as u32,
         };
-        match kernel.start {
+        match start {
             Start::Pvh(entry) => pvh::prepare(ram, &boot, entry),
             Start::Elf64(entry) => linux64::prepare(ram, &boot, entry, None),
             Start::BzImage(load, header) => {
@@ -157,33 +168,11 @@ impl Payload {
         }
     }
 
-    fn load_kernel(&mut self, ram: &GuestRam) -> Result<Kernel, Error> {
-        let (file, path) = &mut self.kernel;
-        let mut magic = [0u8; 0x260];
-        let len = read_head(file, &mut magic).map_err(|source| Error::File {
-            what: "kernel",
-            path: path.clone(),
-            source,
-        })?;
-        if magic.starts_with(b"\x7fELF") {
-            load_elf(ram, file, path)
-        } else if len > 0x206 && &magic[0x202..0x206] == b"HdrS" {
-            load_bzimage(ram, file, path)
-        } else {
-            Err(Error::Format {
-                path: path.clone(),
-                why: what_it_is(&magic[..len]).to_owned(),
-            })
-        }
-    }
-
-    /// Puts the initrd as high as the kernel lets it.
     fn load_initrd(
         &mut self,
         ram: &GuestRam,
-        kernel: &Kernel,
+        image: &Image,
     ) -> Result<Option<(GuestAddress, u64)>, Error> {
-        const PAGE: u64 = 4096;
         let Some((file, path)) = &mut self.initrd else {
             return Ok(None);
         };
@@ -194,28 +183,45 @@ impl Payload {
         };
         let size = file.seek(SeekFrom::End(0)).map_err(file_error)?;
         file.rewind().map_err(file_error)?;
-        if size == 0 {
-            return Err(Error::EmptyInitrd(path.clone()));
-        }
-        let top = low_memory(ram).min(kernel.initrd_max.saturating_add(1));
-        let start = top
-            .checked_sub(size)
-            .map(|start| start & !(PAGE - 1))
-            .filter(|start| *start >= kernel.end)
-            .ok_or(Error::Memory {
-                what: "the kernel with its initrd",
-                needed_mib: (kernel.end + size).div_ceil(1 << 20),
-                have_mib: low_memory(ram) >> 20,
-            })?;
+        let start = initrd_start(image, size, low_memory(ram))?;
         let read = usize::try_from(size)
             .map_err(io::Error::other)
             .and_then(|len| {
-                ram.read_exact_volatile_from(GuestAddress(start), file, len)
+                ram.read_exact_volatile_from(start, file, len)
                     .map_err(io::Error::other)
             });
         read.map_err(file_error)?;
-        Ok(Some((GuestAddress(start), size)))
+        Ok(Some((start, size)))
     }
+}
+
+/// Opens an initrd and checks that it fits behind the kernel.
+fn open_initrd(path: &Path, image: &Image, low: u64) -> Result<(File, PathBuf), Error> {
+    let mut file = open("initrd", path)?;
+    let size = file.seek(SeekFrom::End(0)).map_err(|source| Error::File {
+        what: "initrd",
+        path: path.to_owned(),
+        source,
+    })?;
+    if size == 0 {
+        return Err(Error::EmptyInitrd(path.to_owned()));
+    }
+    initrd_start(image, size, low)?;
+    Ok((file, path.to_owned()))
+}
+
+/// Where an initrd of `size` bytes lies: as high as the kernel lets it.
+fn initrd_start(image: &Image, size: u64, low: u64) -> Result<GuestAddress, Error> {
+    const PAGE: u64 = 4096;
+    low.min(image.initrd_max.saturating_add(1))
+        .checked_sub(size)
+        .map(|start| GuestAddress(start & !(PAGE - 1)))
+        .filter(|start| start.0 >= image.end)
+        .ok_or(Error::Memory {
+            what: "the kernel with its initrd",
+            needed_mib: image.end.saturating_add(size).div_ceil(1 << 20),
+            have_mib: low >> 20,
+        })
 }
 
 /// What the kernel is told about its machine.
@@ -233,21 +239,6 @@ struct Range {
     kind: u32,
 }
 
-/// A loaded kernel.
-struct Kernel {
-    start: Start,
-    /// First byte behind all that the kernel needs to unpack itself.
-    end: u64,
-    /// Highest address that the initrd may occupy.
-    initrd_max: u64,
-}
-
-enum Start {
-    Pvh(u64),
-    Elf64(u64),
-    BzImage(u64, Box<bootparam::setup_header>),
-}
-
 fn open(what: &'static str, path: &Path) -> Result<File, Error> {
     let file_error = |source| Error::File {
         what,
@@ -261,198 +252,9 @@ fn open(what: &'static str, path: &Path) -> Result<File, Error> {
     Ok(file)
 }
 
-fn read_head(file: &mut File, out: &mut [u8]) -> io::Result<usize> {
-    file.rewind()?;
-    let mut len = 0;
-    while len < out.len() {
-        match file.read(&mut out[len..])? {
-            0 => break,
-            n => len += n,
-        }
-    }
-    Ok(len)
-}
-
-/// A guess at what somebody took for a kernel, for the error message.
-fn what_it_is(head: &[u8]) -> &'static str {
-    match head {
-        [] => "it is empty",
-        [0x1f, 0x8b, ..] => "it is a gzip file (unpack it first)",
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => "it is a zstd file (unpack it first)",
-        [b'Q', b'F', b'I', 0xfb, ..] => "it is a qcow2 disk image",
-        [b'0', b'7', b'0', b'7', ..] => "it is an initrd (cpio)",
-        _ => "it has neither an ELF nor a bzImage header",
-    }
-}
-
 fn low_memory(ram: &GuestRam) -> u64 {
     ram.find_region(GuestAddress(0))
         .map_or(0, GuestMemoryRegion::len)
-}
-
-fn needs(ram: &GuestRam, end: u64) -> Result<(), Error> {
-    if end <= low_memory(ram) {
-        return Ok(());
-    }
-    Err(Error::Memory {
-        what: "the kernel",
-        needed_mib: end.div_ceil(1 << 20),
-        have_mib: low_memory(ram) >> 20,
-    })
-}
-
-fn load_elf(ram: &GuestRam, file: &mut File, path: &Path) -> Result<Kernel, Error> {
-    let header = elf_header(file, path)?;
-    for segment in &header.segments {
-        needs(ram, segment.end())?;
-    }
-    let loaded = Elf::load(ram, None, file, None).map_err(|error| Error::Format {
-        path: path.to_owned(),
-        why: error.to_string(),
-    })?;
-    let start = match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => Start::Pvh(entry.0),
-        _ => Start::Elf64(header.physical_entry()),
-    };
-    Ok(Kernel {
-        start,
-        end: loaded.kernel_end,
-        initrd_max: u64::MAX,
-    })
-}
-
-/// What is checked of an ELF image before it is loaded.
-struct ElfHeader {
-    entry: u64,
-    segments: Vec<Segment>,
-}
-
-struct Segment {
-    virtual_start: u64,
-    physical_start: u64,
-    len: u64,
-}
-
-impl Segment {
-    fn end(&self) -> u64 {
-        self.physical_start.saturating_add(self.len)
-    }
-}
-
-impl ElfHeader {
-    /// The entry as a physical address: a vmlinux states a virtual one if its
-    /// maker linked it so.
-    fn physical_entry(&self) -> u64 {
-        self.segments
-            .iter()
-            .find(|s| {
-                (s.virtual_start..s.virtual_start.saturating_add(s.len)).contains(&self.entry)
-            })
-            .map_or(self.entry, |s| {
-                s.physical_start + (self.entry - s.virtual_start)
-            })
-    }
-}
-
-/// Reads the headers and checks that the file holds all that they promise.
-fn elf_header(file: &mut File, path: &Path) -> Result<ElfHeader, Error> {
-    const PT_LOAD: u32 = 1;
-    const EM_X86_64: u16 = 62;
-    let truncated = |why: &str| Error::Truncated {
-        path: path.to_owned(),
-        why: why.to_owned(),
-    };
-    let format = |why: &str| Error::Format {
-        path: path.to_owned(),
-        why: why.to_owned(),
-    };
-    let size = file
-        .seek(SeekFrom::End(0))
-        .map_err(|_| truncated("it cannot be read"))?;
-    let mut head = [0u8; 64];
-    if read_head(file, &mut head).unwrap_or(0) < head.len() {
-        return Err(truncated("it ends within the ELF header"));
-    }
-    if head[4] != 2 || u16_at(&head, 18) != EM_X86_64 {
-        return Err(format("it is an ELF image for another processor"));
-    }
-    let (offset, count) = (u64_at(&head, 32), u16_at(&head, 56));
-    let mut headers = vec![0u8; usize::from(count) * 56];
-    file.seek(SeekFrom::Start(offset))
-        .and_then(|_| file.read_exact(&mut headers))
-        .map_err(|_| truncated("it ends within the program headers"))?;
-    let mut segments = Vec::new();
-    for header in headers.chunks_exact(56) {
-        if u32_at(header, 0) != PT_LOAD {
-            continue;
-        }
-        let (at, len) = (u64_at(header, 8), u64_at(header, 32));
-        if at.checked_add(len).is_none_or(|end| end > size) {
-            return Err(truncated("it ends within a segment"));
-        }
-        segments.push(Segment {
-            virtual_start: u64_at(header, 16),
-            physical_start: u64_at(header, 24),
-            len: u64_at(header, 40),
-        });
-    }
-    if segments.is_empty() {
-        return Err(format("the ELF image has nothing to load"));
-    }
-    Ok(ElfHeader {
-        entry: u64_at(&head, 24),
-        segments,
-    })
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    (0..8).fold(0, |value, i| value | u64::from(bytes[at + i]) << (8 * i))
-}
-
-fn load_bzimage(ram: &GuestRam, file: &mut File, path: &Path) -> Result<Kernel, Error> {
-    /// `xloadflags`: the image has a 64-bit entry point.
-    const XLF_KERNEL_64: u16 = 1;
-    let size = file.seek(SeekFrom::End(0)).unwrap_or(0);
-    needs(ram, at::HIGH.0 + size)?;
-    let loaded = BzImage::load(ram, None, file, Some(at::HIGH)).map_err(|error| Error::Format {
-        path: path.to_owned(),
-        why: error.to_string(),
-    })?;
-    let header = loaded.setup_header.unwrap_or_default();
-    // The protected-mode part is counted in 16-byte units.
-    let promised =
-        (u64::from(header.setup_sects.max(1)) + 1) * 512 + u64::from(header.syssize) * 16;
-    if size < promised {
-        return Err(Error::Truncated {
-            path: path.to_owned(),
-            why: format!("it has {size} of {promised} bytes"),
-        });
-    }
-    if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(Error::Format {
-            path: path.to_owned(),
-            why: "it has no 64-bit entry (a 32-bit kernel, or one before Linux 3.8)".to_owned(),
-        });
-    }
-    // It unpacks itself to its preferred address.
-    let end = header
-        .pref_address
-        .saturating_add(u64::from(header.init_size))
-        .max(loaded.kernel_end);
-    needs(ram, end)?;
-    Ok(Kernel {
-        start: Start::BzImage(loaded.kernel_load.0, Box::new(header)),
-        end,
-        initrd_max: u64::from(header.initrd_addr_max),
-    })
 }
 
 /// RAM without the BIOS area, and what is reserved for devices.

@@ -66,6 +66,7 @@ fn load(kernel: &[u8], initrd: Option<&[u8]>, ram: &GuestRam) -> Result<Entry, E
         kernel.path(),
         initrd.as_ref().map(tempfile::NamedTempFile::path),
         "console=ttyS0",
+        low_memory(ram),
     )?
     .load(ram, 2)
 }
@@ -80,7 +81,7 @@ fn an_elf_image_with_a_note_starts_by_pvh_and_finds_its_initrd() {
     assert_eq!(&code, b"code");
     let mut info = [0u8; size_of::<hvm_start_info>()];
     ram.read_slice(&mut info, at::START_INFO).unwrap();
-    let field = |at: usize| u64_at(&info, at);
+    let field = |at: usize| image::u64_at(&info, at);
     assert_eq!(field(0) as u32, 0x336e_c578);
     let mut cmdline = [0; 13];
     ram.read_slice(&mut cmdline, GuestAddress(field(24)))
@@ -132,7 +133,7 @@ fn what_is_no_kernel_is_named() {
         let error = load(bytes, None, &ram).unwrap_err().to_string();
         assert!(error.contains(what) && error.contains("bzImage"), "{error}");
     }
-    let missing = Payload::open(Path::new("no/such/kernel"), None, "").err();
+    let missing = Payload::open(Path::new("no/such/kernel"), None, "", 16 * MIB).err();
     assert!(missing.unwrap().to_string().contains("no/such/kernel"));
 }
 

@@ -41,6 +41,7 @@ fn image_of(dir: &Path, len: usize) -> (PathBuf, Spec) {
         readonly: false,
         format: Some(Format::Raw),
         direct: false,
+        backing: false,
         engine: Engine::Auto,
     };
     (path, spec)

@@ -93,6 +93,7 @@ fn a_halted_disk_lets_its_image_go() {
         readonly: false,
         format: None,
         direct: false,
+        backing: false,
         engine: Engine::Auto,
     };
     assert!(Image::open(&spec).is_err());
