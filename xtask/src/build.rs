@@ -14,7 +14,8 @@ const PACKAGES: [&str; 3] = ["blanket-vmm", "blanket-node", "blanket-testbed-age
 
 /// Optimised, with assertions and overflow checks.
 pub const TESTING: &str = "testing";
-const RELEASE: &str = "release";
+/// As released.
+pub const RELEASE: &str = "release";
 
 /// Options of `cargo xtask build`.
 #[derive(Debug, clap::Args)]

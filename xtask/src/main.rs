@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::progress::Progress;
 use xtask::workspace::Workspace;
-use xtask::{bench, build, fuzz, setup, test};
+use xtask::{bench, build, demo, fuzz, setup, test};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version, about)]
@@ -17,6 +17,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Show the main job: a stock Debian guest on a cloud machine.
+    Demo,
     /// Check format and lints, run unit and whole-system tests.
     Test(test::Options),
     /// Build the programs that run on nodes, and the guest payloads.
@@ -43,6 +45,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let progress = Progress::new();
     let workspace = Workspace::find()?;
     match &cli.command {
+        Task::Demo => demo::run(&workspace, &progress),
         Task::Test(options) => test::run(&workspace, &progress, options),
         Task::Build(options) => build::run(&workspace, &progress, options),
         Task::Bench(options) => bench::run(&workspace, &progress, options),

@@ -1,6 +1,6 @@
 //! What whole-system tests share: nodes with Blanket on them, and its VMs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -38,14 +38,23 @@ pub fn payload(name: &str) -> Result<PathBuf> {
 /// `/payload/guest`: 2 CPUs, 2 GiB.
 ///
 /// # Errors
-/// An image cannot be built.
+/// Not run by `cargo xtask test`, or an image cannot be built.
 pub fn provider(name: &str) -> Result<NodeBuilder> {
+    let folder = program("")?;
+    provider_with(name, &folder)
+}
+
+/// The same with the programs in `folder`.
+///
+/// # Errors
+/// An image cannot be built.
+pub fn provider_with(name: &str, folder: &Path) -> Result<NodeBuilder> {
     Ok(Node::builder(name)
         .cpus(2)
         .memory_mib(2048)
         .payload(&GuestImages::get()?.payload()?)
-        .inject(program("blanket")?, "/usr/bin/blanket")
-        .inject(program("blanket-vmm")?, "/usr/bin/blanket-vmm"))
+        .inject(folder.join("blanket"), "/usr/bin/blanket")
+        .inject(folder.join("blanket-vmm"), "/usr/bin/blanket-vmm"))
 }
 
 /// A VM on a node.

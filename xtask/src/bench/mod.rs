@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: measurements, against a peer where there is one.
 
+mod boot;
 pub mod row;
 
 use std::process::ExitCode;
@@ -29,7 +30,11 @@ pub struct Benchmark {
 }
 
 /// All benchmarks.
-const BENCHMARKS: &[Benchmark] = &[];
+const BENCHMARKS: &[Benchmark] = &[Benchmark {
+    name: "boot",
+    about: "exec to the guest's init, memory and start of the monitor, against QEMU",
+    run: boot::run,
+}];
 
 /// Runs the benchmarks that are named; prints a table of each and writes
 /// `bench/NAME.json` in the build directory.

@@ -1,0 +1,134 @@
+//! `cargo xtask demo`: the main job from end to end, on real input.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use blanket_system_tests::{Vm, provider_with};
+use blanket_testbed::{Client, GUEST_PAGE, GuestImages, Node};
+
+use crate::build;
+use crate::progress::Progress;
+use crate::setup;
+use crate::workspace::Workspace;
+
+/// What the guest is told, and where it is reached.
+const GUEST_ADDRESS: &str = "10.9.0.2";
+const CMDLINE: &str = "root=/dev/vda blanket.ip=10.9.0.2/24";
+const FLAGS: &str = "--memory 512M --cpus 2 --disk /payload/guest/disk.raw \
+                     --net tap,host_ip=10.9.0.1/24";
+
+/// Boots a provider's machine, runs Blanket in it, and a stock Debian in that.
+///
+/// # Errors
+/// A step fails; the message says which and why.
+pub fn run(workspace: &Workspace, progress: &Progress) -> Result<ExitCode> {
+    println!(
+        "Blanket's main job: on a cloud machine, which is emulated here, `blanket` runs a stock\n\
+         Debian with disk and network. The first time, packages are fetched and images built."
+    );
+    setup::run(progress)?;
+    let step = progress.step("build Blanket");
+    build::programs(workspace, &step, build::TESTING)?;
+    step.done("");
+    let step = progress.step("images of the cloud machine and its guest, from Debian's packages");
+    GuestImages::get()?;
+    step.done("");
+    let step = progress.step("a provider's machine boots");
+    let node = provider_with("cloud", &workspace.programs(build::TESTING))?.boot()?;
+    step.done(&kvm(&node)?);
+    let step = progress.step("blanket run web: a stock Debian guest");
+    let vm = Vm::linux(&node, "web", CMDLINE, FLAGS)?;
+    let guest = vm.guest()?;
+    let release = guest
+        .sh(". /etc/os-release; echo $PRETTY_NAME, Linux $(uname -r)")
+        .text()?;
+    step.done(release.trim());
+    web(progress, &node)?;
+    disk(progress, &guest)?;
+    show(&node, &vm)?;
+    drop(guest);
+    let step = progress.step("blanket stop web: the power button");
+    let stopped = vm.blanket("stop", "--timeout 180")?;
+    ensure!(
+        stopped.status.success(),
+        "the guest does not stop: {stopped:?}"
+    );
+    let ended = vm.ended()?;
+    ensure!(ended.contains("powered off"), "it ended otherwise: {ended}");
+    step.done("it powered itself off");
+    let step = progress.step("the provider's machine ends");
+    node.shutdown()?;
+    step.done("");
+    println!(
+        "\nShown: a stock Debian kernel and system booted under Blanket, in a machine that Blanket\n\
+         rents; its web server answered, its disk kept what was written, and it shut down cleanly.\n\
+         `cargo xtask test` passes the tests; docs/cli.md has the commands."
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How the node's KVM works, in its doctor's words.
+fn kvm(node: &Node) -> Result<String> {
+    let report = node.sh("blanket doctor").text()?;
+    let line = report.lines().find(|line| line.contains("KVM"));
+    Ok(line.unwrap_or_default().trim().to_owned())
+}
+
+fn web(progress: &Progress, node: &Node) -> Result<()> {
+    let step = progress.step("a page from the web server in the guest, over the tap");
+    let page = node
+        .sh(format!(
+            "curl -sS --fail --retry 60 --retry-connrefused --retry-delay 1 http://{GUEST_ADDRESS}/"
+        ))
+        .timeout(blanket_system_tests::GUEST_LIMIT)
+        .text()?;
+    ensure!(
+        page == GUEST_PAGE,
+        "the guest's server has another page: {page}"
+    );
+    step.done(&format!("\"{}\"", page.trim()));
+    Ok(())
+}
+
+fn disk(progress: &Progress, guest: &Client) -> Result<()> {
+    let step = progress.step("16 MiB to the guest's disk and back");
+    let text = guest
+        .sh(
+            "dd if=/dev/urandom of=/var/tmp/data bs=1M count=16 conv=fsync 2>/dev/null; \
+             sha256sum < /var/tmp/data; echo 3 > /proc/sys/vm/drop_caches; \
+             sha256sum < /var/tmp/data",
+        )
+        .text()?;
+    let sums: Vec<_> = text.lines().collect();
+    ensure!(
+        sums.len() == 2 && sums[0] == sums[1],
+        "the disk gives back something else: {text}"
+    );
+    step.done(&format!(
+        "sha256 {}...",
+        sums[0].get(..16).unwrap_or_default()
+    ));
+    Ok(())
+}
+
+/// The list of VMs and how this one came up.
+fn show(node: &Node, vm: &Vm) -> Result<()> {
+    println!("\n$ blanket ps\n{}", node.sh("blanket ps").text()?);
+    let info = vm.info()?;
+    println!("boot timeline of web, in ms since the monitor's start:");
+    let boot = info["vm"]["boot"].as_array().context("no timeline")?;
+    for phase in boot {
+        let at = phase["at_us"].as_f64().unwrap_or_default() / 1000.0;
+        println!(
+            "  {at:>9.1}  {}",
+            phase["phase"].as_str().unwrap_or_default()
+        );
+    }
+    let log = vm.blanket("logs", "")?.stdout;
+    let log = String::from_utf8_lossy(&log);
+    if let Some(line) = log.lines().find(|line| line.contains("guest: init")) {
+        println!("  {:>9}  {}", "", line.trim());
+    }
+    println!();
+    Ok(())
+}
