@@ -50,6 +50,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let timeline = Timeline::start();
+    one_arena();
     let arguments = Arguments::parse();
     log::init();
     match run(arguments, timeline) {
@@ -62,6 +63,15 @@ fn main() -> ExitCode {
             eprintln!("blanket-vmm: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Keeps glibc to one arena: others cost memory, and to shrink them it opens a
+/// file, which no confined thread may.
+fn one_arena() {
+    // SAFETY: called while the process has one thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
