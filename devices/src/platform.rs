@@ -30,5 +30,10 @@ pub const FIRST_MSI_GSI: u32 = 24;
 /// Where the ACPI tables lie: the BIOS area, where a guest without other
 /// advice looks for them.
 pub const ACPI_START: u64 = 0xe_0000;
+/// End of the ACPI tables.
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where a PC starts anew in real mode (F000:FFF0), in the BIOS area's last 16
+/// bytes.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// End of the BIOS area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const BIOS_END: u64 = 0x10_0000;

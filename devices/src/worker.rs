@@ -12,6 +12,10 @@ use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
 
+/// Bytes of a thread's stack. Less than a huge page: a stack that the kernel
+/// makes one of would count whole.
+pub const STACK: usize = 512 << 10;
+
 /// Something that a worker runs: it registers its file descriptors in
 /// [`MutEventSubscriber::init`] and serves them in `process`.
 pub trait Handler: MutEventSubscriber + Any + Send {
@@ -64,6 +68,7 @@ impl Worker {
         let (report, outcome) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
+            .stack_size(STACK)
             .spawn(move || {
                 let ready = setup();
                 let ok = ready.is_ok();

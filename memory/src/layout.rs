@@ -4,7 +4,6 @@
 //! 0 ......................... RAM, up to 3 GiB
 //! MMIO_GAP_START (3 GiB) .... 32-bit device windows, ECAM, IOAPIC, LAPIC
 //! 4 GiB ..................... the rest of RAM
-//! above RAM ................. 64-bit device window
 //! ```
 
 use vm_memory::GuestAddress;
@@ -25,17 +24,6 @@ pub fn regions(size: u64) -> Vec<(GuestAddress, u64)> {
     out
 }
 
-/// First address of the 64-bit device window: behind RAM, 1 GiB-aligned.
-#[must_use]
-pub fn high_window_start(size: u64) -> u64 {
-    let end = regions(size)
-        .last()
-        .map_or(0, |(start, len)| start.0.saturating_add(*len));
-    end.max(MMIO_GAP_END)
-        .checked_next_multiple_of(1 << 30)
-        .unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,9 +38,7 @@ mod tests {
             for (start, len) in &regions {
                 let end = start.0 + len;
                 prop_assert!(end <= MMIO_GAP_START || start.0 >= MMIO_GAP_END);
-                prop_assert!(end <= high_window_start(size));
             }
-            prop_assert!(high_window_start(size).is_multiple_of(1 << 30));
         }
     }
 }

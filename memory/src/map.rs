@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::{GuestRam, layout};
@@ -171,22 +171,69 @@ fn region(
         // Reserved now: a guest must not die by SIGBUS later.
         flags = libc::MAP_HUGETLB | ((shift as i32) << libc::MAP_HUGE_SHIFT);
     }
-    let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-    let builder = match file {
-        Some(file) => builder
-            .with_file_offset(FileOffset::new(
-                file.try_clone().map_err(|error| spec.map_error(error))?,
-                offset,
-            ))
-            .with_mmap_flags(libc::MAP_SHARED | (flags & libc::MAP_NORESERVE)),
-        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags),
+    let map = || {
+        let builder =
+            MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        let builder = match file {
+            Some(file) => builder
+                .with_file_offset(FileOffset::new(
+                    file.try_clone().map_err(|error| spec.map_error(error))?,
+                    offset,
+                ))
+                .with_mmap_flags(libc::MAP_SHARED | (flags & libc::MAP_NORESERVE)),
+            None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags),
+        };
+        builder.build().map_err(|error| match error {
+            MmapRegionError::Mmap(source) => spec.map_error(source),
+            other => Error::Layout(other.to_string()),
+        })
     };
-    let mapping = builder.build().map_err(|error| match error {
-        MmapRegionError::Mmap(source) => spec.map_error(source),
-        other => Error::Layout(other.to_string()),
-    })?;
-    GuestRegionMmap::new(mapping, start)
+    GuestRegionMmap::new(aligned(map)?, start)
         .ok_or_else(|| Error::Layout(format!("{len} bytes at {:#x}", start.0)))
+}
+
+/// Bytes of a huge page.
+const HUGE: usize = 2 << 20;
+
+/// A mapping that begins at a multiple of 2 MiB, as guest memory does: only
+/// then can one entry of the nested page table map a whole huge page. Where
+/// the kernel (before Linux 6.7) does not see to that, room above the mapping
+/// is taken for as long as it is made; if that does not help, any will do.
+fn aligned(map: impl Fn() -> Result<MmapRegion, Error>) -> Result<MmapRegion, Error> {
+    const TRIES: usize = 8;
+    let mut fillers = Vec::new();
+    let mut region = map()?;
+    while !(region.as_ptr() as usize).is_multiple_of(HUGE) && fillers.len() < TRIES {
+        let over = region.as_ptr() as usize % HUGE;
+        drop(region);
+        fillers.extend(Filler::new(over));
+        region = map()?;
+    }
+    Ok(region)
+}
+
+/// A piece of address space that nobody uses.
+struct Filler {
+    start: *mut libc::c_void,
+    len: usize,
+}
+
+impl Filler {
+    fn new(len: usize) -> Option<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping where the kernel wants it disturbs nobody.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+        (start != libc::MAP_FAILED).then_some(Self { start, len })
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours alone, and nothing points into it.
+        unsafe {
+            libc::munmap(self.start, self.len);
+        }
+    }
 }
 
 /// Asks for transparent huge pages; a kernel without them says no, and that is
@@ -261,6 +308,26 @@ mod tests {
             );
             let file = ram.iter().next().unwrap().file_offset().is_some();
             assert_eq!(file, shared);
+        }
+    }
+
+    #[test]
+    fn memory_lies_so_that_huge_pages_can_back_it() {
+        // Other mappings in between move the next one about.
+        for shared in [false, true] {
+            let mut held = Vec::new();
+            for i in 1..20u64 {
+                held.push(Filler::new(4096 * i as usize));
+                let size = (8 << 20) + 4096 * i;
+                let ram = build(&Spec {
+                    shared,
+                    ..spec(size)
+                })
+                .unwrap();
+                for region in ram.iter() {
+                    assert_eq!(region.as_ptr() as usize % HUGE, 0, "{size} bytes");
+                }
+            }
         }
     }
 

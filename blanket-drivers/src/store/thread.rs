@@ -53,6 +53,8 @@ impl ThreadStore {
         let (report, outcome) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
+            // Less than a huge page, which would count whole.
+            .stack_size(1 << 20)
             .spawn(move || {
                 let ready = setup();
                 let ok = ready.is_ok();

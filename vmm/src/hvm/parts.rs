@@ -34,7 +34,8 @@ pub(super) struct Interface {
 pub struct Parts {
     pub(super) host: Host,
     pub(super) ram: GuestRam,
-    pub(super) payload: Payload,
+    /// Until the machine takes it.
+    pub(super) payload: Option<Payload>,
     pub(super) disks: Vec<Disk>,
     pub(super) interfaces: Vec<Interface>,
     pub(super) serial: CharPort,
@@ -78,7 +79,7 @@ impl Parts {
         Ok(Self {
             host,
             ram,
-            payload,
+            payload: Some(payload),
             disks,
             interfaces,
             serial: open_char(config.serial.as_ref().unwrap_or(&stdio))?,

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use blanket_devices::worker::ThreadSetup;
+use blanket_devices::worker::{STACK, ThreadSetup};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 pub use exits::Counters;
@@ -142,6 +142,7 @@ impl Vcpu {
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
+            .stack_size(STACK)
             .spawn(move || {
                 let ready = signal::block().and_then(|()| setup());
                 let ok = ready.is_ok();
@@ -245,14 +246,14 @@ impl Runner {
     /// Runs the guest until the owner or an event wants it to stop.
     fn run_guest(&self) -> Option<Event> {
         let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.control.wanted.load(Ordering::Acquire) == RUNNING {
-            match self.step(&mut fd) {
-                Outcome::Continue => {}
-                Outcome::Event(event) => return Some(event),
+        let mut event = None;
+        while event.is_none() && self.control.wanted.load(Ordering::Acquire) == RUNNING {
+            if let Outcome::Event(what) = self.step(&mut fd) {
+                event = Some(what);
             }
         }
         complete_access(&mut fd);
-        None
+        event
     }
 
     fn step(&self, fd: &mut VcpuFd) -> Outcome {

@@ -116,8 +116,8 @@ fn boot(node: &Node, monitor: &Monitor) -> Result<Boot> {
     // mappings of the monitor: those as large as the guest's memory are its.
     let script = format!(
         "rm -f /run/api /run/out; mkfifo /run/out; \
-         s=$(date +%s%N); {} < /dev/null > /run/out 2> /run/err & p=$!; \
-         grep -q -m 1 '{INIT}' /run/out; e=$(date +%s%N); echo init $(((e - s) / 1000)); \
+         read s _ < /proc/uptime; {} < /dev/null > /run/out 2> /run/err & p=$!; \
+         grep -q -m 1 '{INIT}' /run/out; read e _ < /proc/uptime; echo \"start $s\"; echo \"init $e\"; \
          awk '/^[0-9a-f]+-[0-9a-f]+ / {{ guest = 0 }} /^Size:/ {{ guest = $2 >= 240 * 1024 }} \
               /^Rss:/ && !guest {{ rss += $2 }} END {{ print \"rss\", rss }}' /proc/$p/smaps; \
          [ ! -S /run/api ] || curl -s --unix-socket /run/api http://vm/vm; \
@@ -140,7 +140,8 @@ fn boot(node: &Node, monitor: &Monitor) -> Result<Boot> {
         phases.iter().map(of).collect()
     });
     Ok(Boot {
-        init: field("init")? / 1000.0,
+        // The node's clock counts hundredths of a second.
+        init: (field("init")? - field("start")?) * 1000.0,
         overhead: field("rss")? / 1024.0,
         phases,
     })

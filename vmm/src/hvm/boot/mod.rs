@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use blanket_devices::legacy::power;
 use blanket_devices::{acpi, platform};
 use blanket_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -153,6 +154,7 @@ impl Payload {
         ram.write_slice(&cmdline, at::CMDLINE)?;
         let initrd = self.load_initrd(ram, &image)?;
         let rsdp = acpi::write_tables(ram, cpus)?;
+        ram.write_slice(&reset_code(), GuestAddress(platform::RESET_VECTOR))?;
         let boot = Boot {
             memory_map: memory_map(ram),
             initrd,
@@ -252,6 +254,26 @@ fn open(what: &'static str, path: &Path) -> Result<File, Error> {
     Ok(file)
 }
 
+/// What is at the reset vector: real-mode code that writes the reset register.
+///
+/// On a hardware-reduced ACPI machine without EFI, Linux prefers this way to
+/// reboot to ACPI's: it takes the machine for one with EFI, then falls back to
+/// the BIOS.
+fn reset_code() -> [u8; 9] {
+    let [low, high] = (platform::POWER_PORT + power::RESET).to_le_bytes();
+    [
+        0xb0,
+        power::RESET_VALUE, // mov al, RESET_VALUE
+        0xba,
+        low,
+        high, // mov dx, POWER_PORT + RESET
+        0xee, // out dx, al
+        0xf4, // hlt
+        0xeb,
+        0xfd, // jmp to the hlt
+    ]
+}
+
 fn low_memory(ram: &GuestRam) -> u64 {
     ram.find_region(GuestAddress(0))
         .map_or(0, GuestMemoryRegion::len)
@@ -270,7 +292,7 @@ fn memory_map(ram: &GuestRam) -> Vec<Range> {
         },
         Range {
             start: platform::ACPI_START,
-            len: platform::ACPI_END - platform::ACPI_START,
+            len: platform::BIOS_END - platform::ACPI_START,
             kind: RESERVED,
         },
         Range {

@@ -109,6 +109,16 @@ fn an_elf_image_without_a_note_starts_in_64_bit_mode() {
 }
 
 #[test]
+fn a_jump_to_the_reset_vector_writes_the_reset_register() {
+    let ram = ram(64);
+    load(&elf(2 * MIB, &[0xf4; 64], None), None, &ram).unwrap();
+    let mut code = [0; 7];
+    ram.read_slice(&mut code, GuestAddress(0xf_fff0)).unwrap();
+    // mov al, 1; mov dx, 0x601; out dx, al; hlt
+    assert_eq!(code, [0xb0, 1, 0xba, 0x01, 0x06, 0xee, 0xf4]);
+}
+
+#[test]
 fn a_kernel_or_initrd_that_does_not_fit_says_how_much_would_do() {
     let ram = ram(16);
     let kernel = elf(15 * MIB, &vec![0; 2 << 20], None);
