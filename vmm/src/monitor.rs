@@ -131,7 +131,7 @@ impl Monitor {
             let _ = events.send(event);
         });
         let machine = Machine::build(&config, parts, sink)?;
-        self.timeline.mark("machine built, kernel loaded");
+        self.timeline.mark("machine built");
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {
             config,
@@ -146,13 +146,15 @@ impl Monitor {
         self.vm.as_mut().ok_or(Error::NoVm)
     }
 
-    /// Starts the guest.
+    /// Loads the kernel and starts the guest.
     ///
     /// # Errors
-    /// There is no VM, or it has been started.
+    /// The VM has been started, or its kernel cannot be loaded.
     pub fn boot(&mut self) -> Result<(), Error> {
         let vm = self.vm.as_mut().ok_or(Error::NoVm)?;
         vm.expect(&[VmState::Created], "be started")?;
+        vm.machine.load()?;
+        self.timeline.mark("kernel loaded");
         vm.machine.start()?;
         self.timeline.mark("vCPUs started");
         vm.booted = Some(Instant::now());

@@ -16,7 +16,7 @@ use blanket_memory::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::boot::{self, Entry, Payload};
+use super::boot::{self, Payload};
 use super::bus::HvmBus;
 use super::kvm::Host;
 use super::parts::Parts;
@@ -112,41 +112,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts `parts` together and loads the kernel meanwhile. Threads are made
-    /// here, each under its filter; the guest does not run yet.
+    /// Puts `parts` together. Threads are made here, each under its filter;
+    /// the guest does not run yet.
     ///
     /// # Errors
-    /// KVM or the node's kernel refuses something, or the guest's kernel cannot
-    /// be loaded.
-    pub fn build(config: &VmConfig, mut parts: Parts, events: EventSink) -> Result<Self, Error> {
-        let Some(mut payload) = parts.payload.take() else {
-            return Err(Error::NoKernel);
-        };
-        let (ram, cpus) = (parts.ram.clone(), config.cpus());
-        std::thread::scope(|scope| {
-            let loader = std::thread::Builder::new().name("loader".to_owned());
-            let loading = loader
-                .spawn_scoped(scope, move || {
-                    payload.load(&ram, cpus).map(|entry| (payload, entry))
-                })
-                .map_err(resource("start a thread"))?;
-            Self::assemble(config, parts, &events, || match loading.join() {
-                Ok(loaded) => Ok(loaded?),
-                Err(_) => Err(Error::Resource(
-                    "load the kernel",
-                    io::Error::other("the thread died"),
-                )),
-            })
-        })
-    }
-
-    /// Puts the parts together; `loaded` waits for the kernel.
-    fn assemble(
-        config: &VmConfig,
-        parts: Parts,
-        events: &EventSink,
-        loaded: impl FnOnce() -> Result<(Payload, Entry), Error>,
-    ) -> Result<Self, Error> {
+    /// KVM or the kernel refuses something.
+    pub fn build(config: &VmConfig, parts: Parts, events: EventSink) -> Result<Self, Error> {
         let host = parts.host;
         map_memory(&host, &parts.ram)?;
         let wiring = KvmWiring::new(host.vm.clone()).map_err(resource("set up interrupts"))?;
@@ -181,25 +152,26 @@ impl Machine {
             power: Mutex::new(power),
             pci: builder.pci,
         });
-        let (vcpus, power_on) = make_vcpus(&host, config.cpus(), &bus, events)?;
-        let (payload, entry) = loaded()?;
-        let machine = Self {
+        let (vcpus, power_on) = make_vcpus(&host, config.cpus(), &bus, &events)?;
+        Ok(Self {
             vcpus,
             bus,
             serial,
             virtio: builder.virtio,
             described: builder.described,
-            payload,
+            payload: parts.payload,
             power_on,
             ram: parts.ram,
             _workers: workers,
-        };
-        machine.enter(entry)?;
-        Ok(machine)
+        })
     }
 
-    /// Points the first vCPU at the kernel.
-    fn enter(&self, entry: Entry) -> Result<(), Error> {
+    /// Loads the kernel and points the first vCPU at it.
+    ///
+    /// # Errors
+    /// The kernel cannot be loaded.
+    pub fn load(&mut self) -> Result<(), Error> {
+        let entry = self.payload.load(&self.ram, self.vcpus.len() as u8)?;
         let fd = self.vcpus[0].paused_fd();
         let power_on = fd.get_sregs().map_err(kvm("read registers"))?;
         fd.set_sregs(&registers::special(entry, &power_on))
@@ -251,8 +223,7 @@ impl Machine {
         for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {
             state.write(&vcpu.paused_fd())?;
         }
-        let entry = self.payload.load(&self.ram, self.vcpus.len() as u8)?;
-        self.enter(entry)
+        self.load()
     }
 
     /// Ends the machine: the vCPUs stop, the devices flush and let go.

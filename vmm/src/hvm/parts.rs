@@ -34,8 +34,7 @@ pub(super) struct Interface {
 pub struct Parts {
     pub(super) host: Host,
     pub(super) ram: GuestRam,
-    /// Until the machine takes it.
-    pub(super) payload: Option<Payload>,
+    pub(super) payload: Payload,
     pub(super) disks: Vec<Disk>,
     pub(super) interfaces: Vec<Interface>,
     pub(super) serial: CharPort,
@@ -79,7 +78,7 @@ impl Parts {
         Ok(Self {
             host,
             ram,
-            payload: Some(payload),
+            payload,
             disks,
             interfaces,
             serial: open_char(config.serial.as_ref().unwrap_or(&stdio))?,

@@ -46,7 +46,8 @@ impl VcpuState {
             sregs: fd.get_sregs().map_err(|e| failed("system registers", e))?,
             lapic: fd.get_lapic().ok(),
             xsave: fd.get_xsave().ok(),
-            xcrs: fd.get_xcrs().ok(),
+            // A processor without XSAVE has none, and KVM lets none be set.
+            xcrs: fd.get_xcrs().ok().filter(|xcrs| xcrs.nr_xcrs > 0),
             debug: fd.get_debug_regs().ok(),
             events: fd.get_vcpu_events().ok(),
             msrs: read_msrs(fd, msrs),
