@@ -43,10 +43,10 @@ struct State {
 }
 
 impl VirtioPci {
-    fn error(&self, message: impl ToString) -> Error {
+    fn error(&self, message: impl Into<String>) -> Error {
         Error::Device {
             device: self.name().to_owned(),
-            message: message.to_string(),
+            message: message.into(),
         }
     }
 
@@ -109,11 +109,11 @@ impl VirtioPci {
 
 impl Lifecycle for VirtioPci {
     fn pause(&mut self) -> Result<(), Error> {
-        self.park().map_err(|error| self.error(error))
+        self.park().map_err(|error| self.error(error.to_string()))
     }
 
     fn resume(&mut self) -> Result<(), Error> {
-        self.unpark().map_err(|error| self.error(error))
+        self.unpark().map_err(|error| self.error(error.to_string()))
     }
 
     fn reset(&mut self) -> Result<(), Error> {
@@ -186,7 +186,8 @@ impl Lifecycle for VirtioPci {
         self.device.restore(&state.device)?;
         let running = status::VIRTIO_CONFIG_S_DRIVER_OK as u8;
         if self.registers.status & running != 0 && !state.broken {
-            self.activate().map_err(|error| self.error(error))?;
+            self.activate()
+                .map_err(|error| self.error(error.to_string()))?;
         }
         Ok(())
     }
