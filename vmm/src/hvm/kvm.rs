@@ -1,5 +1,6 @@
 //! This machine's KVM.
 
+use std::arch::x86_64::__cpuid;
 use std::io;
 use std::sync::Arc;
 
@@ -80,9 +81,11 @@ fn no_kvm(source: io::Error) -> Error {
 /// KVM without VMX and SVM (KVM-PVM) interprets a guest's kernel: a stock
 /// kernel takes forever, small freestanding guests work.
 fn warn_without_hardware() {
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let has = |name| flags.split_ascii_whitespace().any(|flag| flag == name);
-    if !has("vmx") && !has("svm") {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    let vmx = __cpuid(1).ecx & VMX != 0;
+    let svm = __cpuid(0x8000_0000).eax > 0x8000_0000 && __cpuid(0x8000_0001).ecx & SVM != 0;
+    if !vmx && !svm {
         tracing::warn!(
             "this machine has neither VMX nor SVM: a stock kernel will hardly get anywhere in the hvm machine"
         );

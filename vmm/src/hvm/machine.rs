@@ -14,6 +14,7 @@ use blanket_devices::virtio::{Device, blk::Block, console::Console, net::Net, rn
 use blanket_devices::worker::{ThreadSetup, Worker};
 use blanket_memory::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
+use vm_allocator::{AddressAllocator, AllocPolicy};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::boot::{self, Payload};
@@ -59,6 +60,9 @@ pub enum Error {
     /// Threads, event loops or descriptors cannot be had.
     #[error("cannot {0}: {1}")]
     Resource(&'static str, io::Error),
+    /// The memory for BARs is full.
+    #[error("no room for another PCI device: {0}")]
+    Window(vm_allocator::Error),
     /// No random bytes.
     #[error("cannot read /dev/urandom: {0}")]
     Random(io::Error),
@@ -129,6 +133,11 @@ impl Machine {
             .map_err(resource("set up the serial port"))?;
         let mut builder = Builder {
             pci: PciBus::new(platform::PCI_WINDOW_START, platform::PCI_WINDOW_END),
+            window: AddressAllocator::new(
+                platform::PCI_WINDOW_START,
+                platform::PCI_WINDOW_END - platform::PCI_WINDOW_START,
+            )
+            .map_err(Error::Window)?,
             wiring: Arc::new(wiring),
             workers: workers.clone(),
             ram: parts.ram.clone(),
@@ -388,6 +397,8 @@ fn make_vcpus(
 /// The machine's devices while it is being built.
 struct Builder {
     pci: PciBus,
+    /// What is left of the memory for BARs.
+    window: AddressAllocator,
     wiring: Arc<KvmWiring>,
     workers: Workers,
     ram: GuestRam,
@@ -437,11 +448,15 @@ impl Builder {
     fn add(&mut self, device: Box<dyn Device>, kind: &str) -> Result<&mut DeviceInfo, Error> {
         let name = device.name().to_owned();
         let index = self.virtio.len();
+        let bar = self
+            .window
+            .allocate(BAR_SIZE, BAR_SIZE, AllocPolicy::FirstMatch)
+            .map_err(Error::Window)?;
         let context = Context {
             ram: self.ram.clone(),
             wiring: self.wiring.clone(),
             workers: self.workers.clone(),
-            bar: platform::PCI_WINDOW_START + BAR_SIZE * index as u64,
+            bar: bar.start(),
             first_worker: index,
         };
         let transport = VirtioPci::new(device, context).map_err(resource("add a device"))?;
