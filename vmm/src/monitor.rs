@@ -12,6 +12,7 @@
 //!
 //! `reset()` leads from running or paused to running.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -22,7 +23,7 @@ use crate::hvm::{Machine, Parts};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
 use crate::timeline::Timeline;
-use crate::vcpu::Event;
+use crate::vcpu::{Event, EventSink};
 
 /// Why an action was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -126,11 +127,11 @@ impl Monitor {
         self.timeline.mark("resources opened");
         privileges::drop_privileges(self.user).map_err(Error::Jail)?;
         let events = self.events.clone();
-        let sink = std::sync::Arc::new(move |event| {
+        let sink: EventSink = Arc::new(move |event| {
             // The receiver lives as long as the process serves.
             let _ = events.send(event);
         });
-        let machine = Machine::build(&config, parts, sink)?;
+        let machine = Machine::build(&config, parts, &sink)?;
         self.timeline.mark("machine built");
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {

@@ -350,6 +350,7 @@ mod tests {
                 format: None,
                 serial: Some("s".into()),
                 direct: false,
+                backing: false,
                 engine: blanket_drivers::store::Engine::Auto,
                 queues: None,
             }],

@@ -121,7 +121,7 @@ impl Machine {
     ///
     /// # Errors
     /// KVM or the kernel refuses something.
-    pub fn build(config: &VmConfig, parts: Parts, events: EventSink) -> Result<Self, Error> {
+    pub fn build(config: &VmConfig, parts: Parts, events: &EventSink) -> Result<Self, Error> {
         let host = parts.host;
         map_memory(&host, &parts.ram)?;
         let wiring = KvmWiring::new(host.vm.clone()).map_err(resource("set up interrupts"))?;
@@ -161,7 +161,7 @@ impl Machine {
             power: Mutex::new(power),
             pci: builder.pci,
         });
-        let (vcpus, power_on) = make_vcpus(&host, config.cpus(), &bus, &events)?;
+        let (vcpus, power_on) = make_vcpus(&host, config.cpus(), &bus, events)?;
         Ok(Self {
             vcpus,
             bus,

@@ -249,7 +249,7 @@ pub fn program(class: Class) -> io::Result<BpfProgram> {
         ioctls.push(ioctl_rule(0xff00, KVM_TYPE << 8).map_err(io::Error::other)?);
     }
     for request in requests {
-        ioctls.push(ioctl_rule(ANY_REQUEST, request as u64).map_err(io::Error::other)?);
+        ioctls.push(ioctl_rule(ANY_REQUEST, request).map_err(io::Error::other)?);
     }
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);
