@@ -38,6 +38,7 @@ fuzz_target!(|input: Input| {
         readonly: input.readonly,
         format: Some(Format::Raw),
         direct: false,
+        backing: false,
         engine: if input.thread {
             Engine::Sync
         } else {

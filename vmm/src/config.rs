@@ -222,7 +222,7 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
 
-    /// Kernel command line [default: console=ttyS0 reboot=t panic=-1].
+    /// Kernel command line [default: console=ttyS0 panic=-1].
     #[arg(long, value_name = "TEXT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
@@ -337,9 +337,7 @@ impl VmConfig {
     /// The kernel command line.
     #[must_use]
     pub fn cmdline(&self) -> &str {
-        self.cmdline
-            .as_deref()
-            .unwrap_or("console=ttyS0 reboot=t panic=-1")
+        self.cmdline.as_deref().unwrap_or("console=ttyS0 panic=-1")
     }
 
     /// Guest memory in bytes.

@@ -47,16 +47,7 @@ impl Session<'_> {
     /// network, so they are not part of a test of this tree.
     fn dependencies(&mut self) -> Result<()> {
         const NAME: &str = "dependencies";
-        if !setup::has_subcommand("deny") {
-            if !self.options.all {
-                self.skip(
-                    NAME,
-                    "cargo-deny is not installed (`cargo xtask test --all` installs it)",
-                );
-                return Ok(());
-            }
-            setup::cargo_deny(self.progress)?;
-        }
+        setup::cargo_deny(self.progress)?;
         for (name, manifest) in [
             (NAME.to_owned(), "Cargo.toml"),
             (format!("{NAME} of fuzz"), "fuzz/Cargo.toml"),
