@@ -19,9 +19,8 @@ use report::{Report, Status};
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Also what takes long: tests marked as ignored, the fuzz targets for
-    /// some seconds each, and the check of dependencies, for which `cargo deny`
-    /// gets built.
+    /// Also what takes long: tests marked as ignored, and the fuzz targets for
+    /// some seconds each.
     #[arg(long)]
     all: bool,
     /// Leave out the whole-system tests.
