@@ -47,7 +47,7 @@ pub enum Error {
     Config(#[from] crate::config::Error),
     /// The machine cannot be built.
     #[error(transparent)]
-    Build(#[from] crate::hvm::machine::Error),
+    Build(#[from] crate::hvm::Error),
     /// The monitor cannot be confined.
     #[error("cannot confine the monitor: {0}")]
     Jail(std::io::Error),

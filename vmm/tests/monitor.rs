@@ -371,3 +371,57 @@ fn the_monitor_itself_stays_small() {
     assert!(overhead < 24 << 20, "{overhead} bytes");
     assert!(memory.guest_resident < 16 << 20, "{memory:?}");
 }
+
+/// Runs the monitor by `wrapper` (which gets its command line) and returns what
+/// it said; `None` if the wrapper is not permitted here.
+fn wrapped(wrapper: &mut Command, kernel: &Path) -> Option<String> {
+    let output = wrapper.arg("--kernel").arg(kernel).output().unwrap();
+    let error = text(&output.stderr);
+    if !error.contains("blanket-vmm: ") {
+        println!("skipped, because this user may not set it up: {error}");
+        return None;
+    }
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    Some(error)
+}
+
+#[test]
+fn without_kvm_or_the_right_to_it_the_remedy_is_named() {
+    use std::os::unix::fs::PermissionsExt;
+    let Some(kernel) = payload("hello") else {
+        return;
+    };
+    // A namespace of its own, in which /dev has nothing or a closed door.
+    for (dev, remedy) in [
+        ("true", "modprobe"),
+        ("mknod -m 600 /dev/kvm c 10 232", "group kvm"),
+    ] {
+        // A copy that everybody may run.
+        let folder = tempfile::tempdir().unwrap();
+        let open = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        open(folder.path(), 0o755);
+        let (program, guest) = (folder.path().join("vmm"), folder.path().join("kernel"));
+        fs::copy(env!("CARGO_BIN_EXE_blanket-vmm"), &program).unwrap();
+        fs::copy(&kernel, &guest).unwrap();
+        open(&program, 0o755);
+        open(&guest, 0o644);
+        let script = format!(
+            "mount -t tmpfs none /dev && {dev} && \
+             exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\""
+        );
+        let mut wrapper = Command::new("unshare");
+        wrapper
+            .args(["--mount", "sh", "-ec", &script, "sh"])
+            .arg(&program)
+            .stdin(Stdio::null());
+        let Some(error) = wrapped(&mut wrapper, &guest) else {
+            return;
+        };
+        assert!(
+            error.contains("/dev/kvm") && error.contains(remedy),
+            "{error}"
+        );
+    }
+}

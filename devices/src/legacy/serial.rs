@@ -18,12 +18,8 @@ use crate::virtio::pci::Workers;
 use crate::virtio::queue::watch;
 use crate::worker::{Handler, HandlerId};
 
-/// First I/O port of COM1.
-pub const PORT: u16 = 0x3f8;
 /// Number of I/O ports.
 pub const PORTS: u16 = 8;
-/// Interrupt line of COM1.
-pub const IRQ: u32 = 4;
 /// System calls of the thread that moves the bytes.
 pub const SYSCALLS: &[libc::c_long] = char::SYSCALLS;
 

@@ -162,7 +162,8 @@ fn entropy_comes_from_the_node(vm: &Vm, guest: &Client) {
 fn disks_of_every_kind_hold_what_the_guest_writes_and_entropy_comes_from_the_node() {
     let node = provider("disks").unwrap().boot().unwrap();
     node.sh("cd /run && truncate -s 64M raw && truncate -s 64M sync && \
-         dd if=/dev/urandom of=base bs=1M count=32 && truncate -s 8M ro")
+         dd if=/dev/urandom of=base bs=1M count=32 && truncate -s 8M ro && \
+         mkdir small && mount -t tmpfs -o size=4m none small && truncate -s 32M small/img")
         .text()
         .unwrap();
     let images = tempfile::tempdir().unwrap();
@@ -190,7 +191,8 @@ fn disks_of_every_kind_hold_what_the_guest_writes_and_entropy_comes_from_the_nod
         "disks",
         "",
         "--cpus 2 --disk path=/run/raw,serial=raw-0 --disk path=/run/sync,engine=sync \
-         --disk path=/run/overlay,backing=on --disk path=/run/ro,readonly=on",
+         --disk path=/run/overlay,backing=on --disk path=/run/ro,readonly=on \
+         --disk /run/small/img",
     )
     .unwrap();
     let guest = vm.guest().unwrap();
@@ -241,6 +243,7 @@ fn disks_of_every_kind_hold_what_the_guest_writes_and_entropy_comes_from_the_nod
     let after: u64 = node.sh(blocks).text().unwrap().trim().parse().unwrap();
     assert!(after < before / 2, "{before} -> {after} blocks");
     entropy_comes_from_the_node(&vm, &guest);
+    a_full_disk_of_the_node_is_an_error_and_no_more(&node, &guest);
     vm.blanket("stop", "--force").unwrap();
     node.get("/run/overlay", &overlay).unwrap();
     let check = std::process::Command::new("qemu-img")
@@ -250,6 +253,30 @@ fn disks_of_every_kind_hold_what_the_guest_writes_and_entropy_comes_from_the_nod
         .unwrap();
     let info: serde_json::Value = serde_json::from_slice(&check.stdout).unwrap();
     assert!(info["actual-size"].as_u64().unwrap() > 8 << 20, "{info}");
+}
+
+/// /dev/vde lies on 4 MiB of the node.
+fn a_full_disk_of_the_node_is_an_error_and_no_more(node: &Node, guest: &Client) {
+    let write = "dd if=/dev/urandom of=/dev/vde bs=1M count=16 conv=fsync";
+    let output = guest.sh(write).run().unwrap();
+    assert!(!output.status.success(), "16 MiB fitted into 4");
+    // The guest goes on, with its other disks too.
+    guest
+        .sh("dd if=/run/x of=/dev/vda bs=4k count=16 conv=fsync")
+        .text()
+        .unwrap();
+    // Nor does a new VM start half: its home is full.
+    let run = "mkdir -p /run/full && mount -t tmpfs -o size=16k none /run/full && \
+               { dd if=/dev/zero of=/run/full/x bs=4k count=8 || true; }; \
+               blanket --home /run/full run late --kernel /payload/guest/vmlinux";
+    let output = node.sh(run).run().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && error.contains("No space left"),
+        "{error}"
+    );
+    let left = node.sh("blanket --home /run/full ps -a --json").text();
+    assert_eq!(left.unwrap().trim(), "[]");
 }
 
 /// iperf3 between the node and a guest at 10.9.0.2, and pings of the guest.

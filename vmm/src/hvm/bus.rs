@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use blanket_devices::legacy::power::{self, Power, Request};
-use blanket_devices::legacy::serial::Uart;
+use blanket_devices::legacy::serial::{self, Uart};
 use blanket_devices::pci::PciBus;
 use blanket_devices::pci::bus::ECAM_SIZE;
 use blanket_devices::platform;
@@ -30,7 +30,7 @@ enum Port {
 
 fn port(port: u16) -> Port {
     let within = |start: u16, len: u16| port.checked_sub(start).filter(|offset| *offset < len);
-    if let Some(offset) = within(platform::SERIAL_PORT, 8) {
+    if let Some(offset) = within(platform::SERIAL_PORT, serial::PORTS) {
         Port::Serial(offset as u8)
     } else if let Some(offset) = within(platform::POWER_PORT, power::SIZE) {
         Port::Power(offset)

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use super::machine::Error;
+use super::error::Error;
 
 /// A new VM and what its KVM can do.
 pub(super) struct Host {

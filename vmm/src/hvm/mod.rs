@@ -4,11 +4,13 @@
 pub mod boot;
 mod bus;
 mod cpuid;
+mod error;
 mod kvm;
 pub mod machine;
 mod parts;
 mod registers;
 mod wiring;
 
+pub use error::Error;
 pub use machine::Machine;
 pub use parts::Parts;

@@ -11,8 +11,8 @@ use blanket_drivers::tap::{self, Tap};
 use blanket_memory::{Backing, GuestRam};
 
 use super::boot::Payload;
+use super::error::Error;
 use super::kvm::{self, Host};
-use super::machine::Error;
 use crate::config::{CharConfig, DiskConfig, HugePages, NetConfig, VmConfig};
 
 /// An opened disk and what is to be shown of it.
