@@ -1,5 +1,6 @@
 //! What whole-system tests share: nodes with Blanket on them, and its VMs.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -55,6 +56,37 @@ pub fn provider_with(name: &str, folder: &Path) -> Result<NodeBuilder> {
         .payload(&GuestImages::get()?.payload()?)
         .inject(folder.join("blanket"), "/usr/bin/blanket")
         .inject(folder.join("blanket-vmm"), "/usr/bin/blanket-vmm"))
+}
+
+/// Boots a node and runs a test on it.
+///
+/// QEMU 7.2's emulation of SVM on two processors takes a whole node down once
+/// in some dozen runs with guests: the machine resets without a word. That says
+/// nothing about Blanket, so a test whose node is gone gets another one, twice
+/// at the most. A test that fails on a node that lives has failed.
+///
+/// # Panics
+/// The node cannot be booted, or the test fails.
+pub fn on_node(describe: impl Fn() -> NodeBuilder, test: impl Fn(&Node)) {
+    const TRIES: u32 = 3;
+    for attempt in 1..=TRIES {
+        let node = match describe().boot() {
+            Ok(node) => node,
+            Err(error) => panic!("the node does not boot: {error:?}"),
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| test(&node)));
+        if result.is_err() {
+            // Its connections end a moment before the emulator does.
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        match result {
+            Ok(()) => return,
+            Err(_) if attempt < TRIES && !node.is_running() => {
+                println!("the emulated machine of the provider ended: once more");
+            }
+            Err(panic) => resume_unwind(panic),
+        }
+    }
 }
 
 /// A VM on a node.
