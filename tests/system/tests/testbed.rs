@@ -4,8 +4,11 @@
 use std::fs;
 use std::time::Duration;
 
+use blanket_system_tests::on_node;
 use blanket_testbed::client::{Client, Error};
-use blanket_testbed::{Disk, GUEST_PAGE, GuestImages, Hardware, Network, Node, Smbios, tools};
+use blanket_testbed::{
+    Disk, GUEST_PAGE, GuestImages, Hardware, Network, Node, NodeBuilder, Smbios, tools,
+};
 
 /// Generous: guests run under emulated hardware virtualization.
 const GUEST_LIMIT: Duration = Duration::from_secs(240);
@@ -157,14 +160,12 @@ const QEMU: &str = "qemu-system-x86_64 -accel kvm -cpu host -machine q35 -m 512 
     -chardev socket,id=c,path=/run/guest.sock,server=on,wait=off -device virtconsole,chardev=c \
     -monitor unix:/run/monitor.sock,server=on,wait=off";
 
-fn node_for_guests() -> Node {
+fn node_for_guests() -> NodeBuilder {
     Node::builder("host")
         .cpus(2)
         .memory_mib(2048)
         .payload(&GuestImages::get().unwrap().payload().unwrap())
         .payload(&tools().unwrap())
-        .boot()
-        .unwrap()
 }
 
 fn guest_of(node: &Node) -> Client {
@@ -187,46 +188,48 @@ fn power_off(node: &Node, qemu: u32) {
 
 #[test]
 fn a_guest_without_disk_serves_commands_and_obeys_the_power_button() {
-    let node = node_for_guests();
-    let qemu = node.sh(format!("exec {QEMU} -append 'console=ttyS0 quiet'"));
-    let qemu = qemu.spawn("/run/qemu.log").unwrap();
-    let guest = guest_of(&node);
-    assert_eq!(guest.command("hostname").text().unwrap(), "guest\n");
-    let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n % 253) as u8).collect();
-    guest.write("/tmp/file", 0o600, &bytes).unwrap();
-    assert!(guest.read("/tmp/file").unwrap() == bytes);
-    power_off(&node, qemu);
+    on_node(node_for_guests, |node| {
+        let qemu = node.sh(format!("exec {QEMU} -append 'console=ttyS0 quiet'"));
+        let qemu = qemu.spawn("/run/qemu.log").unwrap();
+        let guest = guest_of(node);
+        assert_eq!(guest.command("hostname").text().unwrap(), "guest\n");
+        let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n % 253) as u8).collect();
+        guest.write("/tmp/file", 0o600, &bytes).unwrap();
+        assert!(guest.read("/tmp/file").unwrap() == bytes);
+        power_off(node, qemu);
+    });
 }
 
 #[test]
 fn a_debian_guest_boots_from_its_disk_and_serves_its_page() {
-    let node = node_for_guests();
-    node.sh(
-        "ip tuntap add tap0 mode tap; ip address add 10.0.0.1/24 dev tap0; ip link set tap0 up",
-    )
-    .text()
-    .unwrap();
-    let qemu = node.sh(format!(
-        "exec {QEMU} -drive if=virtio,format=raw,file=/payload/guest/disk.raw \
+    on_node(node_for_guests, |node| {
+        node.sh(
+            "ip tuntap add tap0 mode tap; ip address add 10.0.0.1/24 dev tap0; ip link set tap0 up",
+        )
+        .text()
+        .unwrap();
+        let qemu = node.sh(format!(
+            "exec {QEMU} -drive if=virtio,format=raw,file=/payload/guest/disk.raw \
          -netdev tap,id=n,ifname=tap0,script=no,downscript=no \
          -device virtio-net-pci,netdev=n,romfile= \
          -append 'console=ttyS0 quiet root=/dev/vda blanket.ip=10.0.0.2/24'"
-    ));
-    let qemu = qemu.spawn("/run/qemu.log").unwrap();
-    let guest = guest_of(&node);
-    let state = guest
-        .sh("systemctl is-system-running --wait")
-        .timeout(GUEST_LIMIT)
-        .run()
-        .unwrap();
-    assert_eq!(String::from_utf8_lossy(&state.stdout), "running\n");
-    eprintln!("{}", guest.sh("systemd-analyze").text().unwrap());
-    assert_eq!(
-        node.command("curl")
-            .args(["-s", "http://10.0.0.2/"])
-            .text()
-            .unwrap(),
-        GUEST_PAGE
-    );
-    power_off(&node, qemu);
+        ));
+        let qemu = qemu.spawn("/run/qemu.log").unwrap();
+        let guest = guest_of(node);
+        let state = guest
+            .sh("systemctl is-system-running --wait")
+            .timeout(GUEST_LIMIT)
+            .run()
+            .unwrap();
+        assert_eq!(String::from_utf8_lossy(&state.stdout), "running\n");
+        eprintln!("{}", guest.sh("systemd-analyze").text().unwrap());
+        assert_eq!(
+            node.command("curl")
+                .args(["-s", "http://10.0.0.2/"])
+                .text()
+                .unwrap(),
+            GUEST_PAGE
+        );
+        power_off(node, qemu);
+    });
 }
