@@ -41,7 +41,7 @@ fn monitors() -> [Monitor; 3] {
         Monitor {
             name: "blanket",
             command: format!(
-                "blanket-vmm --api-socket /run/api --memory 256M --disk /run/disk --net tap=tap0 \
+                "blanket-vmm --api-socket /run/api --memory 256M --rng false --disk /run/disk --net tap=tap0 \
                  --kernel /payload/guest/vmlinux --initrd /payload/guest/initrd.cpio \
                  --cmdline '{CMDLINE}'"
             ),
