@@ -60,10 +60,10 @@ pub fn provider_with(name: &str, folder: &Path) -> Result<NodeBuilder> {
 
 /// Boots a node and runs a test on it.
 ///
-/// QEMU 7.2's emulation of SVM on two processors takes a whole node down once
-/// in some dozen runs with guests: the machine resets without a word. That says
-/// nothing about Blanket, so a test whose node is gone gets another one, twice
-/// at the most. A test that fails on a node that lives has failed.
+/// An emulated node with guests has been seen to end without a message from
+/// its kernel or from QEMU; SVM emulated on two processors is the suspect, not
+/// more. So a test whose node is gone gets another one, twice at the most, and
+/// says so. A test that fails on a node that lives has failed.
 ///
 /// # Panics
 /// The node cannot be booted, or the test fails.
