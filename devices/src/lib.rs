@@ -2,7 +2,7 @@
 //!
 //! [`virtio`] has the device models and the PCI transport in front of them,
 //! [`pci`] the bus, [`legacy`] what a PC has always had, [`acpi`] the tables
-//! that tell the guest about it all. Every device follows [`lifecycle`].
+//! that tell the guest about it all, [`xen`] the devices of `pv` machines. Every device follows [`lifecycle`].
 //!
 //! The guest is hostile: each value read from its memory is read once, checked
 //! and then trusted no further, and no access of its may panic or block.
@@ -15,3 +15,4 @@ pub mod pci;
 pub mod platform;
 pub mod virtio;
 pub mod worker;
+pub mod xen;

@@ -127,6 +127,19 @@ pub enum HugePages {
     Hugetlb1G,
 }
 
+/// Which machine runs the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum MachineChoice {
+    /// `hvm` where this node has VMX or SVM, else `pv`.
+    #[default]
+    Auto,
+    /// The guest's kernel runs in hardware virtualization.
+    Hvm,
+    /// The guest's kernel runs in ring 3 and speaks the Xen PV ABI.
+    Pv,
+}
+
 /// What happens when the guest reboots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -212,6 +225,18 @@ pub struct CharConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {
+    /// Which machine runs the guest [default: auto].
+    #[arg(long, value_name = "KIND")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineChoice>,
+
+    /// Do not isolate the guest's kernel from its own user space in a `pv`
+    /// machine: faster system calls, for appliances that run one trusted
+    /// program [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trust_guest_user: Option<bool>,
+
     /// Kernel: a bzImage, an ELF image with a PVH note, or a 64-bit ELF image.
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -317,6 +342,8 @@ impl VmConfig {
             if over.is_empty() { base } else { over }
         }
         Self {
+            machine: over.machine.or(self.machine),
+            trust_guest_user: over.trust_guest_user.or(self.trust_guest_user),
             kernel: over.kernel.or(self.kernel),
             initrd: over.initrd.or(self.initrd),
             cmdline: over.cmdline.or(self.cmdline),
