@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::io;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use event_manager::{
@@ -47,6 +48,9 @@ pub struct HandlerId(SubscriberId);
 
 /// Runs on a new thread before its loop starts: where the monitor confines it.
 pub type ThreadSetup = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+/// The worker threads that a machine's devices share.
+pub type Workers = Arc<[Worker]>;
 
 /// A thread with an event loop.
 pub struct Worker {

@@ -14,9 +14,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::char::{self, BUFFER, CharPort, Outbox};
 use crate::lifecycle::{Error, Lifecycle, SavedState};
-use crate::virtio::pci::Workers;
 use crate::virtio::queue::watch;
-use crate::worker::{Handler, HandlerId};
+use crate::worker::{Handler, HandlerId, Workers};
 
 /// Number of I/O ports.
 pub const PORTS: u16 = 8;

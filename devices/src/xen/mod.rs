@@ -8,6 +8,9 @@
 //! The hypervisor's side of a `pv` machine (in the monitor) implements
 //! [`EventChannels`] and places the grant table; everything else is here.
 
+pub mod bus;
+pub mod grant;
+
 use std::io;
 
 use vmm_sys_util::eventfd::EventFd;

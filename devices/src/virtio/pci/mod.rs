@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Activation, Device, Interrupt, QueueHandler, TRANSPORT_FEATURES, VirtQueue};
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::{Msix, SharedWiring};
-use crate::worker::{Handler, HandlerId, Worker};
+use crate::worker::{Handler, HandlerId, Workers};
 use interrupt::Interrupts;
 
 /// Bytes of the BAR.
@@ -40,9 +40,6 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 const MSIX_TABLE: u64 = 0x4000;
 const MSIX_PENDING: u64 = 0x5000;
 const REGION: u64 = 0x1000;
-
-/// The worker threads that a machine's devices share.
-pub type Workers = Arc<[Worker]>;
 
 /// A queue before and while it is in use.
 struct QueueSlot {

@@ -8,6 +8,7 @@ use crate::lifecycle::Lifecycle;
 use crate::pci::{Function, MsiMessage, Wiring};
 use crate::virtio::queue::{Buffers, watch};
 use crate::virtio::testing::{Driver, ram, until};
+use crate::worker::Worker;
 use vm_memory::{Bytes, GuestAddress};
 
 /// A device that answers each request with its own bytes.
