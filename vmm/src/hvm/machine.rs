@@ -9,7 +9,7 @@ use blanket_devices::legacy::serial::Serial;
 use blanket_devices::lifecycle::{self, Lifecycle};
 use blanket_devices::pci::PciBus;
 use blanket_devices::platform;
-use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci, Workers};
+use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci};
 use blanket_devices::virtio::{Device, blk::Block, console::Console, net::Net, rng::Rng};
 use blanket_devices::worker::{ThreadSetup, Worker};
 use blanket_memory::GuestRam;
