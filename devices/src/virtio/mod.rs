@@ -22,7 +22,7 @@ pub mod pci;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use queue::VirtQueue;
 

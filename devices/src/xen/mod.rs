@@ -10,6 +10,9 @@
 
 pub mod bus;
 pub mod grant;
+pub mod ring;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::io;
 
