@@ -9,6 +9,7 @@
 
 pub mod acpi;
 pub mod char;
+mod disk;
 pub mod legacy;
 pub mod lifecycle;
 pub mod pci;

@@ -6,7 +6,6 @@
 //! write cache off, gets every write flushed before it completes.
 
 mod handler;
-mod metrics;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -25,13 +24,14 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::handler::{BlockHandler, Shared};
-pub use self::metrics::Metrics;
 use self::request::{Accepted, ID_BYTES, MAX_FREED_SECTORS};
 use super::{Activation, Device, QueueHandler, downcast};
+pub use crate::disk::Metrics;
+use crate::disk::{self, DEPTH, Identity};
 use crate::lifecycle::{self, SavedState};
 
 /// Entries of each virtqueue, and requests that its store takes.
-pub const QUEUE_SIZE: u16 = 256;
+pub const QUEUE_SIZE: u16 = DEPTH;
 
 /// Most pieces of a request's data: the ring less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
@@ -98,8 +98,10 @@ impl Block {
             shared: Arc::new(Shared {
                 id,
                 writeback: AtomicBool::new(true),
-                metrics: Arc::default(),
-                name: name.to_owned(),
+                identity: Arc::new(Identity {
+                    name: name.to_owned(),
+                    metrics: Arc::default(),
+                }),
             }),
         })
     }
@@ -107,7 +109,7 @@ impl Block {
     /// The disk's counters; they outlive it.
     #[must_use]
     pub fn counters(&self) -> Arc<Metrics> {
-        Arc::clone(&self.shared.metrics)
+        Arc::clone(&self.shared.identity.metrics)
     }
 }
 
@@ -134,7 +136,7 @@ impl Device for Block {
     }
 
     fn name(&self) -> &str {
-        &self.shared.name
+        &self.shared.identity.name
     }
 
     fn features(&self) -> u64 {
@@ -238,16 +240,12 @@ impl Device for Block {
 
     fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error> {
         let state: State = state.unpack(self.name(), STATE_VERSION)?;
-        let here = self.image.capacity();
-        if state.capacity != here {
-            return Err(lifecycle::Error::Device {
+        disk::check_capacity(state.capacity, &self.image).map_err(|message| {
+            lifecycle::Error::Device {
                 device: self.name().to_owned(),
-                message: format!(
-                    "the saved disk has {} bytes, this one {here}: use the same image or a copy",
-                    state.capacity
-                ),
-            });
-        }
+                message,
+            }
+        })?;
         self.shared
             .writeback
             .store(state.writeback, Ordering::Relaxed);
@@ -257,11 +255,11 @@ impl Device for Block {
     fn halt(&mut self) {
         self.stores.clear();
         if let Err(error) = self.image.flush() {
-            tracing::error!(disk = self.shared.name, %error, "the disk could not be flushed");
+            tracing::error!(disk = self.shared.identity.name, %error, "the disk could not be flushed");
         }
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        self.shared.metrics.list()
+        self.shared.identity.metrics.list()
     }
 }

@@ -8,6 +8,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+use crate::disk::{offset, request};
 use crate::virtio::queue::{Buffers, read_bytes};
 
 /// Bytes of a request's header: type, reserved, sector.
@@ -106,7 +107,7 @@ fn transfer(operation: Operation, sector: u64, vectors: Vec<IoVec>) -> Result<Ac
     if vectors.is_empty() {
         return Err(Status::IoError);
     }
-    let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
+    let offset = offset(sector).ok_or(Status::IoError)?;
     Ok(Action::Store(Request {
         vectors,
         ..request(operation, offset, 0)
@@ -139,19 +140,9 @@ fn free(operation: Operation, readable: &[IoVec]) -> Result<Action, Status> {
     if sectors > MAX_FREED_SECTORS {
         return Err(Status::IoError);
     }
-    let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
+    let offset = offset(sector).ok_or(Status::IoError)?;
     let len = u64::from(sectors) * SECTOR;
     Ok(Action::Store(request(operation, offset, len)))
-}
-
-fn request(operation: Operation, offset: u64, len: u64) -> Request {
-    Request {
-        operation,
-        offset,
-        len,
-        vectors: Vec::new(),
-        token: 0,
-    }
 }
 
 fn u32_at(bytes: &[u8; 16], at: usize) -> u32 {

@@ -256,8 +256,10 @@ fn slow_handler(driver: &Driver, write_through: bool) -> (BlockHandler, Arc<Mute
     let shared = Arc::new(Shared {
         id: [0; ID_BYTES],
         writeback: AtomicBool::new(true),
-        metrics: Arc::default(),
-        name: "slow".to_owned(),
+        identity: Arc::new(Identity {
+            name: "slow".to_owned(),
+            metrics: Arc::default(),
+        }),
     });
     let (queue, accepted) = (driver.queue(true), Accepted::default());
     let handler = BlockHandler::new(queue, Box::new(store), accepted, write_through, shared);

@@ -18,7 +18,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// A request was done; `bytes` of data moved.
-    pub(super) fn done(&self, operation: Operation, bytes: u32) {
+    pub(crate) fn done(&self, operation: Operation, bytes: u32) {
         let (count, moved) = match operation {
             Operation::Read => (&self.reads, Some(&self.read_bytes)),
             Operation::Write => (&self.writes, Some(&self.written_bytes)),
@@ -32,7 +32,7 @@ impl Metrics {
     }
 
     /// A request failed. True for the first one.
-    pub(super) fn failed(&self) -> bool {
+    pub(crate) fn failed(&self) -> bool {
         self.errors.fetch_add(1, Ordering::Relaxed) == 0
     }
 
