@@ -169,10 +169,9 @@ fn node_for_guests() -> NodeBuilder {
 }
 
 fn guest_of(node: &Node) -> Client {
-    node.guest("/run/guest.sock", GUEST_LIMIT)
-        .unwrap_or_else(|error| {
-            panic!("{error}\n{}", node.sh("cat /run/*.log").text().unwrap());
-        })
+    guest(node, "/run/guest.sock", GUEST_LIMIT).unwrap_or_else(|error| {
+        panic!("{error}\n{}", node.sh("cat /run/*.log").text().unwrap());
+    })
 }
 
 /// Presses the guest's power button and waits for its QEMU to end.

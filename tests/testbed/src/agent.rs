@@ -1,4 +1,4 @@
-//! The agent's program, for the machines and for the host.
+//! Programs of ours for the machines, linked statically, so that they run in any machine.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,17 +8,28 @@ use crate::cache;
 use crate::error::Result;
 use crate::program;
 
-/// The package that holds the agent.
-const PACKAGE: &str = "blanket-testbed-agent";
-
 /// Where the build goes, apart from the workspace's own build, which may be running.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Builds the agent if its sources have changed, and returns the program. It is linked
-/// statically, so that it runs in any machine.
+/// Builds the agent if its sources have changed, and returns the program.
 pub(crate) fn program() -> Result<PathBuf> {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    if let Some(path) = BUILT.get() {
+    build(&BUILT, "blanket-testbed-agent", "blanket-agent")
+}
+
+/// Builds `guest-check` if its sources have changed, and returns the program: it checks and
+/// measures the machine that it runs in. Guests of [`crate::GuestImages`] have it without their
+/// disk.
+///
+/// # Errors
+/// [`crate::Error::Program`] when it does not build.
+pub fn guest_check() -> Result<PathBuf> {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    build(&BUILT, "blanket-guest-check", "guest-check")
+}
+
+fn build(built: &OnceLock<PathBuf>, package: &str, name: &str) -> Result<PathBuf> {
+    if let Some(path) = built.get() {
         return Ok(path.clone());
     }
     let target_dir = cache::subfolder("build")?;
@@ -31,7 +42,7 @@ pub(crate) fn program() -> Result<PathBuf> {
             "--quiet",
             "--release",
             "--package",
-            PACKAGE,
+            package,
             "--target",
             TARGET,
         ])
@@ -44,6 +55,6 @@ pub(crate) fn program() -> Result<PathBuf> {
         .env_remove("RUSTC_WRAPPER")
         .env_remove("RUSTC_WORKSPACE_WRAPPER");
     program::run(&mut command)?;
-    let path = target_dir.join(TARGET).join("release/blanket-agent");
-    Ok(BUILT.get_or_init(|| path).clone())
+    let path = target_dir.join(TARGET).join("release").join(name);
+    Ok(built.get_or_init(|| path).clone())
 }

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use crate::cache::{self, Key};
 use crate::error::{Context, Result, malformed};
-use crate::packages::{self, Set};
+use crate::packages::{self, Set, Source};
 use crate::program;
 
 /// Which of Debian's kernels.
@@ -19,13 +19,22 @@ pub enum KernelFlavor {
     Cloud,
     /// `linux-image-amd64`: has drivers for real hardware, and can be a Xen dom0.
     Generic,
+    /// `linux-image-cloud-amd64` from the backports to this Debian, if there are any.
+    Backports,
 }
 
 impl KernelFlavor {
     fn package(self) -> &'static str {
         match self {
-            Self::Cloud => "linux-image-cloud-amd64",
+            Self::Cloud | Self::Backports => "linux-image-cloud-amd64",
             Self::Generic => "linux-image-amd64",
+        }
+    }
+
+    fn source(self) -> Source {
+        match self {
+            Self::Cloud | Self::Generic => Source::Machine,
+            Self::Backports => Source::Backports,
         }
     }
 }
@@ -44,9 +53,10 @@ impl Kernel {
     /// When `apt` fails or the image has a format that is not known.
     pub fn get(flavor: KernelFlavor) -> Result<Self> {
         packages::ensure_packages(&["kmod", "xz-utils", "zstd"])?;
-        let meta = Set::exactly(&[flavor.package()])?;
-        let package = packages::behind_meta(flavor.package())?;
-        let set = Set::exactly(&[&package])?;
+        let source = flavor.source();
+        let meta = Set::exactly(source, &[flavor.package()])?;
+        let package = packages::behind_meta(source, flavor.package())?;
+        let set = Set::exactly(source, &[&package])?;
         let release = package.trim_start_matches("linux-image-").to_owned();
         let key = Key::default()
             .with(meta.identity())

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blanket_testbed_agent::client::{self, Client};
+use blanket_testbed_agent::client::Client;
 
 use crate::cache;
 use crate::disk::Disk;
@@ -31,9 +31,6 @@ const KERNEL_OPTIONS: &str = "console=ttyS0 quiet panic=-1 mitigations=off no_ti
 
 /// Host packages that nodes need.
 const HOST_PACKAGES: [&str; 3] = ["qemu-system-x86", "seabios", "e2fsprogs"];
-
-/// Pause before a guest's console that is not there yet is tried again.
-const RETRY: Duration = Duration::from_millis(200);
 
 /// Time for an orderly end.
 const SHUTDOWN: Duration = Duration::from_secs(60);
@@ -366,28 +363,6 @@ impl Node {
     /// How long it took from the start of QEMU until the node took commands.
     pub fn boot_time(&self) -> Duration {
         self.boot_time
-    }
-
-    /// The channel into a guest on this node, whose agent is on the console that is at the Unix
-    /// socket `socket` of the node. Waits up to `limit` for the socket to be there and for the
-    /// guest to answer.
-    ///
-    /// # Errors
-    /// [`Error::Channel`] when no agent has answered in time.
-    pub fn guest(&self, socket: &str, limit: Duration) -> Result<Client> {
-        let deadline = Instant::now() + limit;
-        loop {
-            let stream = self
-                .agent
-                .command("blanket-agent")
-                .args(["relay", socket])
-                .stream()?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            match Client::connect(stream.output, stream.input, left) {
-                Err(client::Error::Closed(_)) if !left.is_zero() => thread::sleep(RETRY),
-                result => return Ok(result?),
-            }
-        }
     }
 
     /// What the node has written on its serial console so far.

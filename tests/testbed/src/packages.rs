@@ -6,14 +6,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::cache::{self, Key};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, malformed};
 use crate::program;
 
 /// Another `apt` that runs is waited for this long, in seconds.
 const LOCK_TIMEOUT: &str = "DPkg::Lock::Timeout=600";
+
+/// How long the lists of backports are used.
+const BACKPORTS_KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// The keys that Debian signs its archives with.
+const DEBIAN_KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Where `apt` keeps the lists of packages.
 const LISTS: &str = "/var/lib/apt/lists";
@@ -78,10 +84,98 @@ fn update_lists() -> Result<()> {
     Ok(())
 }
 
+/// Where packages come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The machine's own sources.
+    Machine,
+    /// The backports to the machine's Debian, whether or not its own sources have them.
+    Backports,
+}
+
+impl Source {
+    /// The options that make `apt` use it. Lists that the machine does not have are fetched.
+    fn options(self) -> Result<Vec<String>> {
+        update_lists()?;
+        if self == Self::Machine {
+            return Ok(Vec::new());
+        }
+        let folder = cache::subfolder("backports")?;
+        let lists = folder.join("lists");
+        let list = folder.join("sources.list");
+        let options: Vec<String> = [
+            ("Dir::Etc::sourcelist", list.display().to_string()),
+            ("Dir::Etc::sourceparts", "/dev/null".to_owned()),
+            ("Dir::State::lists", lists.display().to_string()),
+            ("Dir::Cache::pkgcache", String::new()),
+            ("Dir::Cache::srcpkgcache", String::new()),
+            ("APT::Sandbox::User", "root".to_owned()),
+        ]
+        .into_iter()
+        .flat_map(|(name, value)| ["-o".to_owned(), format!("{name}={value}")])
+        .collect();
+        let _lock = cache::lock(&folder.join("lock"))?;
+        let fresh = fs::metadata(&list)
+            .and_then(|data| data.modified())
+            .is_ok_and(|time| time.elapsed().is_ok_and(|age| age < BACKPORTS_KEPT));
+        if !fresh {
+            let partial = lists.join("partial");
+            fs::create_dir_all(&partial)
+                .context(|| format!("cannot make {}", partial.display()))?;
+            let written = || format!("cannot write {}", list.display());
+            let candidate = folder.join("sources.new");
+            fs::write(&candidate, backports()?).context(written)?;
+            fs::rename(&candidate, &list).context(written)?;
+            let update = program::run(
+                Command::new("apt-get")
+                    .args(&options)
+                    .args(["update", "-qq"]),
+            );
+            if update.is_err() {
+                // Tried anew the next time.
+                fs::remove_file(&list).context(written)?;
+            }
+            update?;
+        }
+        Ok(options)
+    }
+
+    /// A key of all that decides what `apt` answers.
+    fn state(self) -> Result<Key> {
+        let key = lists_state()?.with([u8::from(self == Self::Backports)]);
+        if self == Self::Machine {
+            return Ok(key);
+        }
+        let list = cache::subfolder("backports")?.join("sources.list");
+        let time = fs::metadata(&list).and_then(|data| data.modified());
+        Ok(key.with(format!("{:?}", time.unwrap_or(UNIX_EPOCH))))
+    }
+}
+
+/// The line for backports that goes with the machine's line for Debian itself.
+fn backports() -> Result<String> {
+    let targets = ["Created-By: Packages", "Origin: Debian", "Label: Debian"];
+    let format = "$(REPO_URI) $(CODENAME)";
+    let lines = program::run(
+        Command::new("apt-get")
+            .args(["indextargets", "--format", format])
+            .args(targets),
+    )?;
+    let lines = String::from_utf8_lossy(&lines).into_owned();
+    let first = lines.lines().find(|line| !line.ends_with("-updates"));
+    let (uri, suite) = first
+        .and_then(|line| line.split_once(' '))
+        .ok_or_else(|| malformed(Path::new("/etc/apt"), "names no archive of Debian"))?;
+    Ok(format!(
+        "deb [signed-by={DEBIAN_KEYS}] {uri} {suite}-backports main\n"
+    ))
+}
+
 /// Packages in the exact versions that `apt` would install now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Set {
     names: Vec<String>,
+    source: Source,
     with_dependencies: bool,
     /// File names with their checksums as `apt` prints them, sorted.
     files: Vec<String>,
@@ -89,25 +183,27 @@ pub(crate) struct Set {
 
 impl Set {
     /// The named packages alone.
-    pub(crate) fn exactly(names: &[&str]) -> Result<Self> {
-        Self::resolve(names, false)
+    pub(crate) fn exactly(source: Source, names: &[&str]) -> Result<Self> {
+        Self::resolve(source, names, false)
     }
 
     /// The named packages and all that they depend on.
     pub(crate) fn closure(names: &[&str]) -> Result<Self> {
-        Self::resolve(names, true)
+        Self::resolve(Source::Machine, names, true)
     }
 
-    fn resolve(names: &[&str], with_dependencies: bool) -> Result<Self> {
-        update_lists()?;
+    fn resolve(source: Source, names: &[&str], with_dependencies: bool) -> Result<Self> {
+        let options = source.options()?;
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         let mut set = Self {
             names,
+            source,
             with_dependencies,
             files: Vec::new(),
         };
         // Asking apt takes a second or two, so its answer is kept while its lists stay the same.
-        let key = lists_state()?
+        let key = source
+            .state()?
             .with(set.names.join(" "))
             .with([u8::from(with_dependencies)]);
         let answer = cache::subfolder("resolved")?.join(key.hex());
@@ -117,7 +213,11 @@ impl Set {
         }
         // apt leaves out what it finds downloaded, so it is shown an empty folder.
         let folder = cache::subfolder("no-debs")?;
-        let output = program::run(set.apt(&folder)?.arg("--print-uris").args(&set.names))?;
+        let output = program::run(
+            set.apt(&folder, &options)?
+                .arg("--print-uris")
+                .args(&set.names),
+        )?;
         set.files = String::from_utf8_lossy(&output)
             .lines()
             .filter_map(|line| line.strip_prefix('\''))
@@ -156,7 +256,8 @@ impl Set {
         let _lock = cache::lock(&folder.join("lock"))?;
         if !paths.iter().all(|path| path.exists()) {
             eprintln!("testbed: downloading {} packages ...", paths.len());
-            program::run(self.apt(&folder)?.args(&self.names))?;
+            let options = self.source.options()?;
+            program::run(self.apt(&folder, &options)?.args(&self.names))?;
         }
         match paths.iter().find(|path| !path.exists()) {
             Some(path) => Err(Error::Format {
@@ -169,7 +270,7 @@ impl Set {
     }
 
     /// `apt-get` set up to download the packages to `folder`, as if nothing were installed.
-    fn apt(&self, folder: &Path) -> Result<Command> {
+    fn apt(&self, folder: &Path, options: &[String]) -> Result<Command> {
         let status = folder.join("no-packages");
         fs::write(&status, "").context(|| format!("cannot write {}", status.display()))?;
         let partial = folder.join("partial");
@@ -177,7 +278,8 @@ impl Set {
         let mut command = Command::new("apt-get");
         command
             .current_dir(folder)
-            .args(["-qq", "-y", "--no-install-recommends"]);
+            .args(["-qq", "-y", "--no-install-recommends"])
+            .args(options);
         for option in [
             "Debug::NoLocking=1",
             "APT::Sandbox::User=root",
@@ -201,9 +303,12 @@ impl Set {
 }
 
 /// The one package that a meta package stands for: its first dependency.
-pub(crate) fn behind_meta(name: &str) -> Result<String> {
-    update_lists()?;
-    let output = program::run(Command::new("apt-cache").args(["show", "--no-all-versions", name]))?;
+pub(crate) fn behind_meta(source: Source, name: &str) -> Result<String> {
+    let output = program::run(Command::new("apt-cache").args(source.options()?).args([
+        "show",
+        "--no-all-versions",
+        name,
+    ]))?;
     String::from_utf8_lossy(&output)
         .lines()
         .find_map(|line| line.strip_prefix("Depends: "))

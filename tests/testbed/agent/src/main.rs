@@ -1,6 +1,7 @@
 //! `blanket-agent`: both ends of the testbed's command channel as a program.
 //!
-//! - `blanket-agent serve DEVICE` serves a virtio port or console for ever.
+//! - `blanket-agent serve DEVICE` serves a virtio port or console for ever; with `-` as DEVICE,
+//!   standard input and output until the input ends.
 //! - `blanket-agent relay SOCKET` joins standard input and output to a Unix socket, until either
 //!   side ends.
 //! - `blanket-agent client SOCKET -- COMMAND...` runs a command in the machine whose console
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match args.as_slice() {
+        ["serve", "-"] => serve_stdio(),
         ["serve", device] => serve(Path::new(device)),
         ["relay", socket] => relay(Path::new(socket)),
         ["client", socket, "--", command @ ..] if !command.is_empty() => {
@@ -32,7 +34,7 @@ fn main() -> ExitCode {
         }
         _ => {
             eprintln!(
-                "usage: blanket-agent serve DEVICE | relay SOCKET | client SOCKET -- COMMAND..."
+                "usage: blanket-agent serve DEVICE|- | relay SOCKET | client SOCKET -- COMMAND..."
             );
             return ExitCode::from(2);
         }
@@ -69,6 +71,27 @@ fn serve_once(device: &Path) -> io::Result<()> {
     }
     let writer = port.try_clone()?;
     server::serve(port, writer)
+}
+
+/// Serves standard input and output, until the input ends.
+fn serve_stdio() -> io::Result<ExitCode> {
+    match server::serve(UntilEnd(io::stdin().lock()), io::stdout()) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(error),
+        Ok(()) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// A reader whose end is an error: other than on a port, nobody comes back.
+struct UntilEnd<R>(R);
+
+impl<R: Read> Read for UntilEnd<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            result => result,
+        }
+    }
 }
 
 fn relay(socket: &Path) -> io::Result<ExitCode> {

@@ -44,7 +44,7 @@ const MINIMUM: [&str; 6] = [
 const DISK_ROOM_MIB: u64 = 64;
 
 /// Drivers of the devices that a guest may have.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 16] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_net",
@@ -55,6 +55,8 @@ const MODULES: [&str; 14] = [
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "virtiofs",
+    "xen_blkfront",
+    "xen_netfront",
     "ext4",
     "af_packet",
     "button",
@@ -110,11 +112,11 @@ pub struct GuestImages {
     pub vmlinuz: PathBuf,
     /// The same kernel as an ELF with a PVH entry.
     pub vmlinux: PathBuf,
-    /// The initramfs. With `root=DEVICE` on the command line it mounts this and starts its
-    /// `/sbin/init`; otherwise it serves the agent itself. `blanket.ip=ADDRESS/BITS` and
+    /// The initramfs. With `root=DEVICE`, `root=LABEL=NAME` or `root=UUID=ID` on the command line
+    /// it mounts this and starts its `/sbin/init`; otherwise it serves the agent itself. `blanket.ip=ADDRESS/BITS` and
     /// `blanket.gw=ADDRESS` on the command line configure the first network card.
     pub initrd: PathBuf,
-    /// A raw ext4 image with a Debian: systemd, a web server on port 80, iperf3, and the agent
+    /// A raw ext4 image, labelled `guest`, with a Debian: systemd, a web server on port 80, iperf3, and the agent
     /// on `/dev/hvc0`. It powers off when the power button is pressed.
     pub disk: PathBuf,
 }
@@ -134,18 +136,23 @@ impl GuestImages {
         })
     }
 
+    /// The files with their names in [`GuestImages::payload`].
+    pub fn files(&self) -> [(&Path, &'static str); 4] {
+        [
+            (&self.vmlinuz, "vmlinuz"),
+            (&self.vmlinux, "vmlinux"),
+            (&self.initrd, "initrd.cpio"),
+            (&self.disk, "disk.raw"),
+        ]
+    }
+
     /// The images as a payload for nodes, under the names `vmlinuz`, `vmlinux`, `initrd.cpio`
     /// and `disk.raw`.
     ///
     /// # Errors
     /// When the payload's file system cannot be made.
     pub fn payload(&self) -> Result<Payload> {
-        let files = [
-            (&self.vmlinuz, "vmlinuz"),
-            (&self.vmlinux, "vmlinux"),
-            (&self.initrd, "initrd.cpio"),
-            (&self.disk, "disk.raw"),
-        ];
+        let files = self.files();
         // The paths name the hashes of their contents.
         let key = files.iter().fold(Key::default(), |key, (path, _)| {
             key.with(path.as_os_str().as_encoded_bytes())
@@ -163,13 +170,42 @@ impl GuestImages {
     }
 }
 
+/// Another kernel with an initramfs as that of [`GuestImages`].
+#[derive(Clone, Debug)]
+pub struct BootImages {
+    /// The compressed kernel (bzImage).
+    pub vmlinuz: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// What `uname -r` says.
+    pub release: String,
+}
+
+impl BootImages {
+    /// Builds the images that are not there.
+    ///
+    /// # Errors
+    /// When the packages cannot be downloaded (there may be none), or a program that builds an
+    /// image fails.
+    pub fn get(flavor: KernelFlavor) -> Result<Self> {
+        let kernel = Kernel::get(flavor)?;
+        Ok(Self {
+            vmlinuz: kernel.vmlinuz(),
+            initrd: initrd(&kernel)?,
+            release: kernel.release().to_owned(),
+        })
+    }
+}
+
 fn initrd(kernel: &Kernel) -> Result<PathBuf> {
     let packages = Set::closure(&["busybox-static"])?;
     let agent = agent::program()?;
+    let check = agent::guest_check()?;
     let key = Key::default()
         .with(packages.identity())
         .with(kernel.identity())
         .with_file(&agent)?
+        .with_file(&check)?
         .with([INIT, NET, INITTAB].concat())
         .with(include_bytes!("guest.rs"))
         .with(include_bytes!("mod.rs"));
@@ -180,6 +216,7 @@ fn initrd(kernel: &Kernel) -> Result<PathBuf> {
         add_modules(&mut tree, kernel, &MODULES, scratch.path())?;
         add_busybox_commands(&mut tree, scratch.path())?;
         tree.host_file("usr/bin/blanket-agent", &agent)?;
+        tree.host_file("usr/bin/guest-check", &check)?;
         tree.file("init", 0o755, INIT);
         tree.file("usr/sbin/testbed-net", 0o755, NET);
         tree.file("etc/inittab", 0o644, INITTAB);

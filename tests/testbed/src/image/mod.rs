@@ -3,6 +3,7 @@
 mod guest;
 mod node;
 mod tools;
+mod workloads;
 
 use std::path::Path;
 use std::process::Command;
@@ -13,9 +14,10 @@ use crate::packages::Set;
 use crate::program;
 use crate::tree::{Node, Tree};
 
-pub use guest::{GUEST_PAGE, GuestImages};
+pub use guest::{BootImages, GUEST_PAGE, GuestImages};
 pub(crate) use node::node;
 pub use tools::tools;
+pub use workloads::workloads;
 
 /// Parts of packages that no machine of the testbed uses.
 const UNUSED: [&str; 9] = [
