@@ -10,5 +10,6 @@ pub mod hvm;
 pub mod jail;
 pub mod log;
 pub mod monitor;
+pub mod pv;
 pub mod timeline;
 pub mod vcpu;

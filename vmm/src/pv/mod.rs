@@ -1,0 +1,4 @@
+//! The `pv` machine: a Xen PV domain whose kernel runs in ring 3.
+
+pub mod abi;
+pub mod builder;
