@@ -1,5 +1,6 @@
 //! `/dev/kvm`: whether it works, what is behind it, and what it offers.
 
+use std::fmt;
 use std::io;
 
 use kvm_bindings as kvm;
@@ -12,16 +13,16 @@ const API_VERSION: i32 = 12;
 
 /// What carries guests out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Virtualization {
     /// Intel's VMX.
     Vmx,
     /// AMD's SVM.
     Svm,
-    /// KVM works though the processor shows neither: KVM-PVM.
+    /// If KVM works though the processor shows neither, it is KVM-PVM.
     Pvm,
 }
 
-impl Kind {
+impl Virtualization {
     /// By the processor's flags: KVM's vendor modules cannot work without.
     fn of(cpuinfo: &str) -> Self {
         if host::has_flag(cpuinfo, "vmx") {
@@ -33,8 +34,26 @@ impl Kind {
         }
     }
 
-    fn this() -> Self {
+    /// This machine's. Whether `/dev/kvm` can be used at all is another question.
+    #[must_use]
+    pub fn of_this_machine() -> Self {
         Self::of(&read("/proc/cpuinfo").unwrap_or_default())
+    }
+
+    /// Whether guests' kernels can run in hardware virtualization.
+    #[must_use]
+    pub fn is_hardware(self) -> bool {
+        self != Self::Pvm
+    }
+}
+
+impl fmt::Display for Virtualization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Vmx => "KVM on Intel VMX",
+            Self::Svm => "KVM on AMD SVM",
+            Self::Pvm => "KVM without virtualization hardware (PVM)",
+        })
     }
 }
 
@@ -52,18 +71,34 @@ pub(super) fn kind() -> Finding {
             "use Linux 2.6.22 or newer",
         );
     }
-    let found = match Kind::this() {
-        Kind::Vmx => Finding::ok("KVM on Intel VMX").fact("kind", "vmx"),
-        Kind::Svm => Finding::ok("KVM on AMD SVM").fact("kind", "svm"),
-        Kind::Pvm => Finding::limited(
-            "KVM without virtualization hardware (PVM)",
-            "guest kernels in hvm machines are emulated, far too slowly for stock ones; \
-             code in ring 3 runs at full speed",
+    let kind = Virtualization::of_this_machine();
+    let found = match kind {
+        Virtualization::Vmx => Finding::ok(kind.to_string()).fact("kind", "vmx"),
+        Virtualization::Svm => Finding::ok(kind.to_string()).fact("kind", "svm"),
+        Virtualization::Pvm => Finding::limited(
+            kind.to_string(),
+            "guest kernels in hvm machines are emulated, far too slowly for stock ones; Linux \
+             guests run in pv machines: compute at full speed, system calls and faults cost more",
             "use bare metal or an instance type with nested virtualization",
         )
         .fact("kind", "pvm"),
     };
     found.fact("api_version", u64::from(version.unsigned_abs()))
+}
+
+/// Which machine guests get where nobody says which.
+pub(super) fn machine() -> Finding {
+    if Kvm::new().is_err() {
+        let remedy = "see above";
+        return Finding::missing("none", "no guest can run", remedy).fact("auto", "none");
+    }
+    let kind = Virtualization::of_this_machine();
+    if kind.is_hardware() {
+        return Finding::ok("auto is hvm: any kernel; pv runs Linux kernels with Xen PV support")
+            .fact("auto", "hvm");
+    }
+    Finding::ok("auto is pv: Linux kernels with Xen PV support, as distributions' are")
+        .fact("auto", "pv")
 }
 
 /// Why `/dev/kvm` cannot be opened, and what helps.
@@ -102,16 +137,16 @@ fn is_on(parameter: Option<&str>) -> bool {
 
 pub(super) fn nested() -> Finding {
     const COST: &str = "guests cannot be hypervisors themselves";
-    let (module, remedy) = match Kind::this() {
-        Kind::Vmx => (
+    let (module, remedy) = match Virtualization::of_this_machine() {
+        Virtualization::Vmx => (
             "kvm_intel",
             "reload the module: modprobe -r kvm_intel; modprobe kvm_intel nested=1",
         ),
-        Kind::Svm => (
+        Virtualization::Svm => (
             "kvm_amd",
             "reload the module: modprobe -r kvm_amd; modprobe kvm_amd nested=1",
         ),
-        Kind::Pvm => {
+        Virtualization::Pvm => {
             return Finding::missing(
                 "no virtualization hardware to pass on",
                 COST,
@@ -218,9 +253,9 @@ mod tests {
 
     #[test]
     fn the_kind_follows_the_processors_flags() {
-        assert_eq!(Kind::of("flags : fpu vmx"), Kind::Vmx);
-        assert_eq!(Kind::of("flags : fpu svm"), Kind::Svm);
-        assert_eq!(Kind::of("flags : fpu"), Kind::Pvm);
+        assert_eq!(Virtualization::of("flags : fpu vmx"), Virtualization::Vmx);
+        assert_eq!(Virtualization::of("flags : fpu svm"), Virtualization::Svm);
+        assert_eq!(Virtualization::of("flags : fpu"), Virtualization::Pvm);
     }
 
     #[test]

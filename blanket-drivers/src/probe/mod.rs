@@ -17,6 +17,8 @@ use std::fs;
 
 use serde::Serialize;
 
+pub use kvm::Virtualization;
+
 /// How well the machine does in one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -157,6 +159,7 @@ pub const CHECKS: &[Check] = &[
         essential: true,
         ..check("kvm", "kvm", kvm::kind)
     },
+    check("kvm", "machine", kvm::machine),
     check("kvm", "nested", kvm::nested),
     check("kvm", "capabilities", kvm::capabilities),
     check("memory", "userfaultfd", memory::userfaultfd),
