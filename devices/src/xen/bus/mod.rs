@@ -24,6 +24,9 @@ pub struct Context {
     /// Threads for rings. Whoever calls a backend is none of them, so it may
     /// wait for them.
     pub workers: Workers,
+    /// For a handler that finds its ring broken: the bus closes the backend
+    /// then, from its own thread. Each backend has its own.
+    pub fault: Arc<dyn Fn() + Send + Sync>,
 }
 
 /// Why a backend did not take what its frontend set up.
