@@ -15,6 +15,9 @@ pub struct IoVec(libc::iovec);
 // SAFETY: an IoVec is an address and a length; using it is unsafe anyway.
 unsafe impl Send for IoVec {}
 
+// SAFETY: as above; shared, it can only be read.
+unsafe impl Sync for IoVec {}
+
 impl IoVec {
     /// The vector for `len` bytes at `base`.
     #[must_use]

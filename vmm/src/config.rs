@@ -176,9 +176,13 @@ pub struct DiskConfig {
     /// I/O engine: `auto`, `io_uring` or `sync`.
     #[serde(default)]
     pub engine: blanket_drivers::store::Engine,
-    /// Virtqueues, 1 to 16; as many as vCPUs, up to 4, if absent.
+    /// Virtqueues or rings, 1 to 16; as many as vCPUs, up to 4, if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// On a `pv` machine: let the guest reuse the pages that it shares with
+    /// the disk (persistent grants) [default: on].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub persistent: Option<bool>,
 }
 
 /// A network interface.
@@ -516,7 +520,7 @@ mod tests {
     #[test]
     fn flags_toml_and_json_say_the_same() {
         let by_flags = flags(
-            "--kernel vmlinuz --memory 1G --cpus 2 --disk a.img --disk path=b.qcow2,readonly=on,engine=io_uring \
+            "--kernel vmlinuz --memory 1G --cpus 2 --disk a.img --disk path=b.qcow2,readonly=on,engine=io_uring,persistent=off \
              --net tap,host_ip=10.0.0.1/24,mac=52:54:00:00:00:01 --serial socket=s,log=l --hugepages 2m --rng false",
         )
         .unwrap();
@@ -534,6 +538,7 @@ mod tests {
             path = "b.qcow2"
             readonly = true
             engine = "io_uring"
+            persistent = false
             [[net]]
             host_ip = "10.0.0.1/24"
             mac = "52:54:00:00:00:01"

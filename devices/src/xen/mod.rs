@@ -8,9 +8,13 @@
 //! The hypervisor's side of a `pv` machine (in the monitor) implements
 //! [`EventChannels`] and places the grant table; everything else is here.
 
+pub mod blkif;
 pub mod bus;
+mod channel;
 pub mod grant;
 pub mod ring;
+pub mod store;
+mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
 

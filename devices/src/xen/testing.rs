@@ -1,13 +1,16 @@
 //! The guest's side of grants and rings, for tests of backends.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use blanket_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::grant::{GrantTable, PAGE};
-use super::{BACKEND, GUEST};
+use super::{BACKEND, EventChannels, GUEST};
 use crate::virtio::testing::ram;
 
 /// `GTF_permit_access`, `GTF_readonly`, `GTF_reading | GTF_writing`.
@@ -66,6 +69,23 @@ impl Guest {
         flags & IN_USE != 0
     }
 
+    /// The guest in a new process: its memory is all that is left, with the
+    /// marks of its mappings in `entries`.
+    pub(crate) fn moved(&mut self, entries: &[u8]) -> Arc<GrantTable> {
+        let table = GuestAddress(self.table);
+        self.ram.write_slice(entries, table).unwrap();
+        self.grants = Arc::new(GrantTable::new(self.ram.clone(), table, 1));
+        Arc::clone(&self.grants)
+    }
+
+    /// The grant table's bytes.
+    pub(crate) fn entries(&self) -> Vec<u8> {
+        let mut entries = vec![0; PAGE];
+        let table = GuestAddress(self.table);
+        self.ram.read_slice(&mut entries, table).unwrap();
+        entries
+    }
+
     /// Takes a grant back, as the guest does: not while it is in use.
     pub(crate) fn revoke(&self, reference: u32) -> bool {
         let free = !self.in_use(reference);
@@ -73,6 +93,49 @@ impl Guest {
             self.put(reference, 0, 0, 0);
         }
         free
+    }
+}
+
+/// The guest's ends of its event channels; every port below 100 may be bound.
+#[derive(Default)]
+pub(crate) struct Events {
+    bound: Mutex<BTreeMap<u32, EventFd>>,
+    notified: AtomicUsize,
+}
+
+impl Events {
+    /// Notifies the backend.
+    pub(crate) fn send(&self, port: u32) {
+        self.bound.lock().unwrap()[&port].write(1).unwrap();
+    }
+
+    /// Ports that backends have bound.
+    pub(crate) fn bound(&self) -> Vec<u32> {
+        self.bound.lock().unwrap().keys().copied().collect()
+    }
+
+    /// Notifications by backends.
+    pub(crate) fn notified(&self) -> usize {
+        self.notified.load(Ordering::SeqCst)
+    }
+}
+
+impl EventChannels for Events {
+    fn bind(&self, port: u32, kick: &EventFd) -> io::Result<()> {
+        let mut bound = self.bound.lock().unwrap();
+        if port >= 100 || bound.contains_key(&port) {
+            return Err(io::ErrorKind::AddrNotAvailable.into());
+        }
+        bound.insert(port, kick.try_clone()?);
+        Ok(())
+    }
+
+    fn unbind(&self, port: u32) {
+        self.bound.lock().unwrap().remove(&port);
+    }
+
+    fn notify(&self, _: u32) {
+        self.notified.fetch_add(1, Ordering::SeqCst);
     }
 }
 

@@ -353,6 +353,7 @@ mod tests {
                 backing: false,
                 engine: blanket_drivers::store::Engine::Auto,
                 queues: None,
+                persistent: Some(false),
             }],
             net: vec![Default::default()],
             serial: Some(CharConfig::default()),

@@ -1,0 +1,301 @@
+//! One ring on one store.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use blanket_drivers::store::{Operation, Request, Store};
+use blanket_memory::iovec;
+use event_manager::{EventOps, Events, MutEventSubscriber};
+
+use super::pages::{Page, Pages};
+use super::request::{
+    self, Action, INDIRECT_SEGMENTS, REQUEST, RESPONSE, SEGMENT, Segment, Status, Table, Transfer,
+};
+use crate::disk::{self, Engine, Identity, Outcome, Refused};
+use crate::virtio::queue::watch;
+use crate::worker::Handler;
+use crate::xen::channel::Channel;
+use crate::xen::grant::Access;
+use crate::xen::ring::{self, Indices, Ring};
+
+const KICK: u32 = 0;
+const STORE: u32 = 1;
+
+/// Batches served in a row. A frontend that keeps the ring busy must not keep
+/// the worker from its other handlers and from being paused.
+const MAX_ROUNDS: usize = 16;
+
+/// A disk's ring.
+pub(super) type DiskRing = Ring<REQUEST, RESPONSE>;
+
+/// What is needed to answer a request, and its pages.
+struct Answer {
+    id: u64,
+    operation: u8,
+    pages: Vec<Page>,
+}
+
+/// Owns a ring and the store that serves it.
+pub(super) struct RingHandler {
+    // Before the pages and the ring: the engine waits for what is in flight
+    // when it goes, and they keep guest memory mapped.
+    engine: Engine<Answer>,
+    ring: DiskRing,
+    pages: Pages,
+    channel: Channel,
+    identity: Arc<Identity>,
+    /// Tells the bus that the ring is broken.
+    fault: Arc<dyn Fn() + Send + Sync>,
+    broken: bool,
+    done: Vec<(Answer, Outcome)>,
+}
+
+impl RingHandler {
+    /// Serves `ring` from `store`; `fault` is called once if the frontend
+    /// breaks the ring.
+    pub(super) fn new(
+        ring: DiskRing,
+        store: Box<dyn Store>,
+        pages: Pages,
+        channel: Channel,
+        identity: Arc<Identity>,
+        fault: Arc<dyn Fn() + Send + Sync>,
+    ) -> Self {
+        Self {
+            engine: Engine::new(store, Arc::clone(&identity)),
+            ring,
+            pages,
+            channel,
+            identity,
+            fault,
+            broken: false,
+            done: Vec::new(),
+        }
+    }
+
+    /// The store, for the next frontend.
+    pub(super) fn into_store(self) -> Box<dyn Store> {
+        self.engine.into_store()
+    }
+
+    /// Its indices, with nothing in flight.
+    pub(super) fn indices(&self) -> Indices {
+        self.ring.indices()
+    }
+
+    /// Serves the ring until it is empty or the store is full.
+    fn serve(&mut self) {
+        for _ in 0..MAX_ROUNDS {
+            match self.round() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => return self.fail(&error.to_string()),
+            }
+        }
+        // Come back after the others.
+        self.channel.wake();
+    }
+
+    /// Takes what there is and answers what is done. True if there may be more
+    /// to do right now.
+    fn round(&mut self) -> Result<bool, ring::Error> {
+        if self.broken {
+            return Ok(false);
+        }
+        let full = self.fill()?;
+        self.engine.commit();
+        self.reap();
+        self.publish();
+        if full {
+            // Completions bring us back; notifications are of no use till then.
+            return Ok(self.engine.in_flight() == 0);
+        }
+        self.ring.wait_for(1)
+    }
+
+    /// Hands requests to the store. True if the store takes no more for now.
+    fn fill(&mut self) -> Result<bool, ring::Error> {
+        for _ in 0..self.ring.entries() {
+            let Some(request) = self.ring.pop()? else {
+                break;
+            };
+            if !self.start(&request) {
+                self.ring.rewind(1);
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Starts one request. Answers it right away if there is nothing to do.
+    /// False if the store is full: the request has to come again.
+    fn start(&mut self, request: &[u8; REQUEST]) -> bool {
+        let (id, operation) = (request::id(request), request::operation(request));
+        match self.prepare(request) {
+            Ok((request, pages)) => {
+                let answer = Answer {
+                    id,
+                    operation,
+                    pages,
+                };
+                // SAFETY: the pages keep guest memory mapped, and the engine
+                // gives them back when the request is done, or waits.
+                match unsafe { self.engine.submit(request, answer) } {
+                    Ok(()) => return true,
+                    Err(Refused::Full(_)) => return false,
+                    Err(Refused::Broken(_)) => self.answer(id, operation, Status::Error),
+                }
+            }
+            Err(status) => {
+                self.identity.metrics.failed();
+                self.answer(id, operation, status);
+            }
+        }
+        true
+    }
+
+    /// The store's request, and the pages that it uses.
+    fn prepare(&mut self, request: &[u8; REQUEST]) -> Result<(Request, Vec<Page>), Status> {
+        match request::parse(request)? {
+            Action::Direct(transfer, table) => self.collect(transfer, table),
+            Action::Indirect(transfer, table) => {
+                let mut bytes = [0; INDIRECT_SEGMENTS * SEGMENT];
+                let table = self.read_table(table, &mut bytes)?;
+                self.collect(transfer, table)
+            }
+            Action::Flush => Ok((disk::request(Operation::Flush, 0, 0), Vec::new())),
+            Action::Discard(offset, len) => {
+                Ok((disk::request(Operation::Discard, offset, len), Vec::new()))
+            }
+        }
+    }
+
+    /// A copy of an indirect request's table.
+    fn read_table<'a>(&mut self, table: Table, bytes: &'a mut [u8]) -> Result<&'a [u8], Status> {
+        let page = self.pages.map(table.reference, Access::Read);
+        let page = page.map_err(|_| Status::Error)?;
+        let piece = page.iovec(0, table.len).map_err(|_| Status::Error)?;
+        let read = iovec::read_bytes(&[piece], bytes);
+        Ok(&bytes[..read])
+    }
+
+    /// Maps a transfer's segments.
+    fn collect(
+        &mut self,
+        transfer: Transfer,
+        table: &[u8],
+    ) -> Result<(Request, Vec<Page>), Status> {
+        let Transfer { operation, offset } = transfer;
+        let access = match operation {
+            Operation::Read => Access::Write,
+            _ => Access::Read,
+        };
+        let count = table.len() / SEGMENT;
+        let mut request = disk::request(operation, offset, 0);
+        request.vectors.reserve_exact(count);
+        let mut pages = Vec::with_capacity(count);
+        for segment in request::segments(table) {
+            let Segment {
+                reference,
+                offset,
+                len,
+            } = segment?;
+            let page = self.pages.map(reference, access);
+            let page = page.map_err(|_| Status::Error)?;
+            let vector = page.iovec(offset, len).map_err(|_| Status::Error)?;
+            request.vectors.push(vector);
+            pages.push(page);
+        }
+        Ok((request, pages))
+    }
+
+    /// Answers what the store has completed.
+    fn reap(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        self.engine.reap(false, &mut done);
+        self.answer_all(&mut done);
+        self.done = done;
+    }
+
+    fn answer_all(&mut self, done: &mut Vec<(Answer, Outcome)>) {
+        for (answer, outcome) in done.drain(..) {
+            let status = match outcome {
+                Outcome::Done(_) => Status::Okay,
+                Outcome::Failed => Status::Error,
+                Outcome::Unsupported => Status::Unsupported,
+            };
+            let Answer {
+                id,
+                operation,
+                pages,
+            } = answer;
+            // The guest may take its pages back as soon as it sees the answer.
+            drop(pages);
+            self.answer(id, operation, status);
+        }
+    }
+
+    fn answer(&mut self, id: u64, operation: u8, status: Status) {
+        self.ring.push(&request::response(id, operation, status));
+    }
+
+    /// Shows the guest the answers, and tells it if it waits for them.
+    fn publish(&mut self) {
+        if self.ring.publish() {
+            self.channel.notify();
+        }
+    }
+
+    /// The frontend broke the ring: nothing in it is taken any more.
+    fn fail(&mut self, message: &str) {
+        if !self.broken {
+            self.broken = true;
+            tracing::warn!(
+                disk = self.identity.name,
+                message,
+                "the guest broke a ring of its disk"
+            );
+            (self.fault)();
+        }
+    }
+}
+
+impl MutEventSubscriber for RingHandler {
+    fn init(&mut self, ops: &mut EventOps) {
+        let events = [
+            (self.channel.kick().as_raw_fd(), KICK),
+            (self.engine.event(), STORE),
+        ];
+        for (fd, token) in events {
+            if let Err(error) = watch(ops, &fd, token) {
+                self.fail(&format!("no events: {error}"));
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        match events.data() {
+            KICK => self.channel.take(),
+            _ => {
+                self.reap();
+                self.publish();
+            }
+        }
+        self.serve();
+    }
+}
+
+impl Handler for RingHandler {
+    fn kick(&mut self) {
+        self.serve();
+    }
+
+    fn quiesce(&mut self) {
+        let mut done = Vec::new();
+        self.engine.drain(false, &mut done);
+        self.answer_all(&mut done);
+        self.publish();
+        // Marks of kept pages would outlive a saved guest's mappings.
+        self.pages.release();
+    }
+}
