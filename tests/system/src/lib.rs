@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use blanket_testbed::{Client, GuestImages, Node, NodeBuilder, Output};
+use blanket_testbed::{Client, GuestImages, Host, HostBuilder, Node, NodeBuilder, Output, guest};
 
 /// How long a guest may take to answer: generous, because hardware
 /// virtualization may be emulated.
@@ -58,6 +58,48 @@ pub fn provider_with(name: &str, folder: &Path) -> Result<NodeBuilder> {
         .inject(folder.join("blanket-vmm"), "/usr/bin/blanket-vmm"))
 }
 
+/// This machine itself with Blanket's programs in `/usr/bin`, and in `/payload/guest` the guest
+/// images but the disk.
+///
+/// # Errors
+/// Not run by `cargo xtask test`, or an image cannot be built.
+pub fn native(name: &str) -> Result<HostBuilder> {
+    let folder = program("")?;
+    native_with(name, &folder)
+}
+
+/// The same with the programs in `folder`.
+///
+/// # Errors
+/// An image cannot be built.
+pub fn native_with(name: &str, folder: &Path) -> Result<HostBuilder> {
+    let images = GuestImages::get()?;
+    let mut builder = Host::builder(name)
+        .inject(folder.join("blanket"), "/usr/bin/blanket")
+        .inject(folder.join("blanket-vmm"), "/usr/bin/blanket-vmm");
+    for (file, name) in images.files() {
+        if file != images.disk {
+            builder = builder.inject(file, format!("/payload/guest/{name}"));
+        }
+    }
+    Ok(builder)
+}
+
+/// Runs a test with guests on this machine's own KVM, where that can be.
+///
+/// # Panics
+/// The test fails, or it cannot be set up.
+pub fn natively(describe: impl FnOnce() -> HostBuilder, test: impl FnOnce(&Host)) {
+    if let Some(reason) = Host::obstacle() {
+        println!("skipped, because {reason}");
+        return;
+    }
+    match describe().open() {
+        Ok(host) => test(&host),
+        Err(error) => panic!("no native guests: {error:?}"),
+    }
+}
+
 /// Boots a node and runs a test on it.
 ///
 /// An emulated node with guests has been seen to end without a message from
@@ -89,9 +131,9 @@ pub fn on_node(describe: impl Fn() -> NodeBuilder, test: impl Fn(&Node)) {
     }
 }
 
-/// A VM on a node.
+/// A VM on a node, or on this machine.
 pub struct Vm<'a> {
-    node: &'a Node,
+    node: &'a Client,
     name: String,
 }
 
@@ -100,7 +142,7 @@ impl<'a> Vm<'a> {
     ///
     /// # Errors
     /// It did not start; what `blanket` said.
-    pub fn run(node: &'a Node, name: &str, flags: &str) -> Result<Self> {
+    pub fn run(node: &'a Client, name: &str, flags: &str) -> Result<Self> {
         let socket = console(name);
         node.sh(format!(
             "blanket run {name} --console socket={socket} {flags}"
@@ -116,7 +158,7 @@ impl<'a> Vm<'a> {
     ///
     /// # Errors
     /// It did not start.
-    pub fn linux(node: &'a Node, name: &str, cmdline: &str, flags: &str) -> Result<Self> {
+    pub fn linux(node: &'a Client, name: &str, cmdline: &str, flags: &str) -> Result<Self> {
         Self::run(
             node,
             name,
@@ -127,17 +169,50 @@ impl<'a> Vm<'a> {
         )
     }
 
+    /// The same in a `pv` machine. The agent shares its console with the kernel, which keeps
+    /// quiet; output from before the console works is the serial port's.
+    ///
+    /// # Errors
+    /// It did not start.
+    pub fn pv(node: &'a Client, name: &str, cmdline: &str, flags: &str) -> Result<Self> {
+        Self::pv_kernel(node, name, "vmlinuz", "initrd.cpio", cmdline, flags)
+    }
+
+    /// The same with other files of `/payload/guest`.
+    ///
+    /// # Errors
+    /// It did not start.
+    pub fn pv_kernel(
+        node: &'a Client,
+        name: &str,
+        kernel: &str,
+        initrd: &str,
+        cmdline: &str,
+        flags: &str,
+    ) -> Result<Self> {
+        Self::run(
+            node,
+            name,
+            &format!(
+                "--machine pv --kernel /payload/guest/{kernel} --initrd /payload/guest/{initrd} \
+                 --cmdline 'console=hvc0 quiet loglevel=1 panic=-1 {cmdline}' {flags}"
+            ),
+        )
+    }
+
     /// The channel into the guest; waits until it is up.
     ///
     /// # Errors
     /// It does not answer: what it said on its serial port.
     pub fn guest(&self) -> Result<Client> {
-        self.node
-            .guest(&console(&self.name), GUEST_LIMIT)
+        guest(self.node, &console(&self.name), GUEST_LIMIT)
             .map_err(anyhow::Error::from)
             .with_context(|| {
-                let log = self.blanket("logs", "").map(|output| output.stdout);
-                String::from_utf8_lossy(&log.unwrap_or_default()).into_owned()
+                let logs = ["", "--monitor"].map(|which| {
+                    let log = self.blanket("logs", which).map(|output| output.stdout);
+                    String::from_utf8_lossy(&log.unwrap_or_default()).into_owned()
+                });
+                logs.join("\nthe monitor: ")
             })
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use blanket_system_tests::on_node;
 use blanket_testbed::client::{Client, Error};
 use blanket_testbed::{
-    Disk, GUEST_PAGE, GuestImages, Hardware, Network, Node, NodeBuilder, Smbios, tools,
+    Disk, GUEST_PAGE, GuestImages, Hardware, Network, Node, NodeBuilder, Smbios, guest, tools,
 };
 
 /// Generous: guests run under emulated hardware virtualization.
