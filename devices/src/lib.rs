@@ -12,6 +12,7 @@ pub mod char;
 mod disk;
 pub mod legacy;
 pub mod lifecycle;
+mod net;
 pub mod pci;
 pub mod platform;
 pub mod virtio;

@@ -12,6 +12,7 @@ pub mod blkif;
 pub mod bus;
 mod channel;
 pub mod grant;
+pub mod netif;
 pub mod ring;
 pub mod store;
 mod stream;

@@ -70,13 +70,13 @@ impl Control {
                 if !(1..=self.most_pairs).contains(&pairs) {
                     return None;
                 }
-                let set = self.shared.set_pairs(pairs);
+                let set = self.shared.port.set_queues(pairs);
                 set.inspect_err(|error| tracing::warn!(pairs, %error, "the tap's queues"))
                     .ok()
             }
             (net::VIRTIO_NET_CTRL_MAC, net::VIRTIO_NET_CTRL_MAC_ADDR_SET) => {
                 let mac = MacAddress(*argument.first_chunk()?);
-                mac.is_unicast().then(|| self.shared.settings().mac = mac)
+                mac.is_unicast().then(|| *self.shared.mac() = mac)
             }
             // Filters are the driver's offer to receive less. The TAP passes
             // every frame that the node sends here, which they allow for

@@ -9,7 +9,6 @@
 //! comes after the last pair that the driver can use.
 
 mod control;
-mod metrics;
 mod pair;
 mod rx;
 mod tx;
@@ -28,8 +27,8 @@ use virtio_bindings::virtio_net as net;
 
 use super::{Activation, Device, QueueHandler, VirtQueue};
 use crate::lifecycle::{self, SavedState};
+use crate::net::Port;
 use control::Control;
-use metrics::Metrics;
 use pair::Pair;
 
 /// Device type (virtio 1.2, 5.1.1).
@@ -78,40 +77,23 @@ fn offloads(features: u64) -> Offloads {
 
 /// What the handlers of one interface have in common.
 struct Shared {
-    tap: Tap,
-    metrics: Arc<Metrics>,
-    settings: Mutex<Settings>,
+    port: Port,
+    /// The address, which the driver can change.
+    mac: Mutex<MacAddress>,
+}
+
+impl Shared {
+    fn mac(&self) -> MutexGuard<'_, MacAddress> {
+        self.mac.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What the driver can change by the control queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Settings {
     mac: MacAddress,
-    /// Pairs in use: the TAP's queues from here on are detached.
+    /// Pairs in use.
     pairs: u16,
-}
-
-impl Shared {
-    fn settings(&self) -> MutexGuard<'_, Settings> {
-        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets the kernel send to the first `pairs` queues only.
-    fn set_pairs(&self, pairs: u16) -> io::Result<()> {
-        let mut settings = self.settings();
-        let queues = self.tap.queues();
-        while settings.pairs < pairs {
-            let queue = queues.get(usize::from(settings.pairs));
-            queue.map_or(Ok(()), |queue| queue.set_attached(true))?;
-            settings.pairs += 1;
-        }
-        while settings.pairs > pairs.max(1) {
-            let queue = queues.get(usize::from(settings.pairs - 1));
-            queue.map_or(Ok(()), |queue| queue.set_attached(false))?;
-            settings.pairs -= 1;
-        }
-        Ok(())
-    }
 }
 
 /// A network interface.
@@ -141,27 +123,24 @@ impl Net {
         let pairs = tap.queues().len() as u16;
         let mut sizes = vec![QUEUE_SIZE; 2 * usize::from(pairs)];
         sizes.push(CONTROL_SIZE);
-        let device = Self {
+        Ok(Self {
             name: name.into(),
             mac,
             mtu,
             features: features(&tap, mtu),
             sizes,
             shared: Arc::new(Shared {
-                tap,
-                metrics: Arc::default(),
-                settings: Mutex::new(Settings { mac, pairs }),
+                port: Port::new(tap)?,
+                mac: Mutex::new(mac),
             }),
             pairs: 1,
-        };
-        device.shared.set_pairs(1)?;
-        Ok(device)
+        })
     }
 
     /// Name of the TAP on the node.
     #[must_use]
     pub fn tap_name(&self) -> &str {
-        self.shared.tap.name()
+        self.shared.port.tap().name()
     }
 
     /// Makes a handler for each pair that the driver has enabled, from the
@@ -174,7 +153,7 @@ impl Net {
     ) -> Vec<Box<dyn QueueHandler>> {
         let (features, interrupt) = activation;
         let mut pairs: Vec<Box<dyn QueueHandler>> = Vec::new();
-        let taps = self.shared.tap.queues().iter();
+        let taps = self.shared.port.tap().queues().iter();
         for (tap, slots) in taps.zip(queues.chunks_exact_mut(2)).take(usable) {
             let [rx, tx] = slots else { break };
             let (Some(rx), Some(tx)) = (rx.take(), tx.take()) else {
@@ -185,7 +164,7 @@ impl Net {
                 tap,
                 features & bit(net::VIRTIO_NET_F_MRG_RXBUF) != 0,
                 interrupt,
-                &self.shared.metrics,
+                &self.shared,
             )));
         }
         pairs
@@ -241,9 +220,9 @@ impl Device for Net {
 
     /// `struct virtio_net_config` (virtio 1.2, 5.1.4) as far as the MTU.
     fn config(&self) -> Vec<u8> {
-        let mut config = self.shared.settings().mac.0.to_vec();
+        let mut config = self.shared.mac().0.to_vec();
         config.extend((net::VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        config.extend((self.shared.tap.queues().len() as u16).to_le_bytes());
+        config.extend((self.shared.port.tap().queues().len() as u16).to_le_bytes());
         config.extend(self.mtu.unwrap_or(0).to_le_bytes());
         config
     }
@@ -253,7 +232,7 @@ impl Device for Net {
         let control = features & bit(net::VIRTIO_NET_F_CTRL_VQ) != 0;
         let multi = control && features & bit(net::VIRTIO_NET_F_MQ) != 0;
         let usable = if multi {
-            self.shared.tap.queues().len()
+            self.shared.port.tap().queues().len()
         } else {
             1
         };
@@ -271,9 +250,9 @@ impl Device for Net {
         if handlers.is_empty() {
             return Err(io::Error::other("the driver enabled no pair of queues"));
         }
-        self.shared.tap.set_offloads(offloads(features))?;
+        self.shared.port.tap().set_offloads(offloads(features))?;
         let enabled = handlers.len() as u16;
-        self.shared.set_pairs(self.pairs.min(enabled))?;
+        self.shared.port.set_queues(self.pairs.min(enabled))?;
         if let Some(queue) = control_queue {
             let most = if multi { enabled } else { 1 };
             handlers.push(Box::new(Control::new(queue, &self.shared, most)));
@@ -284,26 +263,21 @@ impl Device for Net {
     fn reset(&mut self, handlers: Vec<Box<dyn QueueHandler>>) {
         drop(handlers);
         self.pairs = 1;
-        if let Err(error) = self.shared.set_pairs(1) {
-            tracing::warn!(device = self.name, %error, "a queue of the tap stays attached");
-        }
-        if let Err(error) = self.shared.tap.set_offloads(Offloads::default()) {
-            tracing::warn!(device = self.name, %error, "the tap keeps its offloads");
-        }
-        // What waits was segmented and summed up for the driver that is gone.
-        for queue in self.shared.tap.queues() {
-            queue.drain();
-        }
-        self.shared.settings().mac = self.mac;
+        self.shared.port.clear(&self.name);
+        *self.shared.mac() = self.mac;
     }
 
     fn save(&self, _: &[Box<dyn QueueHandler>]) -> Result<SavedState, lifecycle::Error> {
-        SavedState::pack("virtio-net", 1, &*self.shared.settings())
+        let settings = Settings {
+            mac: *self.shared.mac(),
+            pairs: self.shared.port.queues(),
+        };
+        SavedState::pack("virtio-net", 1, &settings)
     }
 
     fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error> {
         let saved: Settings = state.unpack("virtio-net", 1)?;
-        let most = self.shared.tap.queues().len();
+        let most = self.shared.port.tap().queues().len();
         if saved.pairs == 0 || usize::from(saved.pairs) > most {
             return Err(lifecycle::Error::Device {
                 device: self.name.clone(),
@@ -314,11 +288,11 @@ impl Device for Net {
             });
         }
         self.pairs = saved.pairs;
-        self.shared.settings().mac = saved.mac;
+        *self.shared.mac() = saved.mac;
         Ok(())
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        self.shared.metrics.read()
+        self.shared.port.metrics.read()
     }
 }

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use blanket_drivers::tap::TapQueue;
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use vmm_sys_util::epoll::EventSet;
 
 use super::super::queue::watch;
 use super::super::{Interrupt, QueueHandler, VirtQueue};
-use super::metrics::Metrics;
-use super::rx::{Outcome, Rx};
+use super::Shared;
+use super::rx::Rx;
 use super::tx::Tx;
+use crate::net::{Outcome, TapWatch};
 use crate::worker::Handler;
 
 const RX_KICK: u32 = 0;
@@ -19,12 +19,10 @@ const TAP: u32 = 2;
 
 pub(super) struct Pair {
     queues: [VirtQueue; 2],
-    tap: Arc<TapQueue>,
     rx: Rx,
     tx: Tx,
-    metrics: Arc<Metrics>,
-    /// Whether epoll looks at the TAP: not while the driver has no buffers.
-    watching: bool,
+    tap: TapWatch,
+    shared: Arc<Shared>,
 }
 
 impl Pair {
@@ -33,33 +31,22 @@ impl Pair {
         tap: &Arc<TapQueue>,
         mergeable: bool,
         interrupt: &Arc<dyn Interrupt>,
-        metrics: &Arc<Metrics>,
+        shared: &Arc<Shared>,
     ) -> Self {
         Self {
             rx: Rx::new(tap, mergeable, &queues[0], interrupt),
             tx: Tx::new(tap),
-            tap: Arc::clone(tap),
+            tap: TapWatch::new(tap, TAP),
             queues,
-            metrics: Arc::clone(metrics),
-            watching: false,
+            shared: Arc::clone(shared),
         }
     }
 
     fn receive(&mut self, ops: &mut EventOps) {
-        let outcome = self.rx.receive(&mut self.queues[0], &self.metrics.rx);
-        let watch = matches!(outcome, Outcome::Empty | Outcome::More);
-        if watch != self.watching {
-            self.watching = watch;
-            let events = Events::with_data(&*self.tap, TAP, EventSet::IN);
-            let changed = if watch {
-                ops.add(events)
-            } else {
-                ops.remove(events)
-            };
-            if let Err(error) = changed {
-                tracing::error!(?error, "a tap cannot be watched");
-            }
-        }
+        let outcome = self
+            .rx
+            .receive(&mut self.queues[0], &self.shared.port.metrics.rx);
+        self.tap.follow(outcome, ops);
         // The TAP reports what is left of itself, unless a frame is at hand.
         if outcome == Outcome::More {
             wake(&self.queues[0]);
@@ -76,7 +63,7 @@ pub(super) fn wake(queue: &VirtQueue) {
 
 impl MutEventSubscriber for Pair {
     fn init(&mut self, ops: &mut EventOps) {
-        self.watching = false;
+        self.tap.forget();
         let [rx, tx] = &self.queues;
         if let Err(error) =
             watch(ops, &rx.kick, RX_KICK).and_then(|()| watch(ops, &tx.kick, TX_KICK))
@@ -95,7 +82,7 @@ impl MutEventSubscriber for Pair {
             _ => {
                 let queue = &mut self.queues[1];
                 queue.take_kick();
-                if self.tx.send(queue, &self.metrics.tx) {
+                if self.tx.send(queue, &self.shared.port.metrics.tx) {
                     wake(queue);
                 }
             }
@@ -109,7 +96,8 @@ impl Handler for Pair {
     }
 
     fn quiesce(&mut self) {
-        self.rx.give_back(&mut self.queues[0], &self.metrics.rx);
+        self.rx
+            .give_back(&mut self.queues[0], &self.shared.port.metrics.rx);
     }
 }
 

@@ -8,50 +8,26 @@ use blanket_drivers::tap::{HEADER_LEN, TapQueue};
 use blanket_memory::IoVec;
 use virtio_queue::QueueT;
 
-use super::super::queue::{self, Buffers};
+use super::super::queue::Buffers;
 use super::super::{Interrupt, VirtQueue};
-use super::metrics::Direction;
 use super::used::UsedFrames;
+use crate::net::{Direction, Frame, Outcome, Spill, copy_at, read_failed};
 
 /// Frames that are received before others have their turn.
 const BUDGET: usize = 128;
 /// Room that is gathered for a frame: what virtio 1.2, 5.1.6.3.1 asks of a
 /// driver for its largest one.
 const ROOM: usize = 65550 + HEADER_LEN;
-/// Longest tail of a frame that goes on beyond the guest's buffers; one byte
-/// more tells that a frame is longer still.
-const SPILL: usize = ROOM + 64;
 /// Pieces of guest memory in one call, which leaves one for the spill.
 const MAX_PIECES: usize = libc::UIO_MAXIOV as usize - 1;
 /// Where the header has `num_buffers` (virtio 1.2, 5.1.6).
 const NUM_BUFFERS: usize = 10;
-
-/// How receiving came to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
-    /// The TAP has no frame: wait for one.
-    Empty,
-    /// The driver has no buffer: wait for its notification.
-    Starved,
-    /// There may be more, but others have their turn.
-    More,
-    /// Somebody has deleted the TAP: there is nothing to wait for.
-    Gone,
-}
 
 /// A buffer that was popped and has not been used.
 struct Chain {
     head: u16,
     pieces: usize,
     len: usize,
-}
-
-/// A frame whose tail waits in the spill for buffers.
-struct Frame {
-    /// Bytes in all, header included.
-    len: usize,
-    /// Bytes that are in the guest's buffers already.
-    direct: usize,
 }
 
 /// What becomes of a frame next.
@@ -68,7 +44,8 @@ pub(super) struct Rx {
     /// The chains' pieces in order.
     pieces: Vec<IoVec>,
     room: usize,
-    spill: Vec<u8>,
+    spill: Spill,
+    /// A frame whose tail waits in the spill for buffers.
     frame: Option<Frame>,
     used: UsedFrames,
     buffers: Buffers,
@@ -88,7 +65,7 @@ impl Rx {
             chains: VecDeque::new(),
             pieces: Vec::new(),
             room: 0,
-            spill: vec![0; SPILL + 1],
+            spill: Spill::new(),
             frame: None,
             used: UsedFrames::new(queue, Arc::clone(interrupt)),
             buffers: Buffers::default(),
@@ -160,15 +137,7 @@ impl Rx {
         if self.frame.is_none() {
             match self.read() {
                 Ok(frame) => self.frame = Some(frame),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Outcome::Empty,
-                Err(error) => {
-                    tracing::warn!(queue = queue.index, %error, "a frame could not be received");
-                    metrics.refuse_one();
-                    return match error.raw_os_error() {
-                        Some(libc::EBADFD | libc::EIO) => Outcome::Gone,
-                        _ => Outcome::Empty,
-                    };
-                }
+                Err(error) => return read_failed(&error, queue.index, metrics),
             }
         }
         match self.fate(queue) {
@@ -190,27 +159,17 @@ impl Rx {
     /// spill.
     fn read(&mut self) -> io::Result<Frame> {
         let kept = self.pieces.split_off(self.pieces.len().min(MAX_PIECES));
-        let direct = IoVec::total(&self.pieces);
-        let spill = IoVec::new(self.spill.as_mut_ptr(), self.spill.len());
-        self.pieces.push(spill);
-        // SAFETY: the pieces lie in guest memory, which the queue keeps mapped;
-        // the last is the spill, which nobody else refers to.
-        let result = unsafe { self.tap.readv(&self.pieces) };
-        self.pieces.pop();
+        // SAFETY: the pieces lie in guest memory, which the queue keeps mapped.
+        let frame = unsafe { self.spill.read(&self.tap, &mut self.pieces) };
         self.pieces.extend(kept);
-        let len = result?;
-        if len < HEADER_LEN {
-            return Err(io::Error::other("a frame without a header"));
-        }
-        Ok(Frame { len, direct })
+        frame
     }
 
     fn fate(&self, queue: &VirtQueue) -> Fate {
         let Some(frame) = &self.frame else {
             return Fate::Wait;
         };
-        if frame.len > frame.direct + SPILL {
-            // Longer than what was kept of it.
+        if Spill::is_cut(frame) {
             Fate::Drop
         } else if frame.len <= self.room {
             Fate::Deliver
@@ -232,9 +191,7 @@ impl Rx {
         let Some(frame) = self.frame.take() else {
             return 0;
         };
-        if let Some(tail) = frame.len.checked_sub(frame.direct).filter(|n| *n > 0) {
-            write_at(&self.pieces, frame.direct, &self.spill[..tail]);
-        }
+        copy_at(&self.pieces, frame.direct, self.spill.tail(&frame));
         self.done.clear();
         let (mut left, mut pieces) = (frame.len, 0);
         while left > 0
@@ -248,24 +205,9 @@ impl Rx {
             self.room -= chain.len;
         }
         let count = self.done.len() as u16;
-        write_at(&self.pieces, NUM_BUFFERS, &count.to_le_bytes());
+        copy_at(&self.pieces, NUM_BUFFERS, &count.to_le_bytes());
         self.pieces.drain(..pieces);
         self.used.push(queue, &self.done);
         frame.len
-    }
-}
-
-/// Copies `bytes` to `offset` in `pieces`.
-fn write_at(pieces: &[IoVec], offset: usize, bytes: &[u8]) {
-    let (mut skip, mut left) = (offset, bytes);
-    for mut piece in pieces.iter().copied() {
-        let here = skip.min(piece.len());
-        piece.advance(here);
-        skip -= here;
-        let n = queue::write_bytes(&[piece], left);
-        left = &left[n..];
-        if left.is_empty() {
-            break;
-        }
     }
 }

@@ -1,20 +1,15 @@
 //! From the guest to the TAP.
 
-use std::io;
 use std::sync::Arc;
 
-use blanket_drivers::tap::{HEADER_LEN, TapQueue};
-use blanket_memory::IoVec;
+use blanket_drivers::tap::TapQueue;
 
 use super::super::VirtQueue;
 use super::super::queue::Buffers;
-use super::metrics::Direction;
+use crate::net::{Direction, send};
 
 /// Frames that are sent before others have their turn.
 const BUDGET: usize = 128;
-
-/// The longest frame: a 64 KiB datagram with its Ethernet and VLAN headers.
-const LONGEST: usize = HEADER_LEN + 14 + 4 + 65536;
 
 pub(super) struct Tx {
     tap: Arc<TapQueue>,
@@ -50,24 +45,7 @@ impl Tx {
     }
 
     fn send_one(&self, metrics: &Direction) {
-        let frame = &self.buffers.readable;
-        let len = IoVec::total(frame);
-        if !(HEADER_LEN..=LONGEST).contains(&len) {
-            metrics.refuse_one();
-            return;
-        }
         // SAFETY: the pieces lie in guest memory, which the queue keeps mapped.
-        match unsafe { self.tap.writev(frame) } {
-            Ok(_) => metrics.passed(len - HEADER_LEN),
-            Err(error) if has_no_room(&error) => metrics.drop_one(),
-            Err(_) => metrics.refuse_one(),
-        }
+        unsafe { send(&self.tap, &self.buffers.readable, metrics) };
     }
-}
-
-fn has_no_room(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM)
-    )
 }

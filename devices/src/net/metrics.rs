@@ -4,31 +4,31 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counters of one direction.
 #[derive(Debug, Default)]
-pub(super) struct Direction {
+pub(crate) struct Direction {
     /// Frames passed on.
-    pub(super) packets: AtomicU64,
+    pub(crate) packets: AtomicU64,
     /// Their bytes, without virtio headers.
-    pub(super) bytes: AtomicU64,
+    pub(crate) bytes: AtomicU64,
     /// Well-formed frames for which there was no room.
-    pub(super) dropped: AtomicU64,
+    pub(crate) dropped: AtomicU64,
     /// Frames that were refused as malformed.
-    pub(super) errors: AtomicU64,
+    pub(crate) errors: AtomicU64,
 }
 
 impl Direction {
     /// Counts a frame of `bytes`.
-    pub(super) fn passed(&self, bytes: usize) {
+    pub(crate) fn passed(&self, bytes: usize) {
         add(&self.packets, 1);
         add(&self.bytes, bytes as u64);
     }
 
     /// Counts a frame that had no room.
-    pub(super) fn drop_one(&self) {
+    pub(crate) fn drop_one(&self) {
         add(&self.dropped, 1);
     }
 
     /// Counts a frame that was refused.
-    pub(super) fn refuse_one(&self) {
+    pub(crate) fn refuse_one(&self) {
         add(&self.errors, 1);
     }
 }
@@ -39,13 +39,13 @@ fn add(counter: &AtomicU64, n: u64) {
 
 /// Counters of an interface, over all its queues.
 #[derive(Debug, Default)]
-pub(super) struct Metrics {
-    pub(super) rx: Direction,
-    pub(super) tx: Direction,
+pub(crate) struct Metrics {
+    pub(crate) rx: Direction,
+    pub(crate) tx: Direction,
 }
 
 impl Metrics {
-    pub(super) fn read(&self) -> Vec<(&'static str, u64)> {
+    pub(crate) fn read(&self) -> Vec<(&'static str, u64)> {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         vec![
             ("rx_packets", get(&self.rx.packets)),
