@@ -3,6 +3,7 @@
 mod commands;
 mod failure;
 mod home;
+mod machine;
 mod name;
 mod process;
 mod table;

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::failure;
 use crate::home::VmDir;
+use crate::machine;
 use crate::process::{Process, ProcessId};
 
 /// How long a monitor may take to describe its VM before it is called
@@ -155,6 +156,10 @@ pub(crate) struct Summary {
     /// `created`, `running`, `paused`, `starting`, `unresponsive`, `stopped`
     /// (the guest was powered off) or `failed`.
     pub(crate) state: String,
+    /// `hvm` or `pv`.
+    pub(crate) machine: Option<String>,
+    /// The guest's kernel is not isolated from its users.
+    pub(crate) trust_guest_user: bool,
     pub(crate) cpus: Option<u8>,
     pub(crate) memory_bytes: Option<u64>,
     pub(crate) uptime_ms: Option<u64>,
@@ -164,6 +169,17 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
+    /// The machine and what is special about it, in a word or two.
+    pub(crate) fn describe_machine(&self) -> String {
+        match &self.machine {
+            Some(machine) if machine == "pv" && self.trust_guest_user => {
+                format!("{machine}, trusts its users")
+            }
+            Some(machine) => machine.clone(),
+            None => "-".to_owned(),
+        }
+    }
+
     /// Sums up one VM.
     pub(crate) fn of(vm: &VmDir, status: &Status) -> Self {
         let stored = match status {
@@ -175,6 +191,11 @@ impl Summary {
         let mut summary = Self {
             name: vm.name.to_string(),
             state: "starting".into(),
+            machine: stored.as_ref().and_then(machine::name).map(str::to_owned),
+            trust_guest_user: stored
+                .as_ref()
+                .and_then(|config| config.trust_guest_user)
+                .unwrap_or(false),
             cpus: stored.as_ref().map(VmConfig::cpus),
             memory_bytes: stored.as_ref().map(VmConfig::memory),
             uptime_ms: None,
@@ -187,7 +208,10 @@ impl Summary {
                 summary.state = info
                     .as_ref()
                     .map_or("unresponsive".into(), |info| info.state.to_string());
-                summary.uptime_ms = info.as_ref().map(|info| info.uptime_ms);
+                if let Some(info) = info {
+                    summary.uptime_ms = Some(info.uptime_ms);
+                    summary.machine = Some(info.machine.to_string());
+                }
             }
             Status::Starting => (),
             Status::Ended(exit) => {

@@ -121,7 +121,7 @@ fn a_vm_lives_from_run_to_rm() {
     assert_eq!(list[0]["memory_bytes"], 512 << 20);
     let table = node.ok(&["ps"]);
     assert!(
-        table.starts_with("NAME  STATE    CPUS  MEMORY   UPTIME"),
+        table.starts_with("NAME  STATE    MACHINE  CPUS  MEMORY   UPTIME"),
         "{table}"
     );
 
@@ -146,6 +146,29 @@ fn a_vm_lives_from_run_to_rm() {
     assert!(node.fails(&["pause", "web"]).contains("is not running"));
     node.ok(&["rm", "web"]);
     node.assert_empty();
+}
+
+#[test]
+fn the_machine_that_was_chosen_is_told_with_the_reason_and_listed() {
+    let node = Node::new();
+    let output = node.blanket(&["run", "web", "--kernel", "vmlinuz"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("machine, because this node has KVM"),
+        "{said}"
+    );
+    let config = node.json(&["info", "web", "--json"])["config"].clone();
+    let chosen = config["machine"].as_str().unwrap();
+    assert!(said.contains(&format!("{chosen} machine")), "{said}");
+
+    let stated = "run stated --kernel vmlinuz --machine pv --trust-guest-user";
+    let stated: Vec<&str> = stated.split(' ').collect();
+    let output = node.blanket(&stated);
+    assert!(output.status.success() && output.stderr.is_empty());
+    let list = node.json(&["ps", "--json"]);
+    assert_eq!(list[0]["trust_guest_user"], true);
+    let info = node.json(&["info", "stated", "--json"]);
+    assert!(info["config"]["console"]["socket"].is_string());
 }
 
 #[test]
@@ -286,8 +309,12 @@ fn bad_input_is_refused_before_anything_is_made() {
     fs::write(node.path("vm.toml"), "kernel = 'vmlinuz'\nkernal = 1\n").unwrap();
     refused(&node, &["--config", "vm.toml"], "kernal");
     refused(&node, &["--config", "gone.toml"], "gone.toml");
-    let off = ["--kernel", "vmlinuz", "--serial", "off", "--attach"];
-    refused(&node, &off, "no serial socket");
+    let off = "--kernel vmlinuz --machine hvm --serial off --attach";
+    let off: Vec<&str> = off.split(' ').collect();
+    refused(&node, &off, "no serial port socket");
+    let off = "--kernel vmlinuz --machine pv --console off --attach";
+    let off: Vec<&str> = off.split(' ').collect();
+    refused(&node, &off, "no console hvc0 socket");
     assert!(
         node.fails(&["run", "../web", "--kernel", "vmlinuz"])
             .contains("a name starts")

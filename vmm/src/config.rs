@@ -251,7 +251,8 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
 
-    /// Kernel command line [default: console=ttyS0 panic=-1].
+    /// Kernel command line [default: console=ttyS0 panic=-1; in a `pv` machine
+    /// console=hvc0 panic=-1].
     #[arg(long, value_name = "TEXT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
@@ -295,7 +296,7 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<CharConfig>,
 
-    /// The virtio console hvc0: stdio, off, or [socket=PATH][,log=FILE]
+    /// The paravirtual console hvc0 (virtio's or Xen's): stdio, off, or [socket=PATH][,log=FILE]
     /// [default: off].
     #[arg(long, value_name = "CHAR", value_parser = parse_char)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -368,7 +369,11 @@ impl VmConfig {
     /// The kernel command line.
     #[must_use]
     pub fn cmdline(&self) -> &str {
-        self.cmdline.as_deref().unwrap_or("console=ttyS0 panic=-1")
+        let default = match self.machine {
+            Some(MachineChoice::Pv) => "console=hvc0 panic=-1",
+            _ => "console=ttyS0 panic=-1",
+        };
+        self.cmdline.as_deref().unwrap_or(default)
     }
 
     /// Guest memory in bytes.

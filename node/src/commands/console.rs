@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
+use crate::machine::{self, Port};
 use crate::name::VmName;
 use crate::terminal::{End, RawMode, Session};
 use crate::vm::Status;
@@ -17,9 +18,13 @@ pub(crate) struct Args {
     /// VM.
     name: VmName,
 
-    /// Attach to the virtio console hvc0 instead of the serial port.
-    #[arg(long)]
-    virtio: bool,
+    /// Attach to the paravirtual console hvc0 [default in pv machines].
+    #[arg(long, alias = "virtio")]
+    hvc: bool,
+
+    /// Attach to the serial port ttyS0 [default in hvm machines].
+    #[arg(long, conflicts_with = "hvc")]
+    serial: bool,
 
     /// When the (piped) input has ended: leave after this many seconds
     /// without output [default: stay until the VM ends].
@@ -36,26 +41,26 @@ pub(crate) fn console(home: &Home, args: &Args) -> Result<ExitCode> {
         .map(|info| info.config)
         .or_else(|| vm.stored_config())
         .unwrap_or_default();
-    let (port, what) = if args.virtio {
-        (config.console, "virtio console")
-    } else {
-        (config.serial, "serial port")
+    let port = match (args.hvc, args.serial) {
+        (true, _) => Port::hvc(&config),
+        (_, true) => Port::serial(&config),
+        _ => machine::console(&config),
     };
-    let socket = port.and_then(|port| port.socket).ok_or_else(|| {
+    let socket = port.socket().ok_or_else(|| {
         failure(
-            format!("the {what} of '{}' has no socket", vm.name),
+            format!("the {} of '{}' has no socket", port.name, vm.name),
             "start the VM with --serial stdio or --console stdio",
         )
     })?;
-    let stream = UnixStream::connect(&socket)
+    let stream = UnixStream::connect(socket)
         .with_context(|| format!("cannot attach to {}", socket.display()))?;
     attach(&vm, &stream, args.idle.map(Duration::from_secs))
 }
 
 /// Attaches to a VM that has just been started, over a connection made before
 /// its guest said anything.
-pub(super) fn attach_new(vm: &VmDir, serial: Option<&UnixStream>) -> Result<ExitCode> {
-    match serial {
+pub(super) fn attach_new(vm: &VmDir, console: Option<&UnixStream>) -> Result<ExitCode> {
+    match console {
         Some(stream) => attach(vm, stream, None),
         // Its monitor was told to wait; that it is gone already means that
         // somebody else ended it.

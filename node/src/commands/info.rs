@@ -82,6 +82,7 @@ fn rows(info: &Info) -> Vec<Vec<String>> {
     if let Some(reason) = &summary.reason {
         row("reason", reason.clone());
     }
+    row("machine", summary.describe_machine());
     row("cpus", config.cpus().to_string());
     row("memory", ByteSize(config.memory()).to_string());
     if let Some(metrics) = &info.metrics {
@@ -105,7 +106,6 @@ fn rows(info: &Info) -> Vec<Vec<String>> {
         }
     }
     if let Some(vm) = &info.vm {
-        row("machine", vm.machine.to_string());
         row("pid", vm.pid.to_string());
         row("uptime", table::duration(vm.uptime_ms));
         for device in &vm.devices {

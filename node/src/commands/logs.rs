@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::failure::failure;
 use crate::home::Home;
+use crate::machine;
 use crate::name::VmName;
 
 /// How often a followed log is looked at.
@@ -23,7 +25,7 @@ pub(crate) struct Args {
     #[arg(long, short)]
     follow: bool,
 
-    /// Show the monitor's own log instead of the guest's serial port.
+    /// Show the monitor's own log instead of the guest's console.
     #[arg(long)]
     monitor: bool,
 }
@@ -33,15 +35,15 @@ pub(crate) fn logs(home: &Home, args: &Args) -> Result<ExitCode> {
     let path = if args.monitor {
         vm.monitor_log()
     } else {
-        vm.stored_config()
-            .and_then(|config| config.serial)
-            .and_then(|serial| serial.log)
-            .ok_or_else(|| {
-                failure(
-                    format!("the serial port of '{}' has no log", vm.name),
-                    "start the VM with --serial log=FILE, or without --serial",
-                )
-            })?
+        let config = vm.stored_config().unwrap_or_default();
+        let port = machine::console(&config);
+        let log = port.log().map(Path::to_owned);
+        log.ok_or_else(|| {
+            failure(
+                format!("the {} of '{}' has no log", port.name, vm.name),
+                "start the VM with --serial log=FILE or --console log=FILE, or without both",
+            )
+        })?
     };
     let mut file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut position = 0;

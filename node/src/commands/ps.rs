@@ -44,7 +44,9 @@ fn table(summaries: &[Summary], all: bool) -> String {
     fn cell<T>(value: Option<T>, text: impl Fn(T) -> String) -> String {
         value.map_or_else(|| "-".to_owned(), text)
     }
-    let mut head = vec!["NAME", "STATE", "CPUS", "MEMORY", "UPTIME", "PID"];
+    let mut head = vec![
+        "NAME", "STATE", "MACHINE", "CPUS", "MEMORY", "UPTIME", "PID",
+    ];
     if all {
         head.push("REASON");
     }
@@ -53,6 +55,7 @@ fn table(summaries: &[Summary], all: bool) -> String {
         let mut row = vec![
             vm.name.clone(),
             vm.state.clone(),
+            vm.describe_machine(),
             cell(vm.cpus, |n| n.to_string()),
             cell(vm.memory_bytes, table::bytes),
             cell(vm.uptime_ms, table::duration),
@@ -75,6 +78,8 @@ mod tests {
         let failed = Summary {
             name: "web".into(),
             state: "failed".into(),
+            machine: Some("pv".into()),
+            trust_guest_user: false,
             cpus: Some(2),
             memory_bytes: Some(512 << 20),
             uptime_ms: None,
@@ -84,9 +89,14 @@ mod tests {
         let lines = |all| table(std::slice::from_ref(&failed), all);
         assert_eq!(
             lines(true),
-            "NAME  STATE   CPUS  MEMORY   UPTIME  PID  REASON\n\
-             web   failed  2     512 MiB  -       -    no kernel\n"
+            "NAME  STATE   MACHINE  CPUS  MEMORY   UPTIME  PID  REASON\n\
+             web   failed  pv       2     512 MiB  -       -    no kernel\n"
         );
         assert!(!lines(false).contains("no kernel"));
+        let trusting = Summary {
+            trust_guest_user: true,
+            ..failed
+        };
+        assert_eq!(trusting.describe_machine(), "pv, trusts its users");
     }
 }

@@ -10,12 +10,14 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use blanket_drivers::probe::Virtualization;
 use blanket_vmm::api::types::{Action, VmState};
-use blanket_vmm::config::{CharConfig, VmConfig};
+use blanket_vmm::config::{CharConfig, MachineChoice, VmConfig};
 
 use super::{console, print};
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
+use crate::machine;
 use crate::name::VmName;
 use crate::vm::{Exit, last_line};
 
@@ -26,8 +28,9 @@ const START: Duration = Duration::from_secs(120);
 #[derive(clap::Args)]
 #[command(
     after_help = "Paths in --config are relative to the current directory, as those of the \
-    options are.\nThe serial port gets a socket (blanket console) and a log (blanket logs) unless \
-    --serial says otherwise; `--console stdio` does the same for the virtio console."
+    options are.\nThe guest's console -- the serial port in an hvm machine, hvc0 in a pv machine -- \
+    gets a socket (blanket console) and a log (blanket logs) unless --serial or --console says \
+    otherwise; `stdio` means the same here."
 )]
 pub(crate) struct Args {
     /// Name of the VM, unique on this node.
@@ -37,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Attach this terminal to the serial port once the VM runs.
+    /// Attach this terminal to the guest's console once the VM runs.
     #[arg(long, short)]
     attach: bool,
 
@@ -54,11 +57,16 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         Some(file) => VmConfig::from_file(file)?,
         None => VmConfig::default(),
     };
-    let config = settle(base.overlaid(args.vm), &home.vm(&args.name))?;
-    if args.attach && config.serial.as_ref().is_none_or(|s| s.socket.is_none()) {
+    let mut config = base.overlaid(args.vm);
+    let why = machine::choose(&mut config, Virtualization::of_this_machine());
+    let config = settle(config, &home.vm(&args.name))?;
+    if args.attach && machine::console(&config).socket().is_none() {
         return Err(failure(
-            "there is no serial socket to attach to",
-            "leave out --attach, or --serial",
+            format!(
+                "there is no {} socket to attach to",
+                machine::console(&config).name
+            ),
+            "leave out --attach, or --serial and --console",
         ));
     }
     let monitor = find_monitor()?;
@@ -73,16 +81,19 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         attach: args.attach,
     };
     let started = launch.start();
-    let serial = match started {
-        Ok(serial) => serial,
+    let stream = match started {
+        Ok(stream) => stream,
         Err(error) => {
             vm.remove()?;
             return Err(error);
         }
     };
     drop(lock);
+    if let Some(why) = why {
+        eprintln!("[{}: {why}]", args.name);
+    }
     if args.attach {
-        return console::attach_new(&vm, serial.as_ref());
+        return console::attach_new(&vm, stream.as_ref());
     }
     print(&format!("{}\n", args.name))?;
     Ok(ExitCode::SUCCESS)
@@ -100,7 +111,12 @@ fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
     if config.serial.as_ref().is_none_or(|serial| serial.stdio) {
         config.serial = Some(own(vm.serial_socket(), vm.serial_log()));
     }
-    if config.console.as_ref().is_some_and(|console| console.stdio) {
+    let wanted = match &config.console {
+        Some(console) => console.stdio,
+        // It is where such a guest speaks.
+        None => config.machine == Some(MachineChoice::Pv),
+    };
+    if wanted {
         config.console = Some(own(vm.console_socket(), vm.console_log()));
     }
     let ports = [&mut config.serial, &mut config.console];
@@ -185,14 +201,13 @@ struct Launch<'a> {
     monitor: &'a Path,
     user: Option<&'a str>,
     home: Option<&'a Path>,
-    /// Connect to the serial port before the guest says its first word.
+    /// Connect to the guest's console before it says its first word.
     attach: bool,
 }
 
 impl Launch<'_> {
     /// Starts the VM and waits until its guest runs (or has already ended
-    /// well). Returns the connection to its serial port, if that was asked
-    /// for.
+    /// well). Returns the connection to its console, if that was asked for.
     fn start(&self) -> Result<Option<UnixStream>> {
         let vm = self.vm;
         let text = toml::to_string(self.config).context("cannot write the configuration")?;
@@ -245,7 +260,7 @@ impl Launch<'_> {
         while Instant::now() < deadline {
             match client.info() {
                 Ok(info) if self.attach && info.state == VmState::Created => {
-                    let stream = self.connect_serial()?;
+                    let stream = self.connect_console()?;
                     client.act(Action::Boot)?;
                     return Ok(stream);
                 }
@@ -270,9 +285,8 @@ impl Launch<'_> {
         ))
     }
 
-    fn connect_serial(&self) -> Result<Option<UnixStream>> {
-        let port = self.config.serial.as_ref();
-        let socket = port.and_then(|port| port.socket.as_deref());
+    fn connect_console(&self) -> Result<Option<UnixStream>> {
+        let socket = machine::console(self.config).socket();
         let connect = |socket: &Path| {
             UnixStream::connect(socket)
                 .with_context(|| format!("cannot attach to {}", socket.display()))
@@ -336,7 +350,13 @@ mod tests {
             ..config
         };
         let settled = settle(off.clone(), &vm).unwrap();
-        assert_eq!((settled.serial, settled.console), (off.serial, None));
+        assert_eq!((&settled.serial, settled.console), (&off.serial, None));
+        let pv = VmConfig {
+            machine: Some(MachineChoice::Pv),
+            ..off
+        };
+        let settled = settle(pv, &vm).unwrap();
+        assert_eq!(settled.console.unwrap().socket, Some(vm.console_socket()));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A stand-in for `blanket-vmm`: the API and a serial port, without a VM.
+//! A stand-in for `blanket-vmm`: the API and the consoles, without a VM.
 //!
 //! The tests' script starts this test program again, with the monitor's
 //! arguments in `STAND_IN_ARGS`, and `STAND_IN_BEHAVIOUR` one of: nothing;
@@ -41,7 +41,9 @@ fn stand_in() {
         _ => (),
     }
     let config = VmConfig::from_file(Path::new(argument(&args, "--config"))).unwrap();
-    serve_serial(config.serial.clone().unwrap());
+    for port in [&config.serial, &config.console].into_iter().flatten() {
+        serve_port(port.clone());
+    }
     let mut vm = VmInfo {
         id: argument(&args, "--id").into(),
         version: "0".into(),
@@ -125,8 +127,9 @@ fn send<T: Serialize>(stream: &mut UnixStream, status: &str, body: &T) {
 }
 
 /// A guest that repeats what it hears, and a log of what it says.
-fn serve_serial(port: CharConfig) {
-    let listener = UnixListener::bind(port.socket.unwrap()).unwrap();
+fn serve_port(port: CharConfig) {
+    let Some(socket) = port.socket else { return };
+    let listener = UnixListener::bind(socket).unwrap();
     thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
