@@ -147,7 +147,7 @@ pub struct Start {
     pub stack: u64,
     /// The top page table.
     pub l4: GuestAddress,
-    /// Frames of all page tables, `l4` first; all are mapped read-only.
+    /// Frames of all page tables, `l4` first.
     pub page_tables: std::ops::Range<u64>,
     /// The ring of the xenstore.
     pub store_page: GuestAddress,

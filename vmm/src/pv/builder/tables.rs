@@ -15,8 +15,6 @@ const INDEX_BITS: u64 = 9;
 const TABLE_SPAN: u64 = PAGE_SIZE * ENTRIES;
 /// Present, writable, accessible to the kernel in ring 3, accessed, dirty.
 const WRITABLE: u64 = 0x67;
-/// The same without writable.
-const READ_ONLY: u64 = 0x65;
 /// At least so many bytes are mapped behind the boot stack, and the mapping
 /// ends at a multiple of the second: part of the ABI (`xen.h`).
 const SLACK: u64 = 512 << 10;
@@ -117,8 +115,9 @@ impl Layout {
         self.virt_base + address
     }
 
-    /// Writes the page tables: the kernel's mapping, in which page tables are
-    /// read-only, and that of the table of frames.
+    /// Writes the page tables: the kernel's mapping, and that of the table of
+    /// frames. The kernel may write them: what it writes reaches no further than
+    /// its own memory.
     pub(super) fn write_page_tables(&self, ram: &GuestRam) -> Result<(), GuestMemoryError> {
         let table = |index: u64| self.tables.start + index * PAGE_SIZE;
         let (l4, l3, l3_frames, l2, l2_frames, l1) =
@@ -138,28 +137,18 @@ impl Layout {
         // The table of frames starts at a multiple of an L3 table's span.
         write_upper(ram, l3_frames, &[(0, l2_frames, 1)])?;
         write_upper(ram, l2_frames, &[(0, l1_frames, frame_tables)])?;
-        self.write_leaves(ram, l1, 0..self.mapped)?;
+        Self::write_leaves(ram, l1, 0..self.mapped)?;
         let frames = self.frames..self.frames + self.frame_pages() * PAGE_SIZE;
-        self.write_leaves(ram, l1_frames, frames)
+        Self::write_leaves(ram, l1_frames, frames)
     }
 
     /// Lowest tables from `at` on that map the pages of `range`.
-    fn write_leaves(
-        &self,
-        ram: &GuestRam,
-        at: u64,
-        range: Range<u64>,
-    ) -> Result<(), GuestMemoryError> {
+    fn write_leaves(ram: &GuestRam, at: u64, range: Range<u64>) -> Result<(), GuestMemoryError> {
         let pages: Vec<u64> = range.step_by(PAGE_SIZE as usize).collect();
         for (i, pages) in pages.chunks(ENTRIES as usize).enumerate() {
             let mut entries = Table::default();
             for (slot, page) in (0..).zip(pages) {
-                let flags = if self.tables.contains(page) {
-                    READ_ONLY
-                } else {
-                    WRITABLE
-                };
-                entries.set(slot, page | flags);
+                entries.set(slot, page | WRITABLE);
             }
             entries.write(ram, at + i as u64 * PAGE_SIZE)?;
         }
