@@ -11,6 +11,8 @@
 pub mod blkif;
 pub mod bus;
 mod channel;
+pub mod console;
+pub mod control;
 pub mod grant;
 pub mod netif;
 pub mod ring;

@@ -78,10 +78,10 @@ impl Node {
     }
 
     /// This node at `path` and all below it, each before its children.
-    fn walk<'a>(&'a self, path: Path, found: &mut Vec<(Path, &'a Node)>) {
+    fn walk<'a>(&'a self, path: &Path, found: &mut Vec<(Path, &'a Node)>) {
         found.push((path.clone(), self));
         for (name, child) in &self.children {
-            child.walk(path.child(name), found);
+            child.walk(&path.child(name), found);
         }
     }
 }
@@ -202,7 +202,7 @@ impl Tree {
     pub(super) fn subtree(&self, path: &Path) -> Vec<Path> {
         let mut found = Vec::new();
         if let Some(node) = self.get(path) {
-            node.walk(path.clone(), &mut found);
+            node.walk(path, &mut found);
         }
         found.into_iter().map(|(path, _)| path).collect()
     }
@@ -309,7 +309,7 @@ impl Tree {
             node => node?,
         };
         let mut gone = Vec::new();
-        node.walk(path.clone(), &mut gone);
+        node.walk(path, &mut gone);
         let changes = gone
             .into_iter()
             .map(|(gone, node)| Change {
@@ -355,7 +355,7 @@ impl Tree {
     pub(super) fn save(&self) -> Vec<Record> {
         let mut nodes = Vec::new();
         if let Ok(root) = Path::new("/") {
-            self.root.walk(root, &mut nodes);
+            self.root.walk(&root, &mut nodes);
         }
         nodes
             .into_iter()

@@ -21,8 +21,8 @@ fn tree(node: &str, entries: &str) -> Tree {
     tree
 }
 
-fn guest(tree: &mut Tree, op: Op) -> Result<Vec<Change>, Errno> {
-    tree.apply(Who::Guest, &op, 9)
+fn guest(tree: &mut Tree, op: &Op) -> Result<Vec<Change>, Errno> {
+    tree.apply(Who::Guest, op, 9)
 }
 
 #[test]
@@ -43,13 +43,13 @@ fn a_guest_sees_and_changes_what_permissions_let_it() {
             write("/a/b/c/d", "new"),
             Op::Mkdir(path("/a/b/e")),
         ] {
-            let done = guest(&mut tree, op.clone());
+            let done = guest(&mut tree, &op);
             let expected = if write_ { Ok(()) } else { Err(Errno::Access) };
             assert_eq!(done.map(drop), expected, "{entries}: {op:?}");
         }
         let op = Op::SetPermissions(path("/a/b"), permissions("n1 r0"));
-        assert_eq!(guest(&mut tree, op).is_ok(), own, "{entries}");
-        assert_eq!(guest(&mut tree, Op::Remove(path("/a/b"))).is_ok(), write_);
+        assert_eq!(guest(&mut tree, &op).is_ok(), own, "{entries}");
+        assert_eq!(guest(&mut tree, &Op::Remove(path("/a/b"))).is_ok(), write_);
     }
 }
 
@@ -71,15 +71,15 @@ fn whoever_may_not_read_a_directory_learns_nothing_about_its_nodes() {
 #[test]
 fn new_nodes_are_their_makers_and_inherit_the_rest() {
     let mut tree = tree("/a", "n0 b1 r7");
-    guest(&mut tree, write("/a/x/y", "v")).unwrap();
+    guest(&mut tree, &write("/a/x/y", "v")).unwrap();
     for node in ["/a/x", "/a/x/y"] {
         let entries = tree.permissions(Who::Toolstack, &path(node)).unwrap();
         assert_eq!(entries.entries().join(" "), "n1 b1 r7");
     }
     assert_eq!(tree.guest_nodes(), 2);
     let gift = Op::SetPermissions(path("/a/x"), permissions("n0"));
-    assert_eq!(guest(&mut tree, gift), Err(Errno::Access));
-    guest(&mut tree, Op::Remove(path("/a/x"))).unwrap();
+    assert_eq!(guest(&mut tree, &gift), Err(Errno::Access));
+    guest(&mut tree, &Op::Remove(path("/a/x"))).unwrap();
     assert_eq!(tree.guest_nodes(), 0);
     assert_eq!(tree.subtree(&path("/a")), [path("/a")]);
 }
@@ -88,21 +88,21 @@ fn new_nodes_are_their_makers_and_inherit_the_rest() {
 fn a_guests_nodes_and_values_are_bounded_and_removing_makes_room() {
     let mut tree = tree("/a", "n1");
     let mut made = 0;
-    while guest(&mut tree, write(&format!("/a/{made}"), "")).is_ok() {
+    while guest(&mut tree, &write(&format!("/a/{made}"), "")).is_ok() {
         made += 1;
         assert!(made <= MAX_NODES);
     }
     assert_eq!(tree.guest_nodes(), MAX_NODES);
     assert_eq!(
-        guest(&mut tree, Op::Mkdir(path("/a/more"))),
+        guest(&mut tree, &Op::Mkdir(path("/a/more"))),
         Err(Errno::NoSpace)
     );
-    guest(&mut tree, write("/a/0", "what is there can change")).unwrap();
-    guest(&mut tree, Op::Remove(path("/a/0"))).unwrap();
-    guest(&mut tree, Op::Mkdir(path("/a/more"))).unwrap();
+    guest(&mut tree, &write("/a/0", "what is there can change")).unwrap();
+    guest(&mut tree, &Op::Remove(path("/a/0"))).unwrap();
+    guest(&mut tree, &Op::Mkdir(path("/a/more"))).unwrap();
     let long = "x".repeat(MAX_VALUE + 1);
-    assert_eq!(guest(&mut tree, write("/a/1", &long)), Err(Errno::NoSpace));
-    guest(&mut tree, write("/a/1", &long[1..])).unwrap();
+    assert_eq!(guest(&mut tree, &write("/a/1", &long)), Err(Errno::NoSpace));
+    guest(&mut tree, &write("/a/1", &long[1..])).unwrap();
     tree.apply(Who::Toolstack, &write("/a/by-the-monitor", &long), 10)
         .unwrap();
 }
@@ -110,8 +110,8 @@ fn a_guests_nodes_and_values_are_bounded_and_removing_makes_room() {
 #[test]
 fn a_removal_tells_of_each_node_below_too() {
     let mut tree = tree("/a/b", "n1");
-    guest(&mut tree, write("/a/b/c/d", "")).unwrap();
-    let gone = guest(&mut tree, Op::Remove(path("/a/b"))).unwrap();
+    guest(&mut tree, &write("/a/b/c/d", "")).unwrap();
+    let gone = guest(&mut tree, &Op::Remove(path("/a/b"))).unwrap();
     let told: Vec<_> = gone.iter().map(|c| (c.path.as_str(), c.exact)).collect();
     assert_eq!(
         told,
@@ -131,7 +131,7 @@ fn a_removal_tells_of_each_node_below_too() {
 fn a_copy_does_not_change_and_a_saved_tree_is_the_same() {
     let mut tree = tree("/a/b", "n1");
     let copy = tree.clone();
-    guest(&mut tree, write("/a/b/c", "new")).unwrap();
+    guest(&mut tree, &write("/a/b/c", "new")).unwrap();
     assert_eq!(copy.generation(&path("/a/b/c")), None);
     assert!(!copy.is_same(&tree));
     let restored = Tree::restore(tree.save()).unwrap();
