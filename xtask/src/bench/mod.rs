@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: measurements, against a peer where there is one.
 
 mod boot;
+mod pv;
 pub mod row;
 
 use std::process::ExitCode;
@@ -30,11 +31,18 @@ pub struct Benchmark {
 }
 
 /// All benchmarks.
-const BENCHMARKS: &[Benchmark] = &[Benchmark {
-    name: "boot",
-    about: "exec to the guest's init, memory and start of the monitor, against QEMU",
-    run: boot::run,
-}];
+const BENCHMARKS: &[Benchmark] = &[
+    Benchmark {
+        name: "boot",
+        about: "exec to the guest's init, memory and start of the monitor, against QEMU",
+        run: boot::run,
+    },
+    Benchmark {
+        name: "pv",
+        about: "guests in pv machines: boot, system calls, faults, processes, disk, network",
+        run: pv::run,
+    },
+];
 
 /// Runs the benchmarks that are named; prints a table of each and writes
 /// `bench/NAME.json` in the build directory.
