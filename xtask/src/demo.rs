@@ -1,53 +1,99 @@
 //! `cargo xtask demo`: the main job from end to end, on real input.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use blanket_system_tests::{Vm, provider_with};
-use blanket_testbed::{Client, GUEST_PAGE, GuestImages, Node};
+use blanket_system_tests::{Vm, native_with, provider_with};
+use blanket_testbed::{Client, GUEST_PAGE, GuestImages, Host};
 
 use crate::build;
-use crate::progress::Progress;
+use crate::progress::{Progress, Step};
 use crate::setup;
 use crate::workspace::Workspace;
 
 /// What the guest is told, and where it is reached.
 const GUEST_ADDRESS: &str = "10.9.0.2";
-const CMDLINE: &str = "root=/dev/vda blanket.ip=10.9.0.2/24";
+const CMDLINE: &str = "root=LABEL=guest blanket.ip=10.9.0.2/24 systemd.show_status=0";
 const FLAGS: &str = "--memory 512M --cpus 2 --disk /payload/guest/disk.raw \
                      --net tap,host_ip=10.9.0.1/24";
 
-/// Boots a provider's machine, runs Blanket in it, and a stock Debian in that.
+/// Runs a stock Debian in Blanket on an emulated provider's machine, and, where
+/// this machine's own KVM can be used, the same disk on this machine itself.
 ///
 /// # Errors
 /// A step fails; the message says which and why.
 pub fn run(workspace: &Workspace, progress: &Progress) -> Result<ExitCode> {
     println!(
         "Blanket's main job: on a cloud machine, which is emulated here, `blanket` runs a stock\n\
-         Debian with disk and network. The first time, packages are fetched and images built."
+         Debian with disk and network; then the same on this machine itself, if it has KVM.\n\
+         The first time, packages are fetched and images built."
     );
     setup::run(progress)?;
     let step = progress.step("build Blanket");
     build::programs(workspace, &step, build::TESTING)?;
     step.done("");
     let step = progress.step("images of the cloud machine and its guest, from Debian's packages");
-    GuestImages::get()?;
+    let images = GuestImages::get()?;
     step.done("");
+    let programs = workspace.programs(build::TESTING);
+    on_a_node(&programs, progress)?;
+    let natively = match Host::obstacle() {
+        None => {
+            on_this_machine(&programs, &images, progress)?;
+            "The same disk booted on this machine itself, in a pv machine.\n"
+        }
+        Some(obstacle) => {
+            progress.step("the same on this machine").skipped(&obstacle);
+            ""
+        }
+    };
+    println!(
+        "\nShown: a stock Debian kernel and system booted under Blanket, in a machine that Blanket\n\
+         rents; its web server answered, its disk kept what was written, and it shut down cleanly.\n\
+         {natively}`cargo xtask test` passes the tests; docs/cli.md has the commands."
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// In hardware virtualization, which the provider's machine has.
+fn on_a_node(programs: &Path, progress: &Progress) -> Result<()> {
     let step = progress.step("a provider's machine boots");
-    let node = provider_with("cloud", &workspace.programs(build::TESTING))?.boot()?;
-    step.done(&kvm(&node)?);
+    let node = provider_with("cloud", programs)?.boot()?;
+    step.done(&doctor(&node, "KVM")?);
     let step = progress.step("blanket run web: a stock Debian guest");
     let vm = Vm::linux(&node, "web", CMDLINE, FLAGS)?;
+    scenario(progress, step, &node, &vm)?;
+    let step = progress.step("the provider's machine ends");
+    node.shutdown()?;
+    step.done("");
+    Ok(())
+}
+
+/// Without hardware virtualization, natively.
+fn on_this_machine(programs: &Path, images: &GuestImages, progress: &Progress) -> Result<()> {
+    let host = native_with("here", programs)?
+        .inject(&images.disk, "/payload/guest/disk.raw")
+        .open()?;
+    let step = progress.step("this machine");
+    step.done(&doctor(&host, "auto is")?);
+    let step = progress.step("blanket run web --machine pv: the same disk and kernel");
+    let vm = Vm::pv(&host, "web", CMDLINE, FLAGS)?;
+    scenario(progress, step, &host, &vm)
+}
+
+/// From a VM that has just been started to its end.
+fn scenario(progress: &Progress, starts: Step, node: &Client, vm: &Vm) -> Result<()> {
     let guest = vm.guest()?;
     let release = guest
         .sh(". /etc/os-release; echo $PRETTY_NAME, Linux $(uname -r)")
         .text()?;
-    step.done(release.trim());
-    web(progress, &node)?;
+    starts.done(release.trim());
+    web(progress, node)?;
     disk(progress, &guest)?;
-    show(&node, &vm)?;
+    show(node, vm)?;
     drop(guest);
-    let step = progress.step("blanket stop web: the power button");
+    let step = progress.step("blanket stop web: the guest is asked to shut down");
     let stopped = vm.blanket("stop", "--timeout 180")?;
     ensure!(
         stopped.status.success(),
@@ -56,25 +102,17 @@ pub fn run(workspace: &Workspace, progress: &Progress) -> Result<ExitCode> {
     let ended = vm.ended()?;
     ensure!(ended.contains("powered off"), "it ended otherwise: {ended}");
     step.done("it powered itself off");
-    let step = progress.step("the provider's machine ends");
-    node.shutdown()?;
-    step.done("");
-    println!(
-        "\nShown: a stock Debian kernel and system booted under Blanket, in a machine that Blanket\n\
-         rents; its web server answered, its disk kept what was written, and it shut down cleanly.\n\
-         `cargo xtask test` passes the tests; docs/cli.md has the commands."
-    );
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
-/// How the node's KVM works, in its doctor's words.
-fn kvm(node: &Node) -> Result<String> {
+/// What the doctor says, in a line that contains `word`.
+fn doctor(node: &Client, word: &str) -> Result<String> {
     let report = node.sh("blanket doctor").text()?;
-    let line = report.lines().find(|line| line.contains("KVM"));
+    let line = report.lines().find(|line| line.contains(word));
     Ok(line.unwrap_or_default().trim().to_owned())
 }
 
-fn web(progress: &Progress, node: &Node) -> Result<()> {
+fn web(progress: &Progress, node: &Client) -> Result<()> {
     let step = progress.step("a page from the web server in the guest, over the tap");
     let page = node
         .sh(format!(
@@ -112,7 +150,7 @@ fn disk(progress: &Progress, guest: &Client) -> Result<()> {
 }
 
 /// The list of VMs and how this one came up.
-fn show(node: &Node, vm: &Vm) -> Result<()> {
+fn show(node: &Client, vm: &Vm) -> Result<()> {
     println!("\n$ blanket ps\n{}", node.sh("blanket ps").text()?);
     let info = vm.info()?;
     println!("boot timeline of web, in ms since the monitor's start:");

@@ -17,7 +17,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Show the main job: a stock Debian guest on a cloud machine.
+    /// Show the main job: a stock Debian guest on a cloud machine, and on this one.
     Demo,
     /// Check format and lints, run unit and whole-system tests.
     Test(test::Options),

@@ -323,7 +323,7 @@ fn a_stock_debian_keeps_its_disk_over_a_reboot_and_powers_off_on_the_button() {
             let vm = Vm::linux(
                 node,
                 "debian",
-                "root=/dev/vda blanket.ip=10.9.0.2/24",
+                "root=LABEL=guest blanket.ip=10.9.0.2/24",
                 "--memory 512M --disk /payload/guest/disk.raw --net tap,host_ip=10.9.0.1/24",
             )
             .unwrap();
