@@ -5,3 +5,4 @@ pub mod file;
 pub mod guest;
 pub mod machine;
 pub mod packet;
+pub mod xen;
