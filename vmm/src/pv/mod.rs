@@ -2,4 +2,5 @@
 
 pub mod abi;
 pub mod builder;
+pub mod cpuid;
 pub mod events;
