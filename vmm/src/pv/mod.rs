@@ -3,4 +3,5 @@
 pub mod abi;
 pub mod builder;
 pub mod cpuid;
+pub mod emulate;
 pub mod events;
