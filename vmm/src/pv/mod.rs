@@ -5,3 +5,4 @@ pub mod builder;
 pub mod cpuid;
 pub mod emulate;
 pub mod events;
+pub mod time;
