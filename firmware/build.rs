@@ -2,11 +2,12 @@
 //! linker script states.
 
 /// Each payload and the linker script that lays it out.
-const SCRIPTS: [(&str, &str); 4] = [
+const SCRIPTS: [(&str, &str); 5] = [
     ("hello", "pvh.ld"),
     ("idle", "pvh.ld"),
     ("evil", "pvh.ld"),
     ("ring3", "ring3.ld"),
+    ("floor", "floor.ld"),
 ];
 
 fn main() {

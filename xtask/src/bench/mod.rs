@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: measurements, against a peer where there is one.
 
 mod boot;
+pub mod floor;
 mod pv;
 pub mod row;
 

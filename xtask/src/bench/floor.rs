@@ -1,0 +1,85 @@
+//! The least that this machine's KVM lets a guest's system calls, page faults
+//! and processes cost, whose kernel runs in ring 3 in address spaces of its
+//! own: what the figures of the pv machine are to be seen beside.
+//!
+//! A payload without a real kernel does, natively, what no kernel can do
+//! without.
+
+mod vm;
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use vm::Operation;
+
+/// Batches of each measurement. Each is shorter than a time slice, so that on a
+/// busy machine too some are not interrupted.
+const BATCHES: u64 = 200;
+
+/// Floors in nanoseconds; each is the smallest of [`BATCHES`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Floors {
+    /// A system call.
+    pub system_call: f64,
+    /// The first access to a page.
+    pub page_fault: f64,
+    /// Mapping, touching and unmapping a page whose page table is new too.
+    pub one_page: f64,
+    /// A byte through a pipe to another process and one back: four system
+    /// calls, two of which switch.
+    pub pipe: f64,
+    /// A process with two page faults on either side, its end, and its parent's
+    /// notice: an address space, a third system call, two more switches.
+    pub fork: f64,
+}
+
+/// Page faults without which a process is not forked: its stack, and one page
+/// of its data, in parent and in child.
+const FORK_FAULTS: f64 = 4.0;
+
+/// Measures them with the payload in the folder `payloads`, natively.
+///
+/// # Errors
+/// The payload is not built, or KVM does not carry it out.
+pub fn measure(payloads: &Path) -> Result<Floors> {
+    let payload = payloads.join("floor");
+    let smallest = |operation, rounds| -> Result<f64> {
+        let batches = vm::run(&payload, operation, BATCHES, rounds)?;
+        Ok(batches.into_iter().fold(f64::INFINITY, f64::min))
+    };
+    let system_call = smallest(Operation::SystemCall, 20)?;
+    let page_fault = smallest(Operation::PageFault, 32)?;
+    let pipe = smallest(Operation::TwoProcesses, 8)?;
+    let space = smallest(Operation::AddressSpace, 4)?;
+    Ok(Floors {
+        system_call,
+        page_fault,
+        one_page: smallest(Operation::OnePage, 8)?,
+        pipe,
+        fork: space + FORK_FAULTS * page_fault + system_call + (pipe - 4.0 * system_call),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_more_takes_longer() {
+        let Some(payloads) = std::env::var_os("BLANKET_FIRMWARE_DIR") else {
+            eprintln!("not run: the payloads are not built: run `cargo xtask test`");
+            return;
+        };
+        if kvm_ioctls::Kvm::new().is_err() {
+            eprintln!("not run: /dev/kvm cannot be used");
+            return;
+        }
+        let floors = measure(Path::new(&payloads)).unwrap();
+        assert!(floors.page_fault > floors.system_call, "{floors:?}");
+        assert!(floors.pipe > 3.0 * floors.system_call, "{floors:?}");
+        let parts = 2.0 * floors.system_call + floors.page_fault;
+        assert!(floors.one_page > 0.7 * parts, "{floors:?}");
+        assert!(floors.fork > 2.0 * parts, "{floors:?}");
+    }
+}
