@@ -6,8 +6,8 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use flate2::bufread::GzDecoder;
 use linux_loader::bootparam::setup_header;
 use lzma_rust2::XzReader;
-use ruzstd::decoding::StreamingDecoder;
 use vm_memory::ByteValued;
+use zstd::stream::read::Decoder as ZstdDecoder;
 
 use super::Problem;
 
@@ -88,8 +88,8 @@ fn decompress<'a, R: BufRead + 'a>(mut payload: R) -> Result<Stream<'a>, Problem
             Ok(buffered(XzReader::new_mem_limit(payload, false, limit_kib)))
         }
         [0x28, 0xb5, 0x2f, 0xfd] => {
-            let decoder = StreamingDecoder::new_with_max_window_size(payload, WINDOW)
-                .map_err(|error| Problem::Format(format!("its payload is damaged: {error}")))?;
+            let mut decoder = ZstdDecoder::with_buffer(payload)?.single_frame();
+            decoder.window_log_max(WINDOW.ilog2())?;
             Ok(buffered(decoder))
         }
         Lz4Legacy::<R>::MAGIC => Ok(Box::new(Lz4Legacy::new(payload))),
@@ -218,10 +218,7 @@ mod tests {
         let mut xz =
             lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(0)).unwrap();
         xz.write_all(&content).unwrap();
-        let zstd = ruzstd::encoding::compress_to_vec(
-            content.as_slice(),
-            ruzstd::encoding::CompressionLevel::Fastest,
-        );
+        let zstd = zstd::encode_all(content.as_slice(), 1).unwrap();
         for payload in [
             gzip.finish().unwrap(),
             [xz.finish().unwrap().as_slice(), &size].concat(),
