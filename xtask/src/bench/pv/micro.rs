@@ -10,6 +10,7 @@ use blanket_testbed::Client;
 use serde_json::Value;
 
 use super::RUNS;
+use crate::bench::floor::Floors;
 use crate::bench::row::Row;
 use crate::progress::Progress;
 
@@ -73,8 +74,33 @@ impl Runs {
     }
 }
 
-/// Natively: beside the same program outside of guests.
-pub(super) fn native_rows(programs: &Path, check: &Path, progress: &Progress) -> Result<Vec<Row>> {
+impl Runs {
+    /// Rows beside the floors of this KVM.
+    fn above(&self, place: &str, floors: &Floors) -> Vec<Row> {
+        let known = [
+            ("getppid", floors.system_call),
+            ("fresh_page_fault", floors.page_fault),
+            ("mmap_touch_munmap", floors.one_page),
+            ("fork_exit_wait", floors.fork),
+            ("pipe_round_trip", floors.pipe),
+        ];
+        let row = |(name, floor): (&str, f64)| {
+            let (_, title) = METRICS.iter().find(|(known, _)| *known == name)?;
+            let row = Row::new(&format!("{title}, {place}"), "us", &self.of(name))?;
+            Some(row.against("floor of this KVM", &[floor / 1000.0]))
+        };
+        known.into_iter().filter_map(row).collect()
+    }
+}
+
+/// Natively: beside the same program outside of guests, and beside the least
+/// that this KVM lets them cost.
+pub(super) fn native_rows(
+    programs: &Path,
+    check: &Path,
+    floors: &Floors,
+    progress: &Progress,
+) -> Result<Vec<Row>> {
     let host = native_with("bench", programs)?.open()?;
     let step = progress.step("system calls, faults and processes on this machine");
     let here = Runs::here(check)?;
@@ -82,11 +108,14 @@ pub(super) fn native_rows(programs: &Path, check: &Path, progress: &Progress) ->
     let mut rows = Vec::new();
     for (place, flags) in [("isolated", ""), ("users trusted", "--trust-guest-user")] {
         let step = progress.step(&format!("the same in a pv guest, {place}"));
-        let flags = format!("--memory 512M --on-reboot exit {flags}");
-        let vm = Vm::pv(&host, "micro", "", &flags)?;
+        let all = format!("--memory 512M --on-reboot exit {flags}");
+        let vm = Vm::pv(&host, "micro", "", &all)?;
         let runs = Runs::guest(&vm.guest()?, RUNS)?;
         vm.blanket("rm", "--force")?;
         rows.extend(runs.rows(place, "this machine", &here)?);
+        if flags.is_empty() {
+            rows.extend(runs.above(place, floors));
+        }
         step.done("");
     }
     Ok(rows)

@@ -8,6 +8,7 @@ mod micro;
 use anyhow::{Result, bail};
 use blanket_testbed::{BootImages, GuestImages, Host, KernelFlavor, guest_check, workloads};
 
+use super::floor;
 use super::row::Row;
 use crate::build;
 use crate::progress::Progress;
@@ -29,6 +30,7 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     setup::run(progress)?;
     let step = progress.step("build Blanket for release");
     build::programs(workspace, &step, build::RELEASE)?;
+    build::payloads(workspace, &step)?;
     step.done("");
     let step = progress.step("images of the guests, from Debian's packages");
     GuestImages::get()?;
@@ -38,7 +40,10 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     step.done("");
     let programs = workspace.programs(build::RELEASE);
     let mut rows = boot::rows(&programs, &boot, progress)?;
-    rows.extend(micro::native_rows(&programs, &check, progress)?);
+    let step = progress.step("the least that this KVM lets a guest cost");
+    let floors = floor::measure(&workspace.payloads())?;
+    step.done("");
+    rows.extend(micro::native_rows(&programs, &check, &floors, progress)?);
     rows.extend(io::rows(&programs, progress)?);
     rows.extend(micro::node_rows(&programs, progress)?);
     Ok(rows)
