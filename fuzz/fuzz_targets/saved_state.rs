@@ -2,6 +2,8 @@
 //! runs, and a reset afterwards brings it to the state in which it was built.
 #![no_main]
 
+use std::sync::Arc;
+
 use arbitrary::Arbitrary;
 use blanket_devices::char::{CharPort, Spec};
 use blanket_devices::legacy::power::Power;
@@ -10,9 +12,16 @@ use blanket_devices::lifecycle::{Lifecycle, SavedState};
 use blanket_devices::pci::Function;
 use blanket_devices::virtio::console::Console;
 use blanket_devices::virtio::rng::Rng;
-use blanket_fuzz::guest::ram;
+use blanket_devices::xen::blkif::{Block, Options};
+use blanket_devices::xen::bus::{Domain, Parts, XenBus};
+use blanket_devices::xen::grant::GrantTable;
+use blanket_drivers::store::{self, Engine, Format, Image};
+use blanket_fuzz::file::MemFile;
+use blanket_fuzz::guest::{RAM, ram};
 use blanket_fuzz::machine::{disk, virtio, workers};
+use blanket_fuzz::xen::Ports;
 use libfuzzer_sys::fuzz_target;
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 #[derive(Arbitrary, Debug)]
@@ -34,10 +43,48 @@ enum Kind {
     Rng,
     Console,
     Disk,
+    XenBus,
 }
 
 fn port() -> CharPort {
     CharPort::open(&Spec::default()).expect("a port that leads nowhere")
+}
+
+/// The xenbus of a guest with a console and a disk, that has not started.
+fn bus() -> XenBus {
+    let options = Options {
+        name: "blk0",
+        position: 0,
+        queues: 1,
+        persistent: true,
+    };
+    let file = MemFile::new(&[], 64 << 10);
+    let image = Image::open(&store::Spec {
+        path: file.path(),
+        readonly: false,
+        format: Some(Format::Raw),
+        direct: false,
+        backing: false,
+        engine: Engine::Auto,
+    });
+    let block = Block::new(&options, image.expect("an image"), || Box::new(|| Ok(())));
+    let memory = ram();
+    let bus = XenBus::new(Parts {
+        domain: Domain {
+            name: "guest".into(),
+            uuid: "0".into(),
+            memory: RAM,
+            cpus: 2,
+        },
+        grants: Arc::new(GrantTable::new(memory.clone(), GuestAddress(0), 1)),
+        memory,
+        events: Arc::new(Ports::default()),
+        workers: workers(),
+        backends: vec![Box::new(block.expect("a disk"))],
+        console: port(),
+        setup: Box::new(|| Ok(())),
+    });
+    bus.expect("a bus")
 }
 
 fn event() -> EventFd {
@@ -129,6 +176,10 @@ fuzz_target!(|input: Input| {
         Kind::Serial => {
             let serial = Serial::new(port(), event(), workers());
             attempt(&mut serial.expect("a serial port"), input);
+            return;
+        }
+        Kind::XenBus => {
+            attempt(&mut bus(), input);
             return;
         }
         Kind::Rng => virtio(Box::new(Rng::new("rng0")), &ram(), 0),

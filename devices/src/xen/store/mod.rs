@@ -115,7 +115,7 @@ impl Store {
     /// # Errors
     /// The guest may not, a quota is used up, or there is no such transaction.
     pub fn modify(&mut self, transaction: u32, op: Op) -> Result<(), Errno> {
-        self.generation += 1;
+        self.generation = self.generation.wrapping_add(1);
         if transaction != 0 {
             return self
                 .transactions
@@ -135,7 +135,7 @@ impl Store {
     /// # Errors
     /// The change makes no sense, like removing the root.
     pub fn set(&mut self, op: &Op) -> Result<(), Errno> {
-        self.generation += 1;
+        self.generation = self.generation.wrapping_add(1);
         let changes = self.tree.apply(Who::Toolstack, op, self.generation)?;
         self.fire(&changes);
         Ok(())
@@ -176,7 +176,7 @@ impl Store {
         if !commit {
             return Ok(());
         }
-        self.generation += 1;
+        self.generation = self.generation.wrapping_add(1);
         let changes = transaction
             .commit(&mut self.tree, self.generation)
             .inspect_err(|_| self.conflicts += 1)?;

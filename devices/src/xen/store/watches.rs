@@ -113,7 +113,7 @@ impl Watches {
             token: token.to_vec(),
             relative: !node.starts_with('/'),
         };
-        self.next += 1;
+        self.next = self.next.wrapping_add(1);
         let first = Event {
             watch: watch.id,
             path: watch.own_path(),
@@ -176,7 +176,7 @@ impl Watches {
             })
             .collect();
         for (merged, event) in events {
-            self.merged += u64::from(merged);
+            self.merged = self.merged.wrapping_add(u64::from(merged));
             self.queue(event);
         }
     }
