@@ -2,10 +2,11 @@
 //! linker script states.
 
 /// Each payload and the linker script that lays it out.
-const SCRIPTS: [(&str, &str); 5] = [
+const SCRIPTS: [(&str, &str); 6] = [
     ("hello", "pvh.ld"),
     ("idle", "pvh.ld"),
     ("evil", "pvh.ld"),
+    ("evil-pv", "pv.ld"),
     ("ring3", "ring3.ld"),
     ("floor", "floor.ld"),
 ];
