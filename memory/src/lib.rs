@@ -9,7 +9,7 @@ pub mod layout;
 mod map;
 
 pub use iovec::IoVec;
-pub use map::{Backing, Error, Spec, build, touched_bytes};
+pub use map::{Backing, Error, Spec, build, build_at, populate, touched_bytes};
 
 /// A guest's memory. Cheap to clone: the clones share the mappings.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

@@ -376,6 +376,12 @@ impl VmConfig {
         self.cmdline.as_deref().unwrap_or(default)
     }
 
+    /// The kernel command line for a `pv` machine.
+    #[must_use]
+    pub fn pv_cmdline(&self) -> &str {
+        self.cmdline.as_deref().unwrap_or("console=hvc0 panic=-1")
+    }
+
     /// Guest memory in bytes.
     #[must_use]
     pub fn memory(&self) -> u64 {

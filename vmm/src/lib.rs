@@ -9,6 +9,7 @@ pub mod config;
 pub mod hvm;
 pub mod jail;
 pub mod log;
+pub mod machine;
 pub mod monitor;
 pub mod pv;
 pub mod timeline;

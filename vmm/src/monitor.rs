@@ -19,9 +19,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::api::types::{Action, Metrics, Problem, VmInfo, VmState};
 use crate::config::{OnReboot, VmConfig};
-use crate::hvm::{Machine, Parts};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
+use crate::machine::{Machine, Parts};
 use crate::timeline::Timeline;
 use crate::vcpu::{Event, EventSink};
 
@@ -47,7 +47,7 @@ pub enum Error {
     Config(#[from] crate::config::Error),
     /// The machine cannot be built.
     #[error(transparent)]
-    Build(#[from] crate::hvm::Error),
+    Build(#[from] crate::machine::Error),
     /// The monitor cannot be confined.
     #[error("cannot confine the monitor: {0}")]
     Jail(std::io::Error),
@@ -87,7 +87,7 @@ pub struct Monitor {
 
 struct Vm {
     config: VmConfig,
-    machine: Machine,
+    machine: Box<dyn Machine>,
     state: VmState,
     booted: Option<Instant>,
 }
@@ -131,7 +131,7 @@ impl Monitor {
             // The receiver lives as long as the process serves.
             let _ = events.send(event);
         });
-        let machine = Machine::build(&config, parts, &sink)?;
+        let machine = parts.build(&config, &sink)?;
         self.timeline.mark("machine built");
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {
@@ -240,7 +240,7 @@ impl Monitor {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             state: vm.state,
             pid: std::process::id(),
-            machine: crate::api::types::Machine::Hvm,
+            machine: vm.machine.kind(),
             uptime_ms: vm.booted.map_or(0, |booted| {
                 u64::try_from(booted.elapsed().as_millis()).unwrap_or(u64::MAX)
             }),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use blanket_memory::{Backing, GuestRam, Spec};
 use blanket_vmm::vcpu::state::VcpuState;
-use blanket_vmm::vcpu::{Bus, Event, Outcome, Vcpu};
+use blanket_vmm::vcpu::{Bus, Event, OnBus, Outcome, Vcpu};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use linux_loader::loader::KernelLoader;
@@ -196,7 +196,14 @@ fn guest() -> Guest {
     let recorder = Arc::new(Recorder::default());
     let (sender, events) = channel();
     let sink = Arc::new(move |event| sender.send(event).unwrap());
-    let vcpu = Vcpu::spawn(0, fd, recorder.clone(), sink, Box::new(|| Ok(()))).unwrap();
+    let vcpu = Vcpu::spawn(
+        0,
+        fd,
+        Box::new(OnBus(recorder.clone())),
+        sink,
+        Box::new(|| Ok(())),
+    )
+    .unwrap();
     Guest {
         ram,
         recorder,

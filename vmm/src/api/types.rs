@@ -97,12 +97,15 @@ pub enum Machine {
     /// The guest's kernel runs in hardware virtualization.
     #[default]
     Hvm,
+    /// The guest's kernel runs in ring 3 and speaks the Xen PV ABI.
+    Pv,
 }
 
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Hvm => "hvm",
+            Self::Pv => "pv",
         })
     }
 }

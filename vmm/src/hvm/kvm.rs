@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use super::error::Error;
+use crate::machine::Error;
 
 /// A new VM and what its KVM can do.
 pub(super) struct Host {
@@ -65,7 +65,7 @@ pub(super) fn open(cpus: u8) -> Result<Host, Error> {
 /// BIOS at 4 GiB.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
-fn no_kvm(source: io::Error) -> Error {
+pub(crate) fn no_kvm(source: io::Error) -> Error {
     let remedy = match source.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
             "load kvm_amd or kvm_intel (`modprobe kvm_amd`), or ask your provider for an instance type with nested virtualization"

@@ -1,8 +1,7 @@
 //! Wiring a machine together, and its life as a whole.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use blanket_devices::legacy::power::Power;
 use blanket_devices::legacy::serial::Serial;
@@ -11,37 +10,25 @@ use blanket_devices::pci::PciBus;
 use blanket_devices::platform;
 use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci};
 use blanket_devices::virtio::{Device, blk::Block, console::Console, net::Net, rng::Rng};
-use blanket_devices::worker::{ThreadSetup, Worker};
+use blanket_devices::worker::{STACK, Workers};
 use blanket_memory::GuestRam;
-use kvm_bindings::kvm_userspace_memory_region;
 use vm_allocator::{AddressAllocator, AllocPolicy};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::boot::Payload;
 use super::bus::HvmBus;
-use super::error::Error;
 use super::kvm::Host;
 use super::parts::Parts;
 use super::wiring::KvmWiring;
 use super::{cpuid, registers};
-use crate::api::types::{DeviceInfo, MemoryMetrics, Metrics};
+use crate::api::types::{self, DeviceInfo, Metrics};
 use crate::config::VmConfig;
-use crate::jail::{Class, seccomp};
+use crate::jail::Class;
+use crate::machine::open::{Disk, Interface};
+use crate::machine::{
+    self, Error, kvm, lock, map_memory, memory_metrics, named, resource, setup, spawn_workers,
+};
 use crate::vcpu::state::{VcpuState, set_cpuid};
-use crate::vcpu::{EventSink, Vcpu};
-
-fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
-    move |error| Error::Kvm(what, error.into())
-}
-
-fn resource(what: &'static str) -> impl Fn(io::Error) -> Error {
-    move |error| Error::Resource(what, error)
-}
-
-/// What every thread of a class does first.
-fn setup(class: Class) -> ThreadSetup {
-    Box::new(move || seccomp::confine(class))
-}
+use crate::vcpu::{EventSink, OnBus, Vcpu};
 
 /// An `hvm` machine.
 ///
@@ -67,7 +54,7 @@ impl Machine {
     /// KVM or the kernel refuses something.
     pub fn build(config: &VmConfig, parts: Parts, events: &EventSink) -> Result<Self, Error> {
         let host = parts.host;
-        map_memory(&host, &parts.ram)?;
+        map_memory(&host.vm, &parts.ram)?;
         let wiring = KvmWiring::new(host.vm.clone()).map_err(resource("set up interrupts"))?;
         let line = |gsi| wiring.line(gsi).map_err(resource("set up an interrupt"));
         let power = Power::new(line(platform::POWER_GSI)?);
@@ -106,6 +93,8 @@ impl Machine {
             pci: builder.pci,
         });
         let (vcpus, power_on) = make_vcpus(&host, config.cpus(), &bus, events)?;
+        // Last: what maps memory meanwhile would wait for each page's zeroing.
+        populate(parts.payload.populate(&parts.ram))?;
         Ok(Self {
             vcpus,
             bus,
@@ -117,131 +106,6 @@ impl Machine {
             ram: parts.ram,
             _workers: workers,
         })
-    }
-
-    /// Loads the kernel and points the first vCPU at it.
-    ///
-    /// # Errors
-    /// The kernel cannot be loaded.
-    pub fn load(&mut self) -> Result<(), Error> {
-        let entry = self.payload.load(&self.ram, self.vcpus.len() as u8)?;
-        let fd = self.vcpus[0].paused_fd();
-        let power_on = fd.get_sregs().map_err(kvm("read registers"))?;
-        fd.set_sregs(&registers::special(entry, &power_on))
-            .map_err(kvm("set registers"))?;
-        fd.set_regs(&registers::general(entry))
-            .map_err(kvm("set registers"))
-    }
-
-    /// Starts the devices, then the vCPUs.
-    ///
-    /// # Errors
-    /// A device cannot start.
-    pub fn start(&mut self) -> Result<(), lifecycle::Error> {
-        self.each_device(|device| device.start())?;
-        for vcpu in &self.vcpus {
-            vcpu.resume();
-        }
-        Ok(())
-    }
-
-    /// Stops the vCPUs, then brings the devices to rest.
-    ///
-    /// # Errors
-    /// A device does not come to rest.
-    pub fn pause(&mut self) -> Result<(), lifecycle::Error> {
-        self.stop_vcpus();
-        self.each_device(|device| device.pause())
-    }
-
-    /// Lets a paused machine run on.
-    ///
-    /// # Errors
-    /// A device cannot go on.
-    pub fn resume(&mut self) -> Result<(), lifecycle::Error> {
-        self.each_device(|device| device.resume())?;
-        for vcpu in &self.vcpus {
-            vcpu.resume();
-        }
-        Ok(())
-    }
-
-    /// Brings a paused machine to its state after power-on, kernel loaded.
-    ///
-    /// # Errors
-    /// A device, a vCPU or the kernel cannot be reset.
-    pub fn reset(&mut self) -> Result<(), Error> {
-        self.each_device(|device| device.reset())?;
-        self.bus.pci.reroute();
-        for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {
-            state.write(&vcpu.paused_fd())?;
-        }
-        self.load()
-    }
-
-    /// Ends the machine: the vCPUs stop, the devices flush and let go.
-    pub fn halt(&mut self) {
-        self.stop_vcpus();
-        let halted = self.each_device(|device| {
-            device.halt();
-            Ok(())
-        });
-        debug_assert!(halted.is_ok(), "halt cannot fail");
-    }
-
-    /// Presses the power button.
-    ///
-    /// # Errors
-    /// The interrupt cannot be raised.
-    pub fn press_power_button(&mut self) -> Result<(), lifecycle::Error> {
-        self.power()
-            .press_button()
-            .map_err(|error| lifecycle::Error::Device {
-                device: "power button".to_owned(),
-                message: error.to_string(),
-            })
-    }
-
-    /// The devices, for people.
-    #[must_use]
-    pub fn devices(&self) -> Vec<DeviceInfo> {
-        self.described.clone()
-    }
-
-    /// The counters now.
-    #[must_use]
-    pub fn metrics(&self) -> Metrics {
-        let named = |pairs: Vec<(&'static str, u64)>| -> BTreeMap<String, u64> {
-            pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
-        };
-        Metrics {
-            devices: self
-                .virtio
-                .iter()
-                .map(|device| {
-                    let device = lock(device);
-                    (device.name().to_owned(), named(device.metrics()))
-                })
-                .chain([("serial".to_owned(), named(self.serial.metrics()))])
-                .collect(),
-            vcpus: self
-                .vcpus
-                .iter()
-                .map(|vcpu| {
-                    let counters = vcpu.counters();
-                    named(vec![
-                        ("exits_io", counters.io.get()),
-                        ("exits_mmio", counters.mmio.get()),
-                        ("kicks", counters.kicks.get()),
-                    ])
-                })
-                .collect(),
-            memory: MemoryMetrics {
-                guest: self.ram.iter().map(GuestMemoryRegion::len).sum(),
-                guest_resident: blanket_memory::touched_bytes(&self.ram),
-                resident: resident(),
-            },
-        }
     }
 
     fn power(&self) -> MutexGuard<'_, Power> {
@@ -270,42 +134,116 @@ impl Machine {
     }
 }
 
-/// Locks what a panic cannot have left inconsistent: panics end the process.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Bytes of this process that are in memory: the second field of statm.
-fn resident() -> u64 {
-    const PAGE: u64 = 4096;
-    std::fs::read_to_string("/proc/self/statm")
-        .ok()
-        .and_then(|statm| statm.split(' ').nth(1)?.parse::<u64>().ok())
-        .map_or(0, |pages| pages * PAGE)
-}
-
-fn map_memory(host: &Host, ram: &GuestRam) -> Result<(), Error> {
-    for (slot, region) in ram.iter().enumerate() {
-        let mapping = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the mapping is the region's own and lives as long as the
-        // machine, which outlives its vCPUs.
-        unsafe { host.vm.set_user_memory_region(mapping) }.map_err(kvm("map guest memory"))?;
+impl machine::Machine for Machine {
+    fn kind(&self) -> types::Machine {
+        types::Machine::Hvm
     }
-    Ok(())
+
+    fn load(&mut self) -> Result<(), Error> {
+        let entry = self.payload.load(&self.ram, self.vcpus.len() as u8)?;
+        let fd = self.vcpus[0].paused_fd();
+        let power_on = fd.get_sregs().map_err(kvm("read registers"))?;
+        fd.set_sregs(&registers::special(entry, &power_on))
+            .map_err(kvm("set registers"))?;
+        fd.set_regs(&registers::general(entry))
+            .map_err(kvm("set registers"))
+    }
+
+    fn start(&mut self) -> Result<(), lifecycle::Error> {
+        self.each_device(|device| device.start())?;
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), lifecycle::Error> {
+        self.stop_vcpus();
+        self.each_device(|device| device.pause())
+    }
+
+    fn resume(&mut self) -> Result<(), lifecycle::Error> {
+        self.each_device(|device| device.resume())?;
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Error> {
+        self.each_device(|device| device.reset())?;
+        self.bus.pci.reroute();
+        for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {
+            state.write(&vcpu.paused_fd())?;
+        }
+        self.load()
+    }
+
+    fn halt(&mut self) {
+        self.stop_vcpus();
+        let halted = self.each_device(|device| {
+            device.halt();
+            Ok(())
+        });
+        debug_assert!(halted.is_ok(), "halt cannot fail");
+    }
+
+    fn press_power_button(&mut self) -> Result<(), lifecycle::Error> {
+        self.power()
+            .press_button()
+            .map_err(|error| lifecycle::Error::Device {
+                device: "power button".to_owned(),
+                message: error.to_string(),
+            })
+    }
+
+    fn devices(&self) -> Vec<DeviceInfo> {
+        self.described.clone()
+    }
+
+    fn metrics(&self) -> Metrics {
+        Metrics {
+            devices: self
+                .virtio
+                .iter()
+                .map(|device| {
+                    let device = lock(device);
+                    (device.name().to_owned(), named(device.metrics()))
+                })
+                .chain([("serial".to_owned(), named(self.serial.metrics()))])
+                .collect(),
+            vcpus: self
+                .vcpus
+                .iter()
+                .map(|vcpu| {
+                    let counters = vcpu.counters();
+                    named(vec![
+                        ("exits_io", counters.io.get()),
+                        ("exits_mmio", counters.mmio.get()),
+                        ("kicks", counters.kicks.get()),
+                    ])
+                })
+                .collect(),
+            memory: memory_metrics(&self.ram),
+        }
+    }
 }
 
-fn spawn_workers(count: u8) -> Result<Workers, Error> {
-    (0..count)
-        .map(|i| Worker::spawn(&format!("io{i}"), setup(Class::Worker)))
-        .collect::<io::Result<Vec<_>>>()
-        .map(Into::into)
-        .map_err(resource("start an I/O thread"))
+/// Starts a thread that populates memory for the kernel while that is loaded;
+/// it ends by itself.
+fn populate(work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    let confine = setup(Class::Populate);
+    std::thread::Builder::new()
+        .name("populate".to_owned())
+        .stack_size(STACK)
+        .spawn(move || {
+            // Unconfined it does not go on; the kernel loads all the same.
+            if confine().is_ok() {
+                work();
+            }
+        })
+        .map(drop)
+        .map_err(resource("start a thread"))
 }
 
 fn make_vcpus(
@@ -332,7 +270,10 @@ fn make_vcpus(
     let vcpus = fds
         .into_iter()
         .zip(0u8..)
-        .map(|(fd, index)| Vcpu::spawn(index, fd, bus.clone(), events.clone(), setup(Class::Vcpu)))
+        .map(|(fd, index)| {
+            let processor = Box::new(OnBus(bus.clone()));
+            Vcpu::spawn(index, fd, processor, events.clone(), setup(Class::Vcpu))
+        })
         .collect::<io::Result<Vec<_>>>()
         .map_err(resource("start a vCPU"))?;
     Ok((vcpus, power_on))
@@ -351,7 +292,7 @@ struct Builder {
 }
 
 impl Builder {
-    fn add_disk(&mut self, index: usize, disk: super::parts::Disk) -> Result<(), Error> {
+    fn add_disk(&mut self, index: usize, disk: Disk) -> Result<(), Error> {
         let engine = match disk.image.engine() {
             blanket_drivers::store::Engine::IoUring => "io_uring",
             _ => "sync",
@@ -369,11 +310,7 @@ impl Builder {
         Ok(())
     }
 
-    fn add_interface(
-        &mut self,
-        index: usize,
-        interface: super::parts::Interface,
-    ) -> Result<(), Error> {
+    fn add_interface(&mut self, index: usize, interface: Interface) -> Result<(), Error> {
         let net = Net::new(
             format!("net{index}"),
             interface.tap,

@@ -4,13 +4,13 @@
 pub mod boot;
 mod bus;
 mod cpuid;
-mod error;
 mod kvm;
 pub mod machine;
 mod parts;
 mod registers;
 mod wiring;
 
-pub use error::Error;
+pub use crate::machine::Error;
+pub(crate) use kvm::no_kvm;
 pub use machine::Machine;
 pub use parts::Parts;

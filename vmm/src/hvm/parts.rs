@@ -1,34 +1,13 @@
 //! What a machine is made of, opened while the process still may.
 
-use std::fs::File;
-use std::io::Read;
-use std::path::PathBuf;
-
-use blanket_devices::char::{self, CharPort};
-use blanket_drivers::mac::MacAddress;
-use blanket_drivers::store::{self, Image};
-use blanket_drivers::tap::{self, Tap};
-use blanket_memory::{Backing, GuestRam};
+use blanket_devices::char::CharPort;
+use blanket_memory::GuestRam;
 
 use super::boot::Payload;
-use super::error::Error;
 use super::kvm::{self, Host};
-use crate::config::{CharConfig, DiskConfig, HugePages, NetConfig, VmConfig};
-
-/// An opened disk and what is to be shown of it.
-pub(super) struct Disk {
-    pub image: Image,
-    pub path: PathBuf,
-    pub serial: Option<String>,
-    pub queues: u16,
-}
-
-/// An opened interface.
-pub(super) struct Interface {
-    pub tap: Tap,
-    pub mac: MacAddress,
-    pub mtu: Option<u16>,
-}
+use crate::config::{CharConfig, VmConfig};
+use crate::machine::Error;
+use crate::machine::open::{self, Disk, Interface, open_char, open_disk, open_interface};
 
 /// Everything that needs a name in the file system or a privilege.
 pub struct Parts {
@@ -56,16 +35,7 @@ impl Parts {
             config.memory(),
         )?;
         let host = kvm::open(config.cpus())?;
-        let ram = blanket_memory::build(&blanket_memory::Spec {
-            size: config.memory(),
-            backing: match config.hugepages.unwrap_or_default() {
-                HugePages::Off => Backing::Small,
-                HugePages::Thp => Backing::Transparent,
-                HugePages::Hugetlb2M => Backing::Hugetlb { shift: 21 },
-                HugePages::Hugetlb1G => Backing::Hugetlb { shift: 30 },
-            },
-            shared: config.shared_memory.unwrap_or(false),
-        })?;
+        let ram = blanket_memory::build(&open::memory(config, config.memory()))?;
         let queues = config.default_queues();
         let disks = config.disk.iter().map(|disk| open_disk(disk, queues));
         let disks = disks.collect::<Result<_, _>>()?;
@@ -90,53 +60,4 @@ impl Parts {
                 .transpose()?,
         })
     }
-}
-
-fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error> {
-    let image = Image::open(&store::Spec {
-        path: config.path.clone(),
-        readonly: config.readonly,
-        format: config.format,
-        direct: config.direct,
-        backing: config.backing,
-        engine: config.engine,
-    })?;
-    Ok(Disk {
-        serial: config.serial.clone(),
-        path: config.path.clone(),
-        queues: config.queues.unwrap_or(queues),
-        image,
-    })
-}
-
-fn open_interface(config: &NetConfig, queues: u16) -> Result<Interface, Error> {
-    let host_ip = config.host_ip.as_deref().map(tap::parse_host_ip);
-    let tap = Tap::open(&tap::Spec {
-        name: config.tap.clone(),
-        bridge: config.bridge.clone(),
-        host_ip: host_ip.transpose()?,
-        mtu: config.mtu,
-        queues: config.queues.unwrap_or(queues),
-    })?;
-    Ok(Interface {
-        tap,
-        mac: config.mac.map_or_else(random_mac, Ok)?,
-        mtu: config.mtu,
-    })
-}
-
-fn random_mac() -> Result<MacAddress, Error> {
-    let mut bytes = [0; 6];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bytes))
-        .map_err(Error::Random)?;
-    Ok(MacAddress::local(bytes))
-}
-
-fn open_char(config: &CharConfig) -> Result<CharPort, Error> {
-    Ok(CharPort::open(&char::Spec {
-        stdio: config.stdio,
-        socket: config.socket.clone(),
-        log: config.log.clone(),
-    })?)
 }

@@ -27,6 +27,10 @@ pub enum Class {
     Worker,
     /// A thread of a block store that has no io_uring.
     Store,
+    /// The thread of a pv machine's xenstore: it connects devices.
+    XenBus,
+    /// A thread that populates guest memory.
+    Populate,
 }
 
 /// What any thread's run time needs: memory, locks, time, its own end.
@@ -191,6 +195,20 @@ impl Class {
                 char_device::SYSCALLS,
             ],
             Self::Store => &[store::THREAD_SYSCALLS],
+            Self::XenBus => &[
+                &[
+                    libc::SYS_epoll_ctl,
+                    libc::SYS_epoll_wait,
+                    libc::SYS_epoll_pwait,
+                    libc::SYS_eventfd2,
+                    libc::SYS_fcntl,
+                ],
+                store::RING_SYSCALLS,
+                tap::SYSCALLS,
+                char_device::SYSCALLS,
+            ],
+            // madvise is everybody's.
+            Self::Populate => &[],
         };
         [BASE]
             .iter()
@@ -207,9 +225,9 @@ impl Class {
             Self::Setup => Ioctls::All,
             Self::Main => Ioctls::Kvm(list(&[tap::IOCTLS, char_device::IOCTLS])),
             // Routes and doorbells follow the guest's wishes.
-            Self::Vcpu => Ioctls::Kvm(list(&[tap::IOCTLS])),
+            Self::Vcpu | Self::XenBus => Ioctls::Kvm(list(&[tap::IOCTLS])),
             Self::Worker => Ioctls::Only(list(&[tap::IOCTLS, char_device::IOCTLS])),
-            Self::Store => Ioctls::Only(Vec::new()),
+            Self::Store | Self::Populate => Ioctls::Only(Vec::new()),
         }
     }
 }
@@ -324,12 +342,13 @@ pub fn report_refusals() -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const ALL: [Class; 5] = [
+    const ALL: [Class; 6] = [
         Class::Setup,
         Class::Main,
         Class::Vcpu,
         Class::Worker,
         Class::Store,
+        Class::Populate,
     ];
 
     #[test]

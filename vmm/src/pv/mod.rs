@@ -2,7 +2,18 @@
 
 pub mod abi;
 pub mod builder;
+mod cpu;
 pub mod cpuid;
+mod domain;
 pub mod emulate;
 pub mod events;
+mod hypercall;
+pub mod machine;
+mod mmu;
+mod parts;
+mod privileged;
+mod shim;
 pub mod time;
+
+pub use machine::Machine;
+pub use parts::Parts;

@@ -2,14 +2,16 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::{Event, Outcome, interrupted};
 
 /// A counter with one writer.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    pub(super) fn add(&self) {
+    pub(crate) fn add(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -32,7 +34,7 @@ pub struct Counters {
 }
 
 /// Why KVM gave up on a guest.
-pub(super) fn internal(fd: &mut VcpuFd) -> String {
+pub(crate) fn internal(fd: &mut VcpuFd) -> String {
     let run = fd.get_kvm_run();
     // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, whose part of the
     // union this is; any bits are valid integers.
@@ -50,4 +52,23 @@ pub(super) fn internal(fd: &mut VcpuFd) -> String {
         "the guest met {what} (suberror {}) at {rip}",
         detail.suberror
     )
+}
+
+/// What becomes of a vCPU after an exit that no machine expects.
+pub(crate) fn unexpected(exit: &VcpuExit) -> Outcome {
+    Outcome::Event(Event::Failed(match exit {
+        VcpuExit::FailEntry(reason, cpu) => {
+            format!("the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}")
+        }
+        other => format!("unexpected exit {other:?}"),
+    }))
+}
+
+/// What becomes of it after KVM_RUN has failed.
+pub(crate) fn failed_run(error: kvm_ioctls::Error, counters: &Counters) -> Outcome {
+    match error.errno() {
+        libc::EINTR => interrupted(counters),
+        libc::EAGAIN => Outcome::Continue,
+        _ => Outcome::Event(Event::Failed(format!("KVM_RUN: {error}"))),
+    }
 }

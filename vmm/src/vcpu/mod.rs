@@ -13,6 +13,7 @@
 //! `KVM_RUN` waits (`KVM_SET_SIGNAL_MASK`), so that one that comes early is not
 //! lost but ends the next `KVM_RUN` at once.
 
+mod bus;
 pub mod exits;
 mod signal;
 pub mod state;
@@ -24,21 +25,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use blanket_devices::worker::{STACK, ThreadSetup};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::VcpuFd;
 
+pub use bus::{Bus, OnBus};
 pub use exits::Counters;
-pub use signal::{KICK_SYSCALLS, kick_signal};
+pub use signal::{KICK_SYSCALLS, kick_signal, wait_for_kick};
 
-/// What answers a guest's accesses to ports and device memory.
-pub trait Bus: Send + Sync {
-    /// A read from a port.
-    fn read_port(&self, port: u16, data: &mut [u8]);
-    /// A write to a port.
-    fn write_port(&self, port: u16, data: &[u8]) -> Outcome;
-    /// A read from memory that is not RAM.
-    fn read_memory(&self, addr: u64, data: &mut [u8]);
-    /// A write to memory that is not RAM.
-    fn write_memory(&self, addr: u64, data: &[u8]) -> Outcome;
+/// What a machine does with a vCPU, on the vCPU's own thread.
+pub trait Processor: Send {
+    /// Runs the guest to its next exit and answers that.
+    fn step(&mut self, fd: &mut VcpuFd, counters: &Counters) -> Outcome;
+
+    /// The vCPU stops: brings its registers to where another can go on from.
+    fn stop(&mut self, fd: &mut VcpuFd);
 }
 
 /// What becomes of the vCPU after an access.
@@ -120,7 +119,7 @@ impl Vcpu {
     pub fn spawn(
         index: u8,
         fd: VcpuFd,
-        bus: Arc<dyn Bus>,
+        processor: Box<dyn Processor>,
         events: EventSink,
         setup: ThreadSetup,
     ) -> io::Result<Self> {
@@ -134,10 +133,10 @@ impl Vcpu {
             counters: Counters::default(),
         });
         let (report, outcome) = std::sync::mpsc::sync_channel(1);
-        let runner = Runner {
+        let mut runner = Runner {
             fd: fd.clone(),
             control: control.clone(),
-            bus,
+            processor,
             events,
         };
         let thread = std::thread::Builder::new()
@@ -222,12 +221,12 @@ impl Drop for Vcpu {
 struct Runner {
     fd: Arc<Mutex<VcpuFd>>,
     control: Arc<Control>,
-    bus: Arc<dyn Bus>,
+    processor: Box<dyn Processor>,
     events: EventSink,
 }
 
 impl Runner {
-    fn run(&self) {
+    fn run(&mut self) {
         while self.control.rest() {
             let event = self.run_guest();
             if let Some(event) = event {
@@ -244,63 +243,30 @@ impl Runner {
     }
 
     /// Runs the guest until the owner or an event wants it to stop.
-    fn run_guest(&self) -> Option<Event> {
+    fn run_guest(&mut self) -> Option<Event> {
         let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
         let mut event = None;
         while event.is_none() && self.control.wanted.load(Ordering::Acquire) == RUNNING {
-            if let Outcome::Event(what) = self.step(&mut fd) {
+            let outcome = self.processor.step(&mut fd, &self.control.counters);
+            if let Outcome::Event(what) = outcome {
                 event = Some(what);
             }
         }
-        complete_access(&mut fd);
+        self.processor.stop(&mut fd);
         event
     }
+}
 
-    fn step(&self, fd: &mut VcpuFd) -> Outcome {
-        let counters = &self.control.counters;
-        match fd.run() {
-            Ok(VcpuExit::IoIn(port, data)) => {
-                counters.io.add();
-                self.bus.read_port(port, data);
-                Outcome::Continue
-            }
-            Ok(VcpuExit::IoOut(port, data)) => {
-                counters.io.add();
-                self.bus.write_port(port, data)
-            }
-            Ok(VcpuExit::MmioRead(addr, data)) => {
-                counters.mmio.add();
-                self.bus.read_memory(addr, data);
-                Outcome::Continue
-            }
-            Ok(VcpuExit::MmioWrite(addr, data)) => {
-                counters.mmio.add();
-                self.bus.write_memory(addr, data)
-            }
-            // A triple fault resets a PC.
-            Ok(VcpuExit::Shutdown) => Outcome::Event(Event::Reset),
-            Ok(VcpuExit::Intr) => self.interrupted(),
-            Ok(VcpuExit::InternalError) => Outcome::Event(Event::Failed(exits::internal(fd))),
-            Ok(VcpuExit::FailEntry(reason, cpu)) => Outcome::Event(Event::Failed(format!(
-                "the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}"
-            ))),
-            Ok(other) => Outcome::Event(Event::Failed(format!("unexpected exit {other:?}"))),
-            Err(error) if error.errno() == libc::EINTR => self.interrupted(),
-            Err(error) if error.errno() == libc::EAGAIN => Outcome::Continue,
-            Err(error) => Outcome::Event(Event::Failed(format!("KVM_RUN: {error}"))),
-        }
-    }
-
-    fn interrupted(&self) -> Outcome {
-        self.control.counters.kicks.add();
-        signal::consume();
-        Outcome::Continue
-    }
+/// The kick came: takes it away and goes on.
+pub(crate) fn interrupted(counters: &Counters) -> Outcome {
+    counters.kicks.add();
+    signal::consume();
+    Outcome::Continue
 }
 
 /// Lets KVM finish an access whose answer has been given, without running the
 /// guest: the registers are not complete before.
-fn complete_access(fd: &mut VcpuFd) {
+pub(crate) fn complete_access(fd: &mut VcpuFd) {
     fd.set_kvm_immediate_exit(1);
     // It returns EINTR by design.
     let _ = fd.run();

@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
 
@@ -79,10 +80,15 @@ pub(super) fn unblock_in_guest(fd: &VcpuFd) -> io::Result<()> {
 
 /// Takes a pending signal away.
 pub(super) fn consume() {
+    wait_for_kick(Duration::ZERO);
+}
+
+/// Waits for the signal, on a vCPU's thread, and takes it away.
+pub fn wait_for_kick(most: Duration) {
     let set = kick_set();
     let now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
+        tv_sec: most.as_secs().cast_signed(),
+        tv_nsec: most.subsec_nanos().into(),
     };
     // SAFETY: the set and the timeout are valid; no information is asked for.
     unsafe {

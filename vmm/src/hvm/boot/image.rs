@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::Path;
 
 use blanket_memory::GuestRam;
@@ -17,6 +18,8 @@ const HEAD: usize = 0x268;
 /// A kernel file whose headers are sound.
 pub(super) struct Image {
     form: Form,
+    /// What loading writes, piece by piece.
+    pub(super) loaded: Vec<Range<u64>>,
     /// First byte behind all that the kernel needs to unpack itself.
     pub(super) end: u64,
     /// Highest address that the initrd may occupy.
@@ -48,6 +51,7 @@ impl Image {
         if head.starts_with(b"\x7fELF") {
             let header = elf_header(file, path)?;
             Ok(Self {
+                loaded: header.segments.iter().map(Segment::loaded).collect(),
                 end: header.segments.iter().map(Segment::end).max().unwrap_or(0),
                 form: Form::Elf(header),
                 initrd_max: u64::MAX,
@@ -126,6 +130,7 @@ fn bzimage(file: &mut File, path: &Path, head: &[u8; HEAD]) -> Result<Image, Err
     let unpacked = u64_at(head, 0x258).saturating_add(u64::from(u32_at(head, 0x260)));
     Ok(Image {
         form: Form::BzImage,
+        loaded: vec![at::HIGH.0..at::HIGH.0 + size],
         end: unpacked.max(at::HIGH.0 + size),
         initrd_max: u64::from(u32_at(head, 0x22c)),
     })
@@ -164,12 +169,19 @@ struct ElfHeader {
 struct Segment {
     virtual_start: u64,
     physical_start: u64,
+    /// Bytes in the file.
+    file_len: u64,
+    /// Bytes in memory.
     len: u64,
 }
 
 impl Segment {
     fn end(&self) -> u64 {
         self.physical_start.saturating_add(self.len)
+    }
+
+    fn loaded(&self) -> Range<u64> {
+        self.physical_start..self.physical_start.saturating_add(self.file_len)
     }
 }
 
@@ -227,6 +239,7 @@ fn elf_header(file: &mut File, path: &Path) -> Result<ElfHeader, Error> {
         segments.push(Segment {
             virtual_start: u64_at(header, 16),
             physical_start: u64_at(header, 24),
+            file_len: len,
             len: u64_at(header, 40),
         });
     }

@@ -115,6 +115,8 @@ pub struct Payload {
     kernel: (File, PathBuf),
     initrd: Option<(File, PathBuf)>,
     cmdline: String,
+    /// What loading the kernel writes, piece by piece.
+    loaded: Vec<std::ops::Range<u64>>,
 }
 
 impl Payload {
@@ -137,7 +139,20 @@ impl Payload {
             kernel: (file, kernel.to_owned()),
             initrd: initrd.transpose()?,
             cmdline: cmdline.to_owned(),
+            loaded: image.loaded,
         })
+    }
+
+    /// What populates the memory that the kernel is loaded to: zeroing it is
+    /// most of what loading costs, and another thread can do its share.
+    pub(super) fn populate(&self, ram: &GuestRam) -> impl FnOnce() + use<> {
+        let (ram, loaded) = (ram.clone(), self.loaded.clone());
+        move || {
+            for range in loaded.iter().rev() {
+                let len = usize::try_from(range.end - range.start).unwrap_or(0);
+                blanket_memory::populate(&ram, GuestAddress(range.start), len);
+            }
+        }
     }
 
     /// Loads everything into guest memory.

@@ -4,7 +4,8 @@ use std::io;
 
 use blanket_devices::lifecycle;
 
-use super::boot;
+use crate::hvm::boot;
+use crate::pv::builder;
 
 /// Why a machine cannot be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,15 @@ pub enum Error {
     /// The kernel or what belongs to it.
     #[error(transparent)]
     Boot(#[from] boot::Error),
+    /// The domain of a pv machine.
+    #[error(transparent)]
+    Domain(#[from] builder::Error),
+    /// The hypervisor's area of a pv machine.
+    #[error("cannot prepare the hypervisor's area: {0}")]
+    Area(#[from] vm_memory::GuestMemoryError),
+    /// The processor's register state cannot be managed.
+    #[error(transparent)]
+    Cpuid(#[from] crate::pv::cpuid::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] blanket_memory::Error),

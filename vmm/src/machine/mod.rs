@@ -1,0 +1,198 @@
+//! What all kinds of machines have in common, and which kind a guest gets.
+
+mod error;
+pub(crate) mod open;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use blanket_devices::lifecycle;
+use blanket_devices::worker::{ThreadSetup, Worker, Workers};
+use blanket_drivers::probe::Virtualization;
+use blanket_memory::GuestRam;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+pub use error::Error;
+
+use crate::api::types::{DeviceInfo, Machine as Kind, MemoryMetrics, Metrics};
+use crate::config::{MachineChoice, VmConfig};
+use crate::jail::{Class, seccomp};
+use crate::vcpu::EventSink;
+use crate::{hvm, pv};
+
+/// A machine, whole. The monitor's states say when each step makes sense.
+pub trait Machine: Send {
+    /// Which kind it is.
+    fn kind(&self) -> Kind;
+
+    /// Loads the kernel and points the first vCPU at it.
+    ///
+    /// # Errors
+    /// The kernel cannot be loaded.
+    fn load(&mut self) -> Result<(), Error>;
+
+    /// Starts the devices, then the vCPUs.
+    ///
+    /// # Errors
+    /// A device cannot start.
+    fn start(&mut self) -> Result<(), lifecycle::Error>;
+
+    /// Stops the vCPUs, then brings the devices to rest.
+    ///
+    /// # Errors
+    /// A device does not come to rest.
+    fn pause(&mut self) -> Result<(), lifecycle::Error>;
+
+    /// Lets a paused machine run on.
+    ///
+    /// # Errors
+    /// A device cannot go on.
+    fn resume(&mut self) -> Result<(), lifecycle::Error>;
+
+    /// Brings a paused machine to its state after power-on, kernel loaded.
+    ///
+    /// # Errors
+    /// A device, a vCPU or the kernel cannot be reset.
+    fn reset(&mut self) -> Result<(), Error>;
+
+    /// Ends the machine: the vCPUs stop, the devices flush and let go.
+    fn halt(&mut self);
+
+    /// Asks the guest to shut itself down.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    fn press_power_button(&mut self) -> Result<(), lifecycle::Error>;
+
+    /// The devices, for people.
+    fn devices(&self) -> Vec<DeviceInfo>;
+
+    /// The counters now.
+    fn metrics(&self) -> Metrics;
+}
+
+/// What a machine is made of, opened while the process still may.
+pub enum Parts {
+    /// Of an hvm machine.
+    Hvm(Box<hvm::Parts>),
+    /// Of a pv machine.
+    Pv(Box<pv::Parts>),
+}
+
+/// The kind of machine for a configuration, and why.
+#[must_use]
+pub fn choose(config: &VmConfig) -> (Kind, String) {
+    match config.machine.unwrap_or_default() {
+        MachineChoice::Hvm => (Kind::Hvm, "it was asked for".to_owned()),
+        MachineChoice::Pv => (Kind::Pv, "it was asked for".to_owned()),
+        MachineChoice::Auto => {
+            let found = Virtualization::of_this_machine();
+            let kind = if found.is_hardware() {
+                Kind::Hvm
+            } else {
+                Kind::Pv
+            };
+            (kind, format!("this machine has {found}"))
+        }
+    }
+}
+
+impl Parts {
+    /// Opens all that `config` names, for the machine that it gets.
+    ///
+    /// # Errors
+    /// The first thing that is missing, in use or not permitted, with the
+    /// remedy. What was made until then (taps, sockets) goes away again.
+    pub fn open(config: &VmConfig) -> Result<Self, Error> {
+        let (kind, reason) = choose(config);
+        tracing::info!(machine = %kind, %reason, "machine chosen");
+        Ok(match kind {
+            Kind::Hvm => Self::Hvm(Box::new(hvm::Parts::open(config)?)),
+            Kind::Pv => Self::Pv(Box::new(pv::Parts::open(config)?)),
+        })
+    }
+
+    /// Puts the machine together. Threads are made here, each under its
+    /// filter; the guest does not run yet.
+    ///
+    /// # Errors
+    /// KVM or the kernel refuses something.
+    pub fn build(self, config: &VmConfig, events: &EventSink) -> Result<Box<dyn Machine>, Error> {
+        Ok(match self {
+            Self::Hvm(parts) => Box::new(hvm::Machine::build(config, *parts, events)?),
+            Self::Pv(parts) => Box::new(pv::Machine::build(config, *parts, events)?),
+        })
+    }
+}
+
+/// Names an operation of KVM that failed.
+pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |error| Error::Kvm(what, error.into())
+}
+
+/// Names a resource that could not be had.
+pub(crate) fn resource(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::Resource(what, error)
+}
+
+/// What every thread of a class does first.
+pub(crate) fn setup(class: Class) -> ThreadSetup {
+    Box::new(move || seccomp::confine(class))
+}
+
+/// Locks what a panic cannot have left inconsistent: panics end the process.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives the guest its memory.
+pub(crate) fn map_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+    for (slot, region) in ram.iter().enumerate() {
+        let mapping = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the mapping is the region's own and lives as long as the
+        // machine, which outlives its vCPUs.
+        unsafe { vm.set_user_memory_region(mapping) }.map_err(kvm("map guest memory"))?;
+    }
+    Ok(())
+}
+
+/// Starts the threads that serve rings.
+pub(crate) fn spawn_workers(count: u8) -> Result<Workers, Error> {
+    (0..count)
+        .map(|i| Worker::spawn(&format!("io{i}"), setup(Class::Worker)))
+        .collect::<io::Result<Vec<_>>>()
+        .map(Into::into)
+        .map_err(resource("start an I/O thread"))
+}
+
+/// Counters by name.
+pub(crate) fn named(pairs: Vec<(&'static str, u64)>) -> BTreeMap<String, u64> {
+    pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+}
+
+/// Memory of a guest and of this process.
+pub(crate) fn memory_metrics(ram: &GuestRam) -> MemoryMetrics {
+    MemoryMetrics {
+        guest: ram.iter().map(GuestMemoryRegion::len).sum(),
+        guest_resident: blanket_memory::touched_bytes(ram),
+        resident: resident(),
+    }
+}
+
+/// Bytes of this process that are in memory: the second field of statm.
+fn resident() -> u64 {
+    const PAGE: u64 = 4096;
+    std::fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|statm| statm.split(' ').nth(1)?.parse::<u64>().ok())
+        .map_or(0, |pages| pages * PAGE)
+}

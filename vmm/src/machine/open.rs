@@ -1,0 +1,92 @@
+//! Opening what a configuration names: for every kind of machine.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::PathBuf;
+
+use blanket_devices::char::{self, CharPort};
+use blanket_drivers::mac::MacAddress;
+use blanket_drivers::store::{self, Image};
+use blanket_drivers::tap::{self, Tap};
+use blanket_memory::{Backing, Spec};
+
+use super::Error;
+use crate::config::{CharConfig, DiskConfig, HugePages, NetConfig, VmConfig};
+
+/// An opened disk and what is to be shown of it.
+pub(crate) struct Disk {
+    pub image: Image,
+    pub path: PathBuf,
+    pub serial: Option<String>,
+    pub queues: u16,
+}
+
+/// An opened interface.
+pub(crate) struct Interface {
+    pub tap: Tap,
+    pub mac: MacAddress,
+    pub mtu: Option<u16>,
+}
+
+/// How to map `size` bytes of memory.
+pub(crate) fn memory(config: &VmConfig, size: u64) -> Spec {
+    Spec {
+        size,
+        backing: match config.hugepages.unwrap_or_default() {
+            HugePages::Off => Backing::Small,
+            HugePages::Thp => Backing::Transparent,
+            HugePages::Hugetlb2M => Backing::Hugetlb { shift: 21 },
+            HugePages::Hugetlb1G => Backing::Hugetlb { shift: 30 },
+        },
+        shared: config.shared_memory.unwrap_or(false),
+    }
+}
+
+pub(crate) fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error> {
+    let image = Image::open(&store::Spec {
+        path: config.path.clone(),
+        readonly: config.readonly,
+        format: config.format,
+        direct: config.direct,
+        backing: config.backing,
+        engine: config.engine,
+    })?;
+    Ok(Disk {
+        serial: config.serial.clone(),
+        path: config.path.clone(),
+        queues: config.queues.unwrap_or(queues),
+        image,
+    })
+}
+
+pub(crate) fn open_interface(config: &NetConfig, queues: u16) -> Result<Interface, Error> {
+    let host_ip = config.host_ip.as_deref().map(tap::parse_host_ip);
+    let tap = Tap::open(&tap::Spec {
+        name: config.tap.clone(),
+        bridge: config.bridge.clone(),
+        host_ip: host_ip.transpose()?,
+        mtu: config.mtu,
+        queues: config.queues.unwrap_or(queues),
+    })?;
+    Ok(Interface {
+        tap,
+        mac: config.mac.map_or_else(random_mac, Ok)?,
+        mtu: config.mtu,
+    })
+}
+
+fn random_mac() -> Result<MacAddress, Error> {
+    let mut bytes = [0; 6];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut bytes))
+        .map_err(Error::Random)?;
+    Ok(MacAddress::local(bytes))
+}
+
+pub(crate) fn open_char(config: &CharConfig) -> Result<CharPort, Error> {
+    Ok(CharPort::open(&char::Spec {
+        stdio: config.stdio,
+        socket: config.socket.clone(),
+        log: config.log.clone(),
+    })?)
+}

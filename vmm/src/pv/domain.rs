@@ -1,0 +1,349 @@
+//! What the vCPUs of a domain share.
+
+use std::io;
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use blanket_memory::GuestRam;
+use blanket_pv_shim::layout::{self, Data};
+use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_regs};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::abi::{PAGE_SIZE, VcpuRunstateInfo};
+use super::cpuid::Visible;
+use super::events::Events;
+use super::mmu::Space;
+use super::shim::Part;
+use super::time::Time;
+use crate::vcpu::{kick_signal, wait_for_kick};
+
+/// A handler of the guest's trap table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trap {
+    /// Privilege that `int` needs in its lowest two bits, 4: events are masked.
+    pub flags: u8,
+    /// Its address; 0: none.
+    pub address: u64,
+}
+
+/// Where a vCPU is in its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Online {
+    /// It has no registers yet.
+    #[default]
+    Never,
+    /// It has registers and does not run.
+    Down,
+    /// It runs.
+    Up,
+}
+
+/// The registers that a vCPU begins with.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Begin {
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Page table.
+    pub cr3: u64,
+    /// FS base.
+    pub fs_base: u64,
+    /// GS base.
+    pub gs_base: u64,
+}
+
+/// What only the monitor knows of a vCPU.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct CpuState {
+    /// The registers to begin with, until it has.
+    pub begin: Option<Begin>,
+    /// Handlers by vector.
+    pub traps: Vec<Trap>,
+    /// Handler for segments that could not be loaded on a return.
+    pub failsafe: u64,
+    /// Frames of the descriptor table.
+    pub gdt: Vec<u64>,
+    /// Entries of it.
+    pub gdt_entries: u64,
+    /// The local descriptor table: address and entries.
+    pub ldt: (u64, u64),
+    /// DR0 to DR3, unused, unused, DR6, DR7.
+    pub debug: [u64; 8],
+    /// CR4 as the guest has set it.
+    pub cr4: u64,
+    /// The system time at which the timer fires.
+    pub deadline: Option<u64>,
+    /// The vCPU's thread has to set its timer.
+    pub rearm: bool,
+    /// Where it is in its life.
+    pub online: Online,
+    /// Where the guest wants its run states.
+    pub runstate: u64,
+    /// Where it wants its time for user code.
+    pub time_area: u64,
+}
+
+/// A vCPU, as others see it.
+pub struct Cpu {
+    /// What only the monitor knows.
+    state: Mutex<CpuState>,
+    /// Whether it is in the guest, so that it does not see by itself what is
+    /// asked of it.
+    pub in_guest: AtomicBool,
+    /// Hypercalls that nobody knows.
+    pub unknown: AtomicU64,
+    /// Hypercalls that came to the monitor.
+    pub hypercalls: AtomicU64,
+    /// Exceptions that came to the monitor.
+    pub exceptions: AtomicU64,
+    /// Its thread, once that runs.
+    thread: AtomicU64,
+    /// It waits outside of the guest.
+    sleeps: AtomicBool,
+    /// Interrupts it: it looks at its events.
+    interrupt: EventFd,
+}
+
+impl Cpu {
+    /// One that has not been set up, except by its reset; `interrupt` is wired
+    /// to it.
+    #[must_use]
+    pub fn new(interrupt: EventFd) -> Self {
+        Self {
+            state: Mutex::default(),
+            in_guest: AtomicBool::new(false),
+            unknown: AtomicU64::new(0),
+            hypercalls: AtomicU64::new(0),
+            exceptions: AtomicU64::new(0),
+            thread: AtomicU64::new(0),
+            sleeps: AtomicBool::new(false),
+            interrupt,
+        }
+    }
+
+    /// Interrupts it: it looks at its events.
+    pub fn interrupt(&self) {
+        // It fails only where the counter is full: then it is pending already.
+        let _ = self.interrupt.write(1);
+    }
+
+    /// The calling thread is the vCPU's.
+    pub fn attach(&self) {
+        // SAFETY: it only reads the thread's own identity.
+        let thread = unsafe { libc::pthread_self() };
+        self.thread.store(thread, Ordering::Release);
+    }
+
+    /// Takes it out of the guest, or out of [`Cpu::sleep`].
+    pub fn kick(&self) {
+        let thread = self.thread.load(Ordering::Acquire);
+        if thread != 0 {
+            // SAFETY: vCPU threads are joined after all that may kick them has
+            // ended, and the signal has a handler.
+            unsafe {
+                libc::pthread_kill(thread, kick_signal());
+            }
+        }
+    }
+
+    /// Whether the calling thread is the vCPU's.
+    #[must_use]
+    pub fn is_this_thread(&self) -> bool {
+        // SAFETY: as in attach.
+        self.thread.load(Ordering::Acquire) == unsafe { libc::pthread_self() }
+    }
+
+    /// Wakes it if it sleeps.
+    pub fn wake(&self) {
+        if self.sleeps.load(Ordering::SeqCst) {
+            self.kick();
+        }
+    }
+
+    /// Waits for a kick. (One that came since the last is still there.)
+    pub fn sleep(&self, most: Duration) {
+        self.sleeps.store(true, Ordering::SeqCst);
+        wait_for_kick(most);
+        self.sleeps.store(false, Ordering::SeqCst);
+    }
+
+    /// What only the monitor knows.
+    pub fn state(&self) -> MutexGuard<'_, CpuState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A domain.
+pub struct Domain {
+    /// All memory, the hypervisor's area included.
+    pub ram: GuestRam,
+    /// Bytes of the domain's own, from address 0 on.
+    pub memory: u64,
+    /// Kernel and user code share one address space.
+    pub trusted: bool,
+    /// The VM.
+    pub vm: Arc<VmFd>,
+    /// Its vCPUs.
+    pub cpus: Arc<Vec<Cpu>>,
+    /// Event channels.
+    pub events: Arc<Events>,
+    /// Clocks.
+    pub time: Arc<Time>,
+    /// What CPUID says.
+    pub cpuid: Arc<Visible>,
+    /// Takes what the kernel writes to the hypervisor's console.
+    pub console: Box<dyn Fn(&[u8]) + Send + Sync>,
+    /// Pages that the guest has given back.
+    pub given: AtomicU64,
+    /// KVM has VMX or SVM: ring 0 is real.
+    pub hardware: bool,
+}
+
+impl Domain {
+    /// The part of vCPU `index`.
+    #[must_use]
+    pub fn part(&self, index: usize) -> Part<'_> {
+        Part::new(&self.ram, index)
+    }
+
+    /// The address space of the kernel on vCPU `index`.
+    #[must_use]
+    pub fn space(&self, index: usize) -> Space<'_> {
+        let cr3 = self.part(index).get(offset_of!(Data, kernel_cr3));
+        Space::new(&self.ram, cr3.unwrap_or(u64::MAX))
+    }
+
+    /// Has the other vCPUs in `mask` load their page tables before they run
+    /// guest code again. On return they have, or are on their way out of here.
+    pub fn flush_others(&self, own: usize, mask: u64) {
+        let others = (0..self.cpus.len()).filter(|i| *i != own && mask >> i & 1 != 0);
+        let mut waiting: Vec<usize> = Vec::new();
+        for index in others {
+            if self.part(index).set8(offset_of!(Data, flush), 1).is_err() {
+                continue;
+            }
+            fence(Ordering::SeqCst);
+            if self.runs(index) {
+                self.cpus[index].interrupt();
+                waiting.push(index);
+            }
+        }
+        for index in waiting {
+            let mut tries = 0u32;
+            while self.runs(index)
+                && matches!(self.part(index).get8(offset_of!(Data, flush)), Ok(1))
+            {
+                tries += 1;
+                if tries < 100 {
+                    std::hint::spin_loop();
+                } else {
+                    std::thread::yield_now();
+                }
+            }
+        }
+    }
+
+    /// Brings the clock of a vCPU into its information areas.
+    pub fn write_time(&self, index: usize) {
+        const TIME: u64 = 32;
+        let info = self.time.info();
+        if let Some(at) = self.events.vcpu_info(index) {
+            let _ = self.ram.write_obj(info, GuestAddress(at.0 + TIME));
+        }
+    }
+
+    /// Tells the guest the time of day at system time 0.
+    ///
+    /// # Errors
+    /// The area is not in memory.
+    pub fn write_wall_clock(&self) -> Result<(), GuestMemoryError> {
+        const VERSION: u64 = 3072;
+        let (seconds, nanoseconds) = self.time.wall();
+        let words = [2, seconds as u32, nanoseconds, (seconds >> 32) as u32];
+        let at = layout::GPA + layout::SHARED_INFO + VERSION;
+        self.ram.write_obj(words, GuestAddress(at))
+    }
+
+    /// A vCPU's counters: of the monitor and of its shim.
+    #[must_use]
+    pub fn counters(&self, index: usize) -> Vec<(&'static str, u64)> {
+        let cpu = &self.cpus[index];
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut all = vec![
+            ("monitor_hypercalls", count(&cpu.hypercalls)),
+            ("monitor_exceptions", count(&cpu.exceptions)),
+            ("unknown_hypercalls", count(&cpu.unknown)),
+        ];
+        for (i, name) in layout::COUNTERS.iter().enumerate() {
+            let field = offset_of!(Data, counters) + 8 * i;
+            all.push((name, self.part(index).get(field).unwrap_or(0)));
+        }
+        all
+    }
+
+    /// What a vCPU has been doing.
+    #[must_use]
+    pub fn runstate(&self, _index: usize) -> VcpuRunstateInfo {
+        let now = self.time.now();
+        VcpuRunstateInfo {
+            state_entry_time: now,
+            time: [now, 0, 0, 0],
+            ..Default::default()
+        }
+    }
+
+    /// Pages that the guest has given back.
+    #[must_use]
+    pub fn ballooned(&self) -> u64 {
+        self.given
+            .load(Ordering::Relaxed)
+            .min(self.memory / PAGE_SIZE)
+    }
+
+    /// Counts pages that it gives (or takes).
+    pub fn balloon(&self, pages: i64) {
+        self.given
+            .fetch_add(pages.cast_unsigned(), Ordering::Relaxed);
+    }
+
+    /// Whether a vCPU may be using its page table.
+    fn runs(&self, index: usize) -> bool {
+        self.cpus[index].in_guest.load(Ordering::SeqCst)
+            && matches!(self.part(index).get8(offset_of!(Data, asleep)), Ok(0))
+    }
+}
+
+/// Has KVM interrupt vCPU `index` when an eventfd is signalled: any thread
+/// may, whatever its filter.
+///
+/// # Errors
+/// No descriptor is left, or KVM refuses the wiring.
+pub fn wire_interrupts(vm: &VmFd, count: usize) -> io::Result<Vec<EventFd>> {
+    const ADDRESS: u32 = 0xfee0_0000;
+    const DESTINATION: u32 = 12;
+    let route = |index: u32| {
+        let mut entry = kvm_irq_routing_entry {
+            gsi: index,
+            type_: KVM_IRQ_ROUTING_MSI,
+            ..Default::default()
+        };
+        entry.u.msi.address_lo = ADDRESS | index << DESTINATION;
+        entry.u.msi.data = u32::from(layout::EVENT_VECTOR);
+        entry
+    };
+    let routes: Vec<_> = (0..count as u32).map(route).collect();
+    let routing = KvmIrqRouting::from_entries(&routes)
+        .map_err(|error| io::Error::other(format!("{error:?}")))?;
+    vm.set_gsi_routing(&routing)?;
+    (0..count as u32)
+        .map(|index| {
+            let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+            vm.register_irqfd(&event, index)?;
+            Ok(event)
+        })
+        .collect()
+}

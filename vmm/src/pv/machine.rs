@@ -1,0 +1,379 @@
+//! Wiring a pv machine together, and its life as a whole.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use blanket_devices::lifecycle::{self, Lifecycle};
+use blanket_devices::worker::Workers;
+use blanket_devices::xen::blkif::{self, Block};
+use blanket_devices::xen::bus::{self, Backend, SharedPages, XenBus};
+use blanket_devices::xen::console::SharedPage;
+use blanket_devices::xen::control::Shutdown;
+use blanket_devices::xen::grant::GrantTable;
+use blanket_devices::xen::netif::Netif;
+use blanket_devices::xen::{BACKEND, EventChannels};
+use blanket_pv_shim::layout;
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use vm_memory::GuestAddress;
+
+use super::builder::{Kernel, Ports};
+use super::cpu::PvCpu;
+use super::cpuid::Visible;
+use super::domain::{Begin, Cpu, CpuState, Domain, Online, Trap, wire_interrupts};
+use super::events::{Events, Places};
+use super::parts::Parts;
+use super::shim::Area;
+use super::time::Time;
+use crate::api::types::{self, DeviceInfo, Metrics};
+use crate::config::VmConfig;
+use crate::jail::Class;
+use crate::machine::open::{Disk, Interface};
+use crate::machine::{
+    self, Error, kvm, map_memory, memory_metrics, named, resource, setup, spawn_workers,
+};
+use crate::vcpu::state::set_cpuid;
+use crate::vcpu::{EventSink, Vcpu};
+
+/// Guest-physical address of `shared_info`.
+const SHARED_INFO: GuestAddress = GuestAddress(layout::GPA + layout::SHARED_INFO);
+
+/// A pv machine.
+///
+/// Fields are dropped in order: first what runs, then what it runs on.
+pub struct Machine {
+    vcpus: Vec<Vcpu>,
+    bus: XenBus,
+    domain: Arc<Domain>,
+    kernel: Kernel,
+    described: Vec<DeviceInfo>,
+    _workers: Workers,
+}
+
+/// Events of `cpus`, whose vCPUs KVM interrupts and whose doorbells it hears.
+fn events(vm: &Arc<VmFd>, parts: &Parts, cpus: &Arc<Vec<Cpu>>) -> Events {
+    let woken = Arc::clone(cpus);
+    let wake = Arc::new(move |index: usize| {
+        if let Some(cpu) = woken.get(index) {
+            // On its own thread it is about to look by itself.
+            if !cpu.is_this_thread() {
+                cpu.interrupt();
+                cpu.wake();
+            }
+        }
+    });
+    let vm = Arc::clone(vm);
+    let at = IoEventAddress::Pio(u64::from(layout::DOORBELL_PORT));
+    let register = Arc::new(move |event: &_, port: u32, on: bool| {
+        let done = if on {
+            vm.register_ioevent(event, &at, port)
+        } else {
+            vm.unregister_ioevent(event, &at, port)
+        };
+        done.map_err(Into::into)
+    });
+    let places = Places {
+        shared_info: SHARED_INFO,
+        doorbells: GuestAddress(layout::GPA + layout::DOORBELLS),
+    };
+    Events::new(parts.ram.clone(), places, cpus.len(), wake, register)
+}
+
+impl Machine {
+    /// Puts `parts` together. Threads are made here, each under its filter;
+    /// the guest does not run yet.
+    ///
+    /// # Errors
+    /// KVM or the kernel refuses something.
+    pub fn build(config: &VmConfig, parts: Parts, sink: &EventSink) -> Result<Self, Error> {
+        map_memory(&parts.vm, &parts.ram)?;
+        let count = config.cpus();
+        let interrupts = wire_interrupts(&parts.vm, count.into());
+        let interrupts = interrupts.map_err(resource("set up interrupts"))?;
+        let cpus: Arc<Vec<Cpu>> = Arc::new(interrupts.into_iter().map(Cpu::new).collect());
+        let events = Arc::new(events(&parts.vm, &parts, &cpus));
+        let workers = spawn_workers(config.io_threads())?;
+        let mut described = Vec::new();
+        let mut backends: Vec<Box<dyn Backend>> = Vec::new();
+        for (i, (disk, persistent)) in (0..).zip(parts.disks) {
+            let (backend, info) = add_disk(i, disk, persistent)?;
+            backends.push(backend);
+            described.push(info);
+        }
+        for (i, interface) in (0..).zip(parts.interfaces) {
+            let (backend, info) = add_interface(i, interface)?;
+            backends.push(backend);
+            described.push(info);
+        }
+        let grants = GrantTable::new(
+            parts.ram.clone(),
+            GuestAddress(layout::GPA + layout::GRANT_TABLE),
+            layout::GRANT_FRAMES,
+        );
+        let bus = XenBus::new(bus::Parts {
+            domain: bus::Domain {
+                name: "guest".to_owned(),
+                uuid: UUID.to_owned(),
+                memory: config.memory(),
+                cpus: u32::from(count),
+            },
+            memory: parts.ram.clone(),
+            grants: Arc::new(grants),
+            events: Arc::clone(&events) as Arc<dyn EventChannels>,
+            workers: Arc::clone(&workers),
+            backends,
+            console: parts.console,
+            setup: setup(Class::XenBus),
+        })
+        .map_err(resource("start the xenbus"))?;
+        let fds = make_vcpus(&parts.vm, &parts.cpuid, count)?;
+        let khz = fds[0]
+            .get_tsc_khz()
+            .map_err(kvm("tell the TSC's frequency"))?;
+        let domain = Arc::new(Domain {
+            ram: parts.ram,
+            memory: config.memory(),
+            trusted: config.trust_guest_user.unwrap_or(false),
+            vm: parts.vm,
+            cpus,
+            events,
+            time: Arc::new(Time::new(u64::from(khz) * 1000)),
+            cpuid: Arc::new(parts.cpuid),
+            console: parts.early,
+            given: AtomicU64::new(0),
+            hardware: parts.hardware,
+        });
+        let vcpus = start_vcpus(fds, &domain, sink)?;
+        Ok(Self {
+            vcpus,
+            bus,
+            domain,
+            kernel: parts.kernel,
+            described,
+            _workers: workers,
+        })
+    }
+
+    fn stop_vcpus(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.pause();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.wait_paused();
+        }
+    }
+}
+
+/// What the guest reads as its identity; nothing tells guests apart by it.
+const UUID: &str = "00000000-0000-0000-0000-000000000001";
+
+fn make_vcpus(vm: &VmFd, cpuid: &Visible, count: u8) -> Result<Vec<VcpuFd>, Error> {
+    (0..count)
+        .map(|index| {
+            let fd = vm
+                .create_vcpu(u64::from(index))
+                .map_err(kvm("create a vCPU"))?;
+            let cpuid = cpuid.kvm(index.into()).map_err(|error| {
+                Error::Resource("list the CPUID leaves", io::Error::other(error))
+            })?;
+            set_cpuid(&fd, &cpuid)?;
+            Ok(fd)
+        })
+        .collect()
+}
+
+fn start_vcpus(
+    fds: Vec<VcpuFd>,
+    domain: &Arc<Domain>,
+    sink: &EventSink,
+) -> Result<Vec<Vcpu>, Error> {
+    (0..)
+        .zip(fds)
+        .map(|(index, fd)| {
+            let processor = Box::new(PvCpu::new(Arc::clone(domain), index.into()));
+            Vcpu::spawn(index, fd, processor, sink.clone(), setup(Class::Vcpu))
+                .map_err(resource("start a vCPU"))
+        })
+        .collect()
+}
+
+fn add_disk(
+    index: u32,
+    disk: Disk,
+    persistent: bool,
+) -> Result<(Box<dyn Backend>, DeviceInfo), Error> {
+    let name = format!("blk{index}");
+    let engine = match disk.image.engine() {
+        blanket_drivers::store::Engine::IoUring => "io_uring",
+        _ => "sync",
+    };
+    let options = blkif::Options {
+        name: &name,
+        position: index,
+        queues: disk.queues,
+        persistent,
+    };
+    let backend = Block::new(&options, disk.image, || setup(Class::Store))?;
+    let info = DeviceInfo {
+        kind: "xen-vbd".to_owned(),
+        path: Some(disk.path),
+        engine: Some(engine.to_owned()),
+        name,
+        ..DeviceInfo::default()
+    };
+    Ok((Box::new(backend), info))
+}
+
+fn add_interface(
+    index: u32,
+    interface: Interface,
+) -> Result<(Box<dyn Backend>, DeviceInfo), Error> {
+    let name = format!("net{index}");
+    let info = DeviceInfo {
+        kind: "xen-vif".to_owned(),
+        tap: Some(interface.tap.name().to_owned()),
+        mac: Some(interface.mac),
+        name: name.clone(),
+        ..DeviceInfo::default()
+    };
+    let backend = Netif::new(index, name, interface.tap, interface.mac, interface.mtu)
+        .map_err(resource("set up a network interface"))?;
+    Ok((Box::new(backend), info))
+}
+
+impl machine::Machine for Machine {
+    fn kind(&self) -> types::Machine {
+        types::Machine::Pv
+    }
+
+    fn load(&mut self) -> Result<(), Error> {
+        let domain = &self.domain;
+        let area = Area::new(&domain.ram, domain.memory, self.vcpus.len());
+        area.build(domain.trusted)?;
+        domain.events.initialize();
+        domain.given.store(0, Ordering::Relaxed);
+        let port = || {
+            domain
+                .events
+                .alloc_unbound(BACKEND)
+                .map_err(|error| Error::Resource("allocate event channels", from_errno(error)))
+        };
+        let ports = Ports {
+            store: port()?,
+            console: port()?,
+        };
+        let start = self.kernel.build(&domain.ram, SHARED_INFO, ports)?;
+        domain.write_wall_clock()?;
+        for (index, cpu) in domain.cpus.iter().enumerate() {
+            *cpu.state() = CpuState {
+                traps: vec![Trap::default(); 256],
+                online: if index == 0 {
+                    Online::Up
+                } else {
+                    Online::Never
+                },
+                ..CpuState::default()
+            };
+        }
+        domain
+            .set_kernel_table(0, start.l4.0)
+            .map_err(|error| Error::Resource("place the first page table", from_errno(error)))?;
+        domain.cpus[0].state().begin = Some(Begin {
+            regs: kvm_regs {
+                rip: start.entry,
+                rsi: start.start_info,
+                rsp: start.stack,
+                ..Default::default()
+            },
+            cr3: start.l4.0,
+            ..Begin::default()
+        });
+        self.bus.attach(SharedPages {
+            store: SharedPage {
+                address: start.store_page.0,
+                port: ports.store,
+            },
+            console: SharedPage {
+                address: start.console_page.0,
+                port: ports.console,
+            },
+        })?;
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), lifecycle::Error> {
+        self.bus.start()?;
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), lifecycle::Error> {
+        self.stop_vcpus();
+        self.bus.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), lifecycle::Error> {
+        self.bus.resume()?;
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Error> {
+        self.bus.reset()?;
+        self.load()
+    }
+
+    fn halt(&mut self) {
+        self.stop_vcpus();
+        self.bus.halt();
+    }
+
+    fn press_power_button(&mut self) -> Result<(), lifecycle::Error> {
+        self.bus
+            .control()
+            .shut_down(Shutdown::PowerOff)
+            .map_err(|error| lifecycle::Error::Device {
+                device: "control/shutdown".to_owned(),
+                message: error.to_string(),
+            })
+    }
+
+    fn devices(&self) -> Vec<DeviceInfo> {
+        self.described.clone()
+    }
+
+    fn metrics(&self) -> Metrics {
+        let devices = self.bus.metrics();
+        Metrics {
+            devices: devices
+                .into_iter()
+                .map(|(name, counters)| (name, named(counters)))
+                .collect(),
+            vcpus: self
+                .vcpus
+                .iter()
+                .enumerate()
+                .map(|(index, vcpu)| {
+                    let counters = vcpu.counters();
+                    let mut all = vec![
+                        ("exits_io", counters.io.get()),
+                        ("exits_mmio", counters.mmio.get()),
+                        ("kicks", counters.kicks.get()),
+                    ];
+                    all.extend(self.domain.counters(index));
+                    named(all)
+                })
+                .collect(),
+            memory: memory_metrics(&self.domain.ram),
+        }
+    }
+}
+
+fn from_errno(error: super::abi::Errno) -> io::Error {
+    io::Error::from_raw_os_error(error as i32)
+}

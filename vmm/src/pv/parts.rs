@@ -1,0 +1,154 @@
+//! What a pv machine is made of, opened while the process still may.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
+use blanket_devices::char::CharPort;
+use blanket_drivers::probe::Virtualization;
+use blanket_memory::GuestRam;
+use blanket_pv_shim::layout;
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::GuestAddress;
+
+use super::builder::Kernel;
+use super::cpuid::{Source, Visible};
+use super::shim::area_size;
+use crate::config::{CharConfig, VmConfig};
+use crate::hvm;
+use crate::machine::open::{self, Disk, Interface, open_char, open_disk, open_interface};
+use crate::machine::{Error, kvm, lock};
+
+/// Where the kernel's messages go before it has a console of its own.
+pub(super) type EarlyConsole = Box<dyn Fn(&[u8]) + Send + Sync>;
+
+/// Everything that needs a name in the file system or a privilege.
+pub struct Parts {
+    pub(super) vm: Arc<VmFd>,
+    pub(super) hardware: bool,
+    pub(super) cpuid: Visible,
+    pub(super) msrs: Vec<u32>,
+    pub(super) kernel: Kernel,
+    pub(super) ram: GuestRam,
+    pub(super) disks: Vec<(Disk, bool)>,
+    pub(super) interfaces: Vec<Interface>,
+    pub(super) console: CharPort,
+    pub(super) early: EarlyConsole,
+}
+
+impl Parts {
+    /// Opens all that `config` names.
+    ///
+    /// # Errors
+    /// The first thing that is missing, in use or not permitted, with the
+    /// remedy. What was made until then (taps, sockets) goes away again.
+    pub fn open(config: &VmConfig) -> Result<Self, Error> {
+        if u64::from(config.cpus()) > layout::MAX_VCPUS {
+            return Err(Error::TooManyCpus {
+                cpus: config.cpus(),
+                most: layout::MAX_VCPUS as usize,
+            });
+        }
+        let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
+        let memory = config.memory();
+        let kernel = Kernel::open(path, config.initrd.as_deref(), config.pv_cmdline(), memory)?;
+        let hardware = Virtualization::of_this_machine().is_hardware();
+        let (vm, cpuid, msrs) = open_kvm(config.cpus(), hardware)?;
+        let area = area_size(memory);
+        let ram = blanket_memory::build_at(
+            &open::memory(config, memory + area),
+            &[(GuestAddress(0), memory), (GuestAddress(layout::GPA), area)],
+        )?;
+        let queues = config.default_queues();
+        let disks = config
+            .disk
+            .iter()
+            .map(|disk| Ok((open_disk(disk, queues)?, true)));
+        let disks = disks.collect::<Result<_, Error>>()?;
+        let interfaces = config.net.iter().map(|net| open_interface(net, queues));
+        let interfaces = interfaces.collect::<Result<_, _>>()?;
+        let stdio = CharConfig {
+            stdio: true,
+            ..CharConfig::default()
+        };
+        // It is the guest's only console: it takes the serial port's place if
+        // it has none of its own.
+        let console = config
+            .console
+            .as_ref()
+            .filter(|char| **char != CharConfig::default());
+        let serial = config.serial.as_ref().unwrap_or(&stdio);
+        Ok(Self {
+            vm,
+            hardware,
+            cpuid,
+            msrs,
+            kernel,
+            ram,
+            disks,
+            interfaces,
+            console: open_char(console.unwrap_or(serial))?,
+            early: early_console(console.and(Some(serial)))?,
+        })
+    }
+}
+
+/// The kernel's early messages go to the log of a serial port that is not the
+/// console, else to standard error.
+fn early_console(serial: Option<&CharConfig>) -> Result<EarlyConsole, Error> {
+    let Some(log) = serial.and_then(|serial| serial.log.as_deref()) else {
+        return Ok(Box::new(|text| {
+            // Nobody is there to be told of a failure.
+            let _ = std::io::stderr().write_all(text);
+        }));
+    };
+    let file: File = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log)
+        .map_err(|source| Error::Resource("open the log of early messages", source))?;
+    let file = Mutex::new(file);
+    Ok(Box::new(move |text| {
+        let _ = lock(&file).write_all(text);
+    }))
+}
+
+/// A new VM with local APICs, what its guest's CPUID says, and the MSRs that
+/// make up a vCPU's state.
+fn open_kvm(cpus: u8, hardware: bool) -> Result<(Arc<VmFd>, Visible, Vec<u32>), Error> {
+    let host = Kvm::new().map_err(|error| hvm::no_kvm(error.into()))?;
+    let most = host.get_max_vcpus();
+    if usize::from(cpus) > most {
+        return Err(Error::TooManyCpus { cpus, most });
+    }
+    for (cap, name) in [
+        (Cap::Irqchip, "interrupt controllers"),
+        (Cap::SignalMsi, "message-signalled interrupts"),
+        (Cap::Ioeventfd, "ioeventfd"),
+        (Cap::SyncRegs, "shared registers"),
+        (Cap::UserMemory, "user memory"),
+    ] {
+        if !host.check_extension(cap) {
+            return Err(Error::Missing(name));
+        }
+    }
+    let vm = host.create_vm().map_err(kvm("create a VM"))?;
+    vm.create_irq_chip()
+        .map_err(kvm("create interrupt controllers"))?;
+    let supported = host
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("read the supported CPUID"))?;
+    let source = if hardware {
+        Source::Kvm
+    } else {
+        Source::Native
+    };
+    let cpuid = Visible::new(source, &supported)?;
+    let msrs = host
+        .get_msr_index_list()
+        .map_err(kvm("list the MSRs"))?
+        .as_slice()
+        .to_vec();
+    Ok((Arc::new(vm), cpuid, msrs))
+}
