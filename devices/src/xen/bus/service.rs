@@ -15,7 +15,7 @@ use crate::xen::store::connection::{Connection, Step};
 use crate::xen::store::{Path, Store};
 
 /// Requests that are served before others may have the store.
-const MAX_REQUESTS: usize = 64;
+const MAX_REQUESTS: usize = 16;
 
 /// The guest's end of the store.
 pub(super) struct Link {
