@@ -770,6 +770,9 @@ block:
   jne ok
   mov %rsp, halt_rsp(%rip)
   movb $1, asleep(%rip)
+  # On a stack of their own: ring 0's has the frame where user code lands.
+  movb $3, idt + 16 * {EVENT_VECTOR} + 4(%rip)
+  movb $3, idt + 16 * {TIMER_VECTOR} + 4(%rip)
   GATES pv_shim_wake_event, pv_shim_wake_timer
   mfence
   mov vcpu_info(%rip), %r11
@@ -785,6 +788,8 @@ pv_shim_woken:
 woken_now:
   movb $0, asleep(%rip)
   KERNEL_GATES
+  movb $0, idt + 16 * {EVENT_VECTOR} + 4(%rip)
+  movb $0, idt + 16 * {TIMER_VECTOR} + 4(%rip)
   cmpb $0, timer_fired(%rip)
   je 1f
   movb $0, timer_fired(%rip)
