@@ -62,6 +62,14 @@ const BASE: &[libc::c_long] = &[
     libc::SYS_write,
 ];
 
+/// What the standard library does where it checks itself: it looks whether a
+/// descriptor is open before it closes it.
+const ASSERTIONS: &[libc::c_long] = if cfg!(debug_assertions) {
+    &[libc::SYS_fcntl]
+} else {
+    &[]
+};
+
 /// What the main thread needs besides while it serves the API.
 const MAIN: &[libc::c_long] = &[
     libc::SYS_accept4,
@@ -210,7 +218,7 @@ impl Class {
             // madvise is everybody's.
             Self::Populate => &[],
         };
-        [BASE]
+        [BASE, ASSERTIONS]
             .iter()
             .chain(lists)
             .copied()

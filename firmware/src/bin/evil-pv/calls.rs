@@ -3,6 +3,7 @@
 use blanket_firmware::random::Random;
 
 use crate::entry::hypercall;
+use crate::trace;
 
 /// Numbers of hypercalls (`xen.h`).
 pub(crate) const SET_TRAP_TABLE: u64 = 0;
@@ -83,6 +84,7 @@ pub(crate) fn step(tame: bool, random: &mut Random) {
             extended(tame, random);
         } else {
             let (number, arguments) = call(tame, random);
+            trace(number, &arguments);
             hypercall(number, arguments);
         }
     }
@@ -130,7 +132,9 @@ fn call(tame: bool, random: &mut Random) -> (u64, [u64; 6]) {
     if random.one_in(2) {
         let commands = &COMMANDS[random.below(COMMANDS.len() as u64) as usize];
         let command = random.below(commands.count + 2);
-        if !(tame && commands.harmful.contains(&command)) {
+        // Others go on with it now and then, or nothing would come after it.
+        let harmful = commands.harmful.contains(&command);
+        if !harmful || !tame && random.one_in(64) {
             arguments[0] = command;
             if commands.number == VCPU_OP {
                 arguments[1] = if random.one_in(4) { random.nasty() } else { 0 };
@@ -147,9 +151,22 @@ fn call(tame: bool, random: &mut Random) -> (u64, [u64; 6]) {
         };
         let commanded = COMMANDS.iter().any(|commands| commands.number == number);
         let unsafe_here = HARMFUL.contains(&number) || number == MULTICALL || number == MMUEXT_OP;
-        if !(tame && (commanded || unsafe_here)) {
+        let allowed = !commanded && (!unsafe_here || !tame && random.one_in(8));
+        if allowed {
             return (number, arguments);
         }
+    }
+}
+
+/// How many entries there are said to be. Seldom far too many: a guest may have
+/// its own time wasted.
+fn claim(tame: bool, count: usize, random: &mut Random) -> u64 {
+    if tame || random.one_in(2) {
+        count as u64
+    } else if random.one_in(64) {
+        random.nasty()
+    } else {
+        random.below(64)
     }
 }
 
@@ -159,16 +176,14 @@ fn multicall(tame: bool, random: &mut Random) {
     let count = random.below(8) as usize;
     for i in 0..count {
         let (number, arguments) = call(tame, random);
+        trace(number, &arguments);
         put(i * ENTRY, number);
         for (j, value) in arguments.iter().enumerate() {
             put(i * ENTRY + 2 + j, *value);
         }
     }
-    let claimed = if tame || random.one_in(2) {
-        count as u64
-    } else {
-        random.nasty()
-    };
+    let claimed = claim(tame, count, random);
+    trace(MULTICALL, &[claimed]);
     hypercall(MULTICALL, [arena(), claimed, 0, 0, 0, 0]);
 }
 
@@ -185,20 +200,22 @@ fn extended(tame: bool, random: &mut Random) {
         } else {
             command
         };
-        put(i * ENTRY, safe);
-        put(i * ENTRY + 1, random.below(0x8000) | random.below(2) << 40);
-        put(i * ENTRY + 2, argument(tame, random));
+        let words = [
+            safe,
+            random.below(0x8000) | random.below(2) << 40,
+            argument(tame, random),
+        ];
+        trace(MMUEXT_OP, &words);
+        for (j, word) in words.into_iter().enumerate() {
+            put(i * ENTRY + j, word);
+        }
     }
     let pointer = if random.one_in(8) {
         argument(tame, random)
     } else {
         arena()
     };
-    let claimed = if tame || random.one_in(2) {
-        count as u64
-    } else {
-        random.nasty()
-    };
+    let claimed = claim(tame, count, random);
     // An address of anything else would be read as other commands.
     let pointer = if tame { arena() } else { pointer };
     hypercall(

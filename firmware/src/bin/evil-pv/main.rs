@@ -2,7 +2,8 @@
 //! all that it shares with the hypervisor. It runs in ring 3 and needs no
 //! hardware virtualization.
 //!
-//! Command line: `seed=N` (which garbage; 1), `steps=N` (1000), and what it does:
+//! Command line: `seed=N` (which garbage; 1), `steps=N` (1000), `trace=1` (says
+//! each call before it makes it), and what it does:
 //!
 //! | mode | meaning |
 //! |---|---|
@@ -43,6 +44,8 @@ enum Mode {
 
 /// The step that is being done: an exception ends it.
 static STEP: AtomicU64 = AtomicU64::new(0);
+/// Whether to say each call.
+static TRACE: AtomicU64 = AtomicU64::new(0);
 /// Steps that an exception has ended.
 static FAULTS: AtomicU64 = AtomicU64::new(0);
 
@@ -74,12 +77,16 @@ fn run(info: &Info) -> ! {
     };
     let seed = number(line, b"seed").unwrap_or(1);
     let steps = number(line, b"steps").unwrap_or(1000);
+    TRACE.store(number(line, b"trace").unwrap_or(0), Ordering::Relaxed);
     let tame = matches!(mode, Mode::Calls | Mode::Shared);
     entry::set_up();
     loop {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
         if step >= steps {
             break;
+        }
+        if !tame && step % 100 == 99 {
+            say(b"evil-pv: step ", step + 1, b"\n");
         }
         // Each step has numbers of its own: an exception changes no later one.
         let mut random = Random::new(seed.wrapping_mul(1_000_003) ^ step);
@@ -104,6 +111,17 @@ fn run(info: &Info) -> ! {
             calls::SCHED_OP,
             [SHUTDOWN, &raw const reason as u64, 0, 0, 0, 0],
         );
+    }
+}
+
+/// Says a call before it is made, if that is wanted.
+fn trace(call: u64, arguments: &[u64]) {
+    if TRACE.load(Ordering::Relaxed) != 0 {
+        say(b"call ", call, b":");
+        for value in arguments {
+            say(b" ", *value, b"");
+        }
+        say(b" (step ", STEP.load(Ordering::Relaxed), b")\n");
     }
 }
 
