@@ -282,6 +282,10 @@ pub struct Data {
     pub interrupt: [u64; 5],
     /// RSP of a kernel that halts.
     pub halt_rsp: u64,
+    /// How often a page table was loaded.
+    pub epoch: u64,
+    /// Page tables to which a store was slow: see `store` of the shim.
+    pub slow_tables: [[u64; 4]; 64],
     /// Counters: see [`COUNTERS`].
     pub counters: [u64; COUNTERS.len()],
     /// Where `syscall` enters ring 0 on hardware that raises the privilege:

@@ -76,6 +76,8 @@ global_asm!(
     interrupt = const offset_of!(Data, interrupt),
     halt_rsp = const offset_of!(Data, halt_rsp),
     counters = const offset_of!(Data, counters),
+    epoch = const offset_of!(Data, epoch),
+    slow_tables = const offset_of!(Data, slow_tables),
     hardware = const offset_of!(Data, hardware),
     KERNEL_FAULT = const frame::KERNEL_FAULT,
     DOOR = const frame::DOOR,

@@ -24,6 +24,8 @@ pv_shim_start:
 .set syscall_masks, data + {syscall_masks}
 .set timer_fired, data + {timer_fired}
 .set flush, data + {flush}
+.set epoch, data + {epoch}
+.set slow_tables, data + {slow_tables}
 .set asleep, data + {asleep}
 .set call, data + {call}
 .set vcpu_info, data + {vcpu_info}
@@ -115,10 +117,15 @@ pv_shim_iret:
   iretq
 .balign 16
 .globl pv_shim_return
-pv_shim_return:
-d_return:                            # to user code, all registers
+pv_shim_return:                      # from user code's view, for the monitor
   mov %r11, %cr3
   mov r11_slot(%rip), %r11
+  iretq
+.balign 16
+d_return:                            # to user code, all registers
+  mov %r11, %cr3
+  .byte 0x49, 0xbb                   # movabs, what R11 is to be
+imm_return: .quad 0
 .globl pv_shim_iret_user
 pv_shim_iret_user:
   iretq
@@ -131,6 +138,14 @@ pv_shim_iret_syscall:
 .balign 16
 d_invlpg:                            # address in RAX
   invlpg (%rax)
+  sysretq
+.balign 16
+d_store:                             # RSI to RDI, at once for all who look
+  xchg %rsi, (%rdi)
+  sysretq
+.balign 16
+d_forget:                            # page at RDI
+  lock orw $0, (%rdi)
   sysretq
 .balign 16
 d_halt:
@@ -225,6 +240,7 @@ pv_shim_hardware_entry:
 .endm
 # Loads the kernel's page table anew. Changes RAX, RCX, R11.
 .macro FLUSH
+  incq epoch(%rip)
   mov kernel_cr3(%rip), %rax
   QUICK d_cr3
 .endm
@@ -479,9 +495,20 @@ h_set_segment_base:
   cmp $1, %edi
   jb 1f
   je 2f
-  cmp $2, %edi
-  je 3f
-  jmp slow
+  cmp $3, %edi
+  jb 3f
+  ja slow
+  # A selector for user code. At each switch of tasks it is the null one, or
+  # flat data and then the null one, to clear the base.
+  test $~3, %esi
+  jz 4f
+  cmp ${LINUX_DATA3}, %esi
+  jne slow
+4: mov %esi, %gs
+  mov kernel_gs(%rip), %rcx
+  wrgsbase %rcx
+  movq $0, user_gs(%rip)
+  jmp ok
 1: wrfsbase %rsi
   jmp ok
 2: mov %rsi, user_gs(%rip)
@@ -517,7 +544,9 @@ h_mmu_update:
   mov (%r11, %rax), %rcx
   and $0x60, %ecx
   or %rcx, %r10
-3: mov %r10, (%r11, %rax)
+3: cmpl $1, scratch(%rip)
+  je 7f
+  mov %r10, (%r11, %rax)
 4: add $16, %rdi
   dec %rsi
   jnz 1b
@@ -530,6 +559,77 @@ h_mmu_update:
   sub %rsi, %rcx
   mov %ecx, (%rdx)
   jmp done
+7: lea (%r11, %rax), %rcx             # a single one
+  lea 8f(%rip), %r8
+  jmp store
+8: xor %eax, %eax
+  xor %esi, %esi
+  jmp 6b
+
+# ---- Stores R10 at RCX, in the direct map, then goes on at R8. Changes RAX,
+# RCX, RSI, RDI, R11.
+# Where KVM shadows page tables, the first store to one after a page table was
+# loaded faults, and at the next such load KVM compares each entry that is in
+# use with its shadow. A store by ring 0 costs the same for any table, and
+# spares that. Which tables are shadowed only KVM knows: those to which a store
+# was slow. In a batch of stores to one table the comparison is the cheaper.
+.set SLOW, 2000                      # ticks: a store without a fault has some 10
+store:
+  cmp %r10, (%rcx)
+  je 9f
+  mov %rdx, scratch + 16(%rip)
+  mov %rcx, %rdi
+  shr $12, %rcx
+  mov %ecx, %eax
+  and $63, %eax
+  shl $5, %eax
+  lea slow_tables(%rip), %r11
+  add %rax, %r11                     # table; epochs of both ways; doors left
+  cmp %rcx, (%r11)
+  jne 4f
+  mov epoch(%rip), %rax
+  cmp %rax, 8(%r11)
+  je 6f                              # it will be compared anyway
+  cmp %rax, 16(%r11)
+  je 3f
+  mov %rax, 16(%r11)
+  shl $12, %rcx
+  xor %edx, %edx
+  mov $512, %eax
+2: mov (%rcx), %esi
+  and $1, %esi
+  add %esi, %edx
+  add $8, %rcx
+  dec %eax
+  jnz 2b
+  add $48, %edx
+  shr $6, %edx
+  mov %rdx, 24(%r11)
+3: decq 24(%r11)
+  js 4f
+  mov %r10, %rsi
+  QUICK d_store
+  jmp 7f
+4: rdtsc
+  shl $32, %rdx
+  or %rdx, %rax
+  mov %rax, %rsi
+  mov %r10, (%rdi)
+  rdtsc
+  shl $32, %rdx
+  or %rdx, %rax
+  sub %rsi, %rax
+  cmp $SLOW, %rax
+  jb 7f
+  mov %rdi, %rcx
+  shr $12, %rcx
+  mov %rcx, (%r11)
+  mov epoch(%rip), %rax
+  mov %rax, 8(%r11)
+  jmp 7f
+6: mov %r10, (%rdi)
+7: mov scratch + 16(%rip), %rdx
+9: jmp *%r8
 
 # ---- update_va_mapping: RDI address, RSI entry, RDX flags
 .macro WALK shift                    # RAX: table, then the next one
@@ -578,9 +678,27 @@ h_update_va_mapping:
   xor %rsi, %r10
   and %r8, %r10
   jnz 1f
-  and $2, %ecx
+  test $2, %sil
+  jz 6f
+  # Writable: it is no page table any more. KVM that shadows it does not know,
+  # and would treat each store to it as one to a page table. A store of less
+  # than an entry, by ring 0, tells it.
+  mov %rsi, %rdi
+  and %r8, %rdi
+  cmp memory(%rip), %rdi
+  jae 1f
+  add %r11, %rdi
+  mov %rax, %r10
+  QUICK d_forget
+  mov %r10, %rax
+  jmp 1f
+6: and $2, %ecx
   or %rcx, %rsi
-1: mov %rsi, (%rax)
+1: mov %rsi, %r10
+  mov %rax, %rcx
+  lea 5f(%rip), %r8
+  jmp store
+5: mov %r10, %rsi
   mov %edx, %ecx
   and $3, %ecx
   jz ok
@@ -892,7 +1010,7 @@ iret_user_cs:
   testb $1, 25(%rsp)                 # VGCF_in_syscall: RCX, R11 are free
   jnz 1f
   mov 8(%rsp), %r11
-  mov %r11, r11_slot(%rip)
+  mov %r11, imm_return(%rip)
   movw $(d_return - pv_shim_start), idt + 48(%rip)
   mov 16(%rsp), %rcx
   mov (%rsp), %rax
@@ -957,6 +1075,7 @@ trusted_syscall:
   jmp 1f
 .globl pv_shim_landing_door
 pv_shim_landing_door:                # from the user's view; R11 is in CR2
+  incq epoch(%rip)
   movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
   lea pv_shim_start + {ENTRY} + 1(%rip), %r11
   cmp %r11, ud(%rip)
@@ -991,6 +1110,7 @@ user_breakpoint:
 # ---- Page fault of user code. R11: address.
 .globl pv_shim_landing_fault
 pv_shim_landing_fault:
+  incq epoch(%rip)
   movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
   COUNT 6
   mov %rax, c_rax(%rip)
@@ -1023,6 +1143,7 @@ pv_shim_landing_event:
   mov %rcx, c_rcx(%rip)
   lea ui(%rip), %rcx
 1: movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
+  incq epoch(%rip)
   COUNT 9
   FRAME
   mov r11_slot(%rip), %rax
@@ -1053,7 +1174,7 @@ user_again:
   mov c_ss(%rip), %rax
   mov %rax, back + 32(%rip)
   mov c_r11(%rip), %rax
-  mov %rax, r11_slot(%rip)
+  mov %rax, imm_return(%rip)
   movw $(d_return - pv_shim_start), idt + 48(%rip)
   mov c_rcx(%rip), %rcx
   mov c_rax(%rip), %rax
