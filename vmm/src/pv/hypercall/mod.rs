@@ -9,6 +9,8 @@ mod grant;
 mod memory;
 mod mmu;
 mod sched;
+#[cfg(test)]
+mod tests;
 mod traps;
 mod vcpu;
 mod version;
