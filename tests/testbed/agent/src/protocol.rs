@@ -3,7 +3,8 @@
 //! A frame on the wire is `0x00 COBS(postcard(Frame) ++ crc32) 0x00`. COBS leaves no zero byte
 //! inside, so the receiver finds the next frame after any garbage (boot messages, half a frame
 //! of a session that was cut off) by looking for a zero. The checksum rejects a frame with
-//! something interleaved.
+//! something interleaved. Between the zeros, 0x0f and 0x10 are written as 0x10 and the byte xor
+//! 0x20: on Linux's hvc consoles 0x0f is the SysRq key.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +13,13 @@ pub const CHUNK: usize = 32 * 1024;
 
 /// Largest encoded frame, in bytes, without its two delimiters. Longer ones are skipped.
 pub const MAX_FRAME: usize = 128 * 1024;
+
+/// What a console takes for a key.
+const SYSRQ: u8 = 0x0f;
+
+/// Announces a byte that is changed by [`CHANGE`].
+const ESCAPE: u8 = 0x10;
+const CHANGE: u8 = 0x20;
 
 /// One message of one request in one session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,13 +124,21 @@ pub enum EncodeError {
 pub fn encode(frame: &Frame) -> Result<Vec<u8>, EncodeError> {
     let mut body = postcard::to_stdvec(frame)?;
     body.extend_from_slice(&crc32fast::hash(&body).to_le_bytes());
-    let mut wire = vec![0; cobs::max_encoding_length(body.len()) + 2];
-    let len = cobs::encode(&body, &mut wire[1..]);
-    if len > MAX_FRAME {
-        return Err(EncodeError::TooLong(len));
+    let mut stuffed = vec![0; cobs::max_encoding_length(body.len())];
+    let len = cobs::encode(&body, &mut stuffed);
+    let mut wire = Vec::with_capacity(len + len / 64 + 2);
+    wire.push(0);
+    for &byte in &stuffed[..len] {
+        if matches!(byte, SYSRQ | ESCAPE) {
+            wire.extend([ESCAPE, byte ^ CHANGE]);
+        } else {
+            wire.push(byte);
+        }
     }
-    wire.truncate(len + 2);
-    wire[len + 1] = 0;
+    wire.push(0);
+    if wire.len() - 2 > MAX_FRAME {
+        return Err(EncodeError::TooLong(wire.len() - 2));
+    }
     Ok(wire)
 }
 
@@ -159,8 +175,16 @@ impl Decoder {
 }
 
 fn decode(wire: &[u8]) -> Option<Frame> {
-    let mut body = vec![0; wire.len()];
-    let len = cobs::decode(wire, &mut body).ok()?;
+    let mut stuffed = Vec::with_capacity(wire.len());
+    let mut bytes = wire.iter();
+    while let Some(&byte) = bytes.next() {
+        stuffed.push(match byte {
+            ESCAPE => bytes.next()? ^ CHANGE,
+            other => other,
+        });
+    }
+    let mut body = vec![0; stuffed.len()];
+    let len = cobs::decode(&stuffed, &mut body).ok()?;
     let (body, sum) = body.get(..len)?.split_last_chunk::<4>()?;
     if crc32fast::hash(body) != u32::from_le_bytes(*sum) {
         return None;
@@ -208,6 +232,7 @@ mod tests {
             piece in 1usize..400,
         ) {
             let wire: Vec<u8> = frames.iter().flat_map(|f| encode(f).unwrap()).collect();
+            prop_assert!(!wire.contains(&SYSRQ));
             let mut decoder = Decoder::default();
             let got: Vec<Frame> = wire.chunks(piece).flat_map(|c| decoder.push(c)).collect();
             prop_assert_eq!(got, frames);
