@@ -17,7 +17,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::api::types::{Action, METRICS_PATH, Metrics, Problem, VM_PATH, VmInfo};
+use crate::api::types::{
+    Action, METRICS_PATH, Metrics, Problem, TARGET_PATH, Target, VM_PATH, VmInfo,
+};
 use crate::config::VmConfig;
 
 /// Longest answer that is read, in bytes. A VM's description is far smaller.
@@ -119,6 +121,14 @@ impl Client {
     /// The VM is not in a state for it, or it failed.
     pub fn act(&self, action: Action) -> Result<VmInfo, Error> {
         self.request(Method::POST, action.path(), None::<&()>)
+    }
+
+    /// Asks the guest to use so much of what it has.
+    ///
+    /// # Errors
+    /// It has not been started, or cannot be asked for that.
+    pub fn set_target(&self, target: &Target) -> Result<VmInfo, Error> {
+        self.request(Method::PUT, TARGET_PATH, Some(target))
     }
 
     /// Describes the VM.

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::api::types::{Action, Metrics, Problem, VmInfo, VmState};
+use crate::api::types::{Action, Metrics, Problem, Target, VmInfo, VmState};
 use crate::config::{OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
@@ -48,6 +48,9 @@ pub enum Error {
     /// The machine cannot be built.
     #[error(transparent)]
     Build(#[from] crate::machine::Error),
+    /// The guest cannot be asked for that.
+    #[error(transparent)]
+    Target(#[from] crate::machine::TargetError),
     /// The monitor cannot be confined.
     #[error("cannot confine the monitor: {0}")]
     Jail(std::io::Error),
@@ -197,6 +200,16 @@ impl Monitor {
         Ok(None)
     }
 
+    /// Asks the guest to use so much of what it has.
+    ///
+    /// # Errors
+    /// It has not been started, or cannot be asked for that.
+    pub fn set_target(&mut self, target: &Target) -> Result<(), Error> {
+        let vm = self.vm()?;
+        vm.expect(&[VmState::Running, VmState::Paused], "be asked")?;
+        Ok(vm.machine.set_target(target)?)
+    }
+
     /// Handles what a vCPU's guest did; the ending, if it ends the VM.
     pub fn handle(&mut self, event: Event) -> Option<Ending> {
         let vm = self.vm.as_mut()?;
@@ -248,6 +261,7 @@ impl Monitor {
             devices: vm.machine.devices(),
             serial_socket: socket(&vm.config.serial),
             console_socket: socket(&vm.config.console),
+            target: vm.machine.target(),
             config: vm.config.clone(),
         })
     }

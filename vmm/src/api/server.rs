@@ -6,11 +6,11 @@ use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::types::{Action, METRICS_PATH, Problem, VM_PATH};
+use super::types::{Action, METRICS_PATH, Problem, TARGET_PATH, Target, VM_PATH};
 use crate::config::VmConfig;
 use crate::monitor::{Ending, Error, Monitor};
 
@@ -35,6 +35,7 @@ impl Shared {
 pub fn router(monitor: Arc<Mutex<Monitor>>, endings: UnboundedSender<Ending>) -> Router {
     let mut router = Router::new()
         .route(VM_PATH, get(info).put(create))
+        .route(TARGET_PATH, put(target))
         .route(METRICS_PATH, get(metrics));
     for action in Action::ALL {
         router = router.route(
@@ -62,7 +63,7 @@ fn refused(error: &Error) -> Response {
     let status = match error {
         Error::NoVm => StatusCode::NOT_FOUND,
         Error::Exists | Error::State { .. } => StatusCode::CONFLICT,
-        Error::Config(_) | Error::Build(_) => StatusCode::BAD_REQUEST,
+        Error::Config(_) | Error::Build(_) | Error::Target(_) => StatusCode::BAD_REQUEST,
         Error::Jail(_) | Error::Lifecycle(_) => StatusCode::INTERNAL_SERVER_ERROR,
     };
     (status, Json(Problem::from(error))).into_response()
@@ -89,6 +90,21 @@ async fn create(
     };
     let mut monitor = shared.monitor();
     match monitor.create(config) {
+        Ok(()) => info_of(&mut monitor),
+        Err(error) => refused(&error),
+    }
+}
+
+async fn target(
+    State(shared): State<Shared>,
+    target: Result<Json<Target>, JsonRejection>,
+) -> Response {
+    let target = match target {
+        Ok(Json(target)) => target,
+        Err(rejection) => return problem(rejection.status(), rejection.body_text(), None),
+    };
+    let mut monitor = shared.monitor();
+    match monitor.set_target(&target) {
         Ok(()) => info_of(&mut monitor),
         Err(error) => refused(&error),
     }
@@ -128,6 +144,6 @@ async fn wrong_method() -> Response {
     problem(
         StatusCode::METHOD_NOT_ALLOWED,
         "this path does not take that method".to_owned(),
-        Some("GET or PUT /vm, POST /vm/ACTION, GET /metrics"),
+        Some("GET or PUT /vm, PUT /vm/target, POST /vm/ACTION, GET /metrics"),
     )
 }

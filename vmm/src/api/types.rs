@@ -5,6 +5,7 @@
 //! | `PUT /vm` | [`VmConfig`] | [`VmInfo`]: the machine is built, not started |
 //! | `GET /vm` | | [`VmInfo`], or 404 before the machine is built |
 //! | `POST /vm/ACTION` | | [`VmInfo`] after the [`Action`] |
+//! | `PUT /vm/target` | [`Target`] | [`VmInfo`] with it |
 //! | `GET /metrics` | | [`Metrics`] |
 //!
 //! Whatever fails is answered with a 4xx or 5xx status and a [`Problem`].
@@ -15,13 +16,28 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{MacAddress, VmConfig};
+use crate::config::{ByteSize, MacAddress, VmConfig};
 
 /// Path of the VM: `PUT` builds it, `GET` describes it.
 pub const VM_PATH: &str = "/vm";
 
 /// Path of the counters.
 pub const METRICS_PATH: &str = "/metrics";
+
+/// Path of what the guest is asked to use: `PUT` changes it.
+pub const TARGET_PATH: &str = "/vm/target";
+
+/// How much of what it has a guest is asked to use. It follows when it can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// Memory; what is over, its balloon gives back to the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteSize>,
+    /// vCPUs, from the first one on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+}
 
 /// What can be done to a VM, by `POST` to [`Action::path`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,6 +184,9 @@ pub struct VmInfo {
     /// Socket of the virtio console, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console_socket: Option<PathBuf>,
+    /// What the guest is asked to use, where it can be asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Target>,
     /// The configuration that it was built from.
     pub config: VmConfig,
 }
@@ -240,6 +259,7 @@ mod tests {
             }],
             serial_socket: Some("/run/x/serial.sock".into()),
             console_socket: None,
+            target: None,
             config: VmConfig {
                 kernel: Some("vmlinuz".into()),
                 ..VmConfig::default()

@@ -20,12 +20,13 @@ use super::kvm::Host;
 use super::parts::Parts;
 use super::wiring::KvmWiring;
 use super::{cpuid, registers};
-use crate::api::types::{self, DeviceInfo, Metrics};
+use crate::api::types::{self, DeviceInfo, Metrics, Target};
 use crate::config::VmConfig;
 use crate::jail::Class;
 use crate::machine::open::{Disk, Interface};
 use crate::machine::{
-    self, Error, kvm, lock, map_memory, memory_metrics, named, resource, setup, spawn_workers,
+    self, Error, TargetError, kvm, lock, map_memory, memory_metrics, named, resource, setup,
+    spawn_workers,
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
 use crate::vcpu::{EventSink, OnBus, Vcpu};
@@ -195,6 +196,14 @@ impl machine::Machine for Machine {
                 device: "power button".to_owned(),
                 message: error.to_string(),
             })
+    }
+
+    fn set_target(&mut self, _: &Target) -> Result<(), TargetError> {
+        Err(TargetError::Fixed)
+    }
+
+    fn target(&self) -> Option<Target> {
+        None
     }
 
     fn devices(&self) -> Vec<DeviceInfo> {

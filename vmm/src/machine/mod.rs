@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blanket_devices::lifecycle;
 use blanket_devices::worker::{ThreadSetup, Worker, Workers};
+use blanket_devices::xen::control;
 use blanket_drivers::probe::Virtualization;
 use blanket_memory::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
@@ -17,7 +18,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 pub use error::Error;
 
-use crate::api::types::{DeviceInfo, Machine as Kind, MemoryMetrics, Metrics};
+use crate::api::types::{DeviceInfo, Machine as Kind, MemoryMetrics, Metrics, Target};
 use crate::config::{MachineChoice, VmConfig};
 use crate::jail::{Class, seccomp};
 use crate::vcpu::EventSink;
@@ -67,11 +68,33 @@ pub trait Machine: Send {
     /// It cannot be asked.
     fn press_power_button(&mut self) -> Result<(), lifecycle::Error>;
 
+    /// Asks the guest to use so much of what it has.
+    ///
+    /// # Errors
+    /// It cannot be asked, or not for so much or little.
+    fn set_target(&mut self, target: &Target) -> Result<(), TargetError>;
+
+    /// What the guest is asked to use, if it can be asked.
+    fn target(&self) -> Option<Target>;
+
     /// The devices, for people.
     fn devices(&self) -> Vec<DeviceInfo>;
 
     /// The counters now.
     fn metrics(&self) -> Metrics;
+}
+
+/// Why a guest is not asked to use more or less.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// Its machine has no way to ask.
+    #[error(
+        "the guest of an hvm machine uses all that it has; only the guests of pv machines can be asked to use less"
+    )]
+    Fixed,
+    /// It is out of bounds.
+    #[error(transparent)]
+    Refused(#[from] control::Error),
 }
 
 /// What a machine is made of, opened while the process still may.

@@ -75,12 +75,24 @@ pub(crate) fn open_interface(config: &NetConfig, queues: u16) -> Result<Interfac
     })
 }
 
-fn random_mac() -> Result<MacAddress, Error> {
-    let mut bytes = [0; 6];
+fn random<const N: usize>() -> Result<[u8; N], Error> {
+    let mut bytes = [0; N];
     File::open("/dev/urandom")
         .and_then(|mut random| random.read_exact(&mut bytes))
         .map_err(Error::Random)?;
-    Ok(MacAddress::local(bytes))
+    Ok(bytes)
+}
+
+fn random_mac() -> Result<MacAddress, Error> {
+    Ok(MacAddress::local(random()?))
+}
+
+/// A random UUID (version 4).
+pub(crate) fn random_uuid() -> Result<[u8; 16], Error> {
+    let mut bytes: [u8; 16] = random()?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Ok(bytes)
 }
 
 pub(crate) fn open_char(config: &CharConfig) -> Result<CharPort, Error> {

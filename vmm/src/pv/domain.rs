@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use blanket_devices::lifecycle;
 use blanket_memory::GuestRam;
 use blanket_pv_shim::layout::{self, Data};
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_regs};
@@ -18,13 +19,14 @@ use super::abi::{PAGE_SIZE, VcpuRunstateInfo};
 use super::cpuid::Visible;
 use super::events::Events;
 use super::mmu::Space;
+use super::parts::EarlyConsole;
 use super::shim::Part;
 use super::time::Time;
 use crate::vcpu::{kick_signal, wait_for_kick};
 
 /// A handler of the guest's trap table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trap {
+pub(crate) struct Trap {
     /// Privilege that `int` needs in its lowest two bits, 4: events are masked.
     pub flags: u8,
     /// Its address; 0: none.
@@ -33,7 +35,7 @@ pub struct Trap {
 
 /// Where a vCPU is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Online {
+pub(crate) enum Online {
     /// It has no registers yet.
     #[default]
     Never,
@@ -45,7 +47,7 @@ pub enum Online {
 
 /// The registers that a vCPU begins with.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub struct Begin {
+pub(crate) struct Begin {
     /// General registers.
     pub regs: kvm_regs,
     /// Page table.
@@ -58,7 +60,7 @@ pub struct Begin {
 
 /// What only the monitor knows of a vCPU.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct CpuState {
+pub(crate) struct CpuState {
     /// The registers to begin with, until it has.
     pub begin: Option<Begin>,
     /// Handlers by vector.
@@ -88,12 +90,14 @@ pub struct CpuState {
 }
 
 /// A vCPU, as others see it.
-pub struct Cpu {
+pub(crate) struct Cpu {
     /// What only the monitor knows.
     state: Mutex<CpuState>,
     /// Whether it is in the guest, so that it does not see by itself what is
     /// asked of it.
     pub in_guest: AtomicBool,
+    /// How often it has entered the guest.
+    pub entries: AtomicU64,
     /// Hypercalls that nobody knows.
     pub unknown: AtomicU64,
     /// Hypercalls that came to the monitor.
@@ -112,10 +116,11 @@ impl Cpu {
     /// One that has not been set up, except by its reset; `interrupt` is wired
     /// to it.
     #[must_use]
-    pub fn new(interrupt: EventFd) -> Self {
+    pub(crate) fn new(interrupt: EventFd) -> Self {
         Self {
             state: Mutex::default(),
             in_guest: AtomicBool::new(false),
+            entries: AtomicU64::new(0),
             unknown: AtomicU64::new(0),
             hypercalls: AtomicU64::new(0),
             exceptions: AtomicU64::new(0),
@@ -126,20 +131,20 @@ impl Cpu {
     }
 
     /// Interrupts it: it looks at its events.
-    pub fn interrupt(&self) {
+    pub(crate) fn interrupt(&self) {
         // It fails only where the counter is full: then it is pending already.
         let _ = self.interrupt.write(1);
     }
 
     /// The calling thread is the vCPU's.
-    pub fn attach(&self) {
+    pub(crate) fn attach(&self) {
         // SAFETY: it only reads the thread's own identity.
         let thread = unsafe { libc::pthread_self() };
         self.thread.store(thread, Ordering::Release);
     }
 
     /// Takes it out of the guest, or out of [`Cpu::sleep`].
-    pub fn kick(&self) {
+    pub(crate) fn kick(&self) {
         let thread = self.thread.load(Ordering::Acquire);
         if thread != 0 {
             // SAFETY: vCPU threads are joined after all that may kick them has
@@ -152,41 +157,39 @@ impl Cpu {
 
     /// Whether the calling thread is the vCPU's.
     #[must_use]
-    pub fn is_this_thread(&self) -> bool {
+    pub(crate) fn is_this_thread(&self) -> bool {
         // SAFETY: as in attach.
         self.thread.load(Ordering::Acquire) == unsafe { libc::pthread_self() }
     }
 
     /// Wakes it if it sleeps.
-    pub fn wake(&self) {
+    pub(crate) fn wake(&self) {
         if self.sleeps.load(Ordering::SeqCst) {
             self.kick();
         }
     }
 
     /// Waits for a kick. (One that came since the last is still there.)
-    pub fn sleep(&self, most: Duration) {
+    pub(crate) fn sleep(&self, most: Duration) {
         self.sleeps.store(true, Ordering::SeqCst);
         wait_for_kick(most);
         self.sleeps.store(false, Ordering::SeqCst);
     }
 
     /// What only the monitor knows.
-    pub fn state(&self) -> MutexGuard<'_, CpuState> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, CpuState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A domain.
-pub struct Domain {
+pub(crate) struct Domain {
     /// All memory, the hypervisor's area included.
     pub ram: GuestRam,
     /// Bytes of the domain's own, from address 0 on.
     pub memory: u64,
     /// Kernel and user code share one address space.
     pub trusted: bool,
-    /// The VM.
-    pub vm: Arc<VmFd>,
     /// Its vCPUs.
     pub cpus: Arc<Vec<Cpu>>,
     /// Event channels.
@@ -196,9 +199,11 @@ pub struct Domain {
     /// What CPUID says.
     pub cpuid: Arc<Visible>,
     /// Takes what the kernel writes to the hypervisor's console.
-    pub console: Box<dyn Fn(&[u8]) + Send + Sync>,
+    pub console: EarlyConsole,
     /// Pages that the guest has given back.
     pub given: AtomicU64,
+    /// What the guest reads as its identity.
+    pub uuid: [u8; 16],
     /// KVM has VMX or SVM: ring 0 is real.
     pub hardware: bool,
 }
@@ -206,49 +211,64 @@ pub struct Domain {
 impl Domain {
     /// The part of vCPU `index`.
     #[must_use]
-    pub fn part(&self, index: usize) -> Part<'_> {
+    pub(crate) fn part(&self, index: usize) -> Part<'_> {
         Part::new(&self.ram, index)
     }
 
     /// The address space of the kernel on vCPU `index`.
     #[must_use]
-    pub fn space(&self, index: usize) -> Space<'_> {
+    pub(crate) fn space(&self, index: usize) -> Space<'_> {
         let cr3 = self.part(index).get(offset_of!(Data, kernel_cr3));
         Space::new(&self.ram, cr3.unwrap_or(u64::MAX))
     }
 
     /// Has the other vCPUs in `mask` load their page tables before they run
     /// guest code again. On return they have, or are on their way out of here.
-    pub fn flush_others(&self, own: usize, mask: u64) {
+    pub(crate) fn flush_others(&self, own: usize, mask: u64) {
         let others = (0..self.cpus.len()).filter(|i| *i != own && mask >> i & 1 != 0);
-        let mut waiting: Vec<usize> = Vec::new();
+        let mut waiting = Vec::new();
         for index in others {
             if self.part(index).set8(offset_of!(Data, flush), 1).is_err() {
                 continue;
             }
             fence(Ordering::SeqCst);
+            let entries = self.cpus[index].entries.load(Ordering::SeqCst);
             if self.runs(index) {
                 self.cpus[index].interrupt();
-                waiting.push(index);
+                waiting.push((index, entries));
             }
         }
-        for index in waiting {
-            let mut tries = 0u32;
-            while self.runs(index)
-                && matches!(self.part(index).get8(offset_of!(Data, flush)), Ok(1))
-            {
-                tries += 1;
-                if tries < 100 {
-                    std::hint::spin_loop();
-                } else {
-                    std::thread::yield_now();
+        for (index, entries) in waiting {
+            self.wait_for_flush(index, entries);
+        }
+    }
+
+    /// Waits until a vCPU has flushed, or has left the guest since it had
+    /// entered it for the `entries`th time: it meets the interrupt then before
+    /// anything else. One whose shim does not answer is taken out.
+    fn wait_for_flush(&self, index: usize, entries: u64) {
+        const SPINS: u32 = 100;
+        const YIELDS: u32 = 1000;
+        let cpu = &self.cpus[index];
+        let mut tries = 0u32;
+        while self.runs(index)
+            && cpu.entries.load(Ordering::SeqCst) == entries
+            && matches!(self.part(index).get8(offset_of!(Data, flush)), Ok(1))
+        {
+            tries += 1;
+            if tries < SPINS {
+                std::hint::spin_loop();
+            } else {
+                if tries.is_multiple_of(YIELDS) {
+                    cpu.kick();
                 }
+                std::thread::yield_now();
             }
         }
     }
 
     /// Brings the clock of a vCPU into its information areas.
-    pub fn write_time(&self, index: usize) {
+    pub(crate) fn write_time(&self, index: usize) {
         const TIME: u64 = 32;
         let info = self.time.info();
         if let Some(at) = self.events.vcpu_info(index) {
@@ -260,7 +280,7 @@ impl Domain {
     ///
     /// # Errors
     /// The area is not in memory.
-    pub fn write_wall_clock(&self) -> Result<(), GuestMemoryError> {
+    pub(crate) fn write_wall_clock(&self) -> Result<(), GuestMemoryError> {
         const VERSION: u64 = 3072;
         let (seconds, nanoseconds) = self.time.wall();
         let words = [2, seconds as u32, nanoseconds, (seconds >> 32) as u32];
@@ -270,7 +290,7 @@ impl Domain {
 
     /// A vCPU's counters: of the monitor and of its shim.
     #[must_use]
-    pub fn counters(&self, index: usize) -> Vec<(&'static str, u64)> {
+    pub(crate) fn counters(&self, index: usize) -> Vec<(&'static str, u64)> {
         let cpu = &self.cpus[index];
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let mut all = vec![
@@ -285,9 +305,27 @@ impl Domain {
         all
     }
 
+    /// Lets the clocks go on after a pause, and the timers with them.
+    ///
+    /// # Errors
+    /// The area is not in memory.
+    pub(crate) fn resume_clocks(&self) -> Result<(), lifecycle::Error> {
+        self.time.resume();
+        self.write_wall_clock()
+            .map_err(|error| lifecycle::Error::Device {
+                device: "clock".to_owned(),
+                message: error.to_string(),
+            })?;
+        for (index, cpu) in self.cpus.iter().enumerate() {
+            self.write_time(index);
+            cpu.state().rearm = true;
+        }
+        Ok(())
+    }
+
     /// What a vCPU has been doing.
     #[must_use]
-    pub fn runstate(&self, _index: usize) -> VcpuRunstateInfo {
+    pub(crate) fn runstate(&self, _index: usize) -> VcpuRunstateInfo {
         let now = self.time.now();
         VcpuRunstateInfo {
             state_entry_time: now,
@@ -298,14 +336,14 @@ impl Domain {
 
     /// Pages that the guest has given back.
     #[must_use]
-    pub fn ballooned(&self) -> u64 {
+    pub(crate) fn ballooned(&self) -> u64 {
         self.given
             .load(Ordering::Relaxed)
             .min(self.memory / PAGE_SIZE)
     }
 
     /// Counts pages that it gives (or takes).
-    pub fn balloon(&self, pages: i64) {
+    pub(crate) fn balloon(&self, pages: i64) {
         self.given
             .fetch_add(pages.cast_unsigned(), Ordering::Relaxed);
     }
@@ -322,7 +360,7 @@ impl Domain {
 ///
 /// # Errors
 /// No descriptor is left, or KVM refuses the wiring.
-pub fn wire_interrupts(vm: &VmFd, count: usize) -> io::Result<Vec<EventFd>> {
+pub(crate) fn wire_interrupts(vm: &VmFd, count: usize) -> io::Result<Vec<EventFd>> {
     const ADDRESS: u32 = 0xfee0_0000;
     const DESTINATION: u32 = 12;
     let route = |index: u32| {

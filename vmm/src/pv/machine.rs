@@ -26,12 +26,13 @@ use super::events::{Events, Places};
 use super::parts::Parts;
 use super::shim::Area;
 use super::time::Time;
-use crate::api::types::{self, DeviceInfo, Metrics};
-use crate::config::VmConfig;
+use crate::api::types::{self, DeviceInfo, Metrics, Target};
+use crate::config::{ByteSize, VmConfig};
 use crate::jail::Class;
 use crate::machine::open::{Disk, Interface};
 use crate::machine::{
-    self, Error, kvm, map_memory, memory_metrics, named, resource, setup, spawn_workers,
+    self, Error, TargetError, kvm, map_memory, memory_metrics, named, resource, setup,
+    spawn_workers,
 };
 use crate::vcpu::state::set_cpuid;
 use crate::vcpu::{EventSink, Vcpu};
@@ -114,7 +115,7 @@ impl Machine {
         let bus = XenBus::new(bus::Parts {
             domain: bus::Domain {
                 name: "guest".to_owned(),
-                uuid: UUID.to_owned(),
+                uuid: uuid_text(&parts.uuid),
                 memory: config.memory(),
                 cpus: u32::from(count),
             },
@@ -135,13 +136,13 @@ impl Machine {
             ram: parts.ram,
             memory: config.memory(),
             trusted: config.trust_guest_user.unwrap_or(false),
-            vm: parts.vm,
             cpus,
             events,
             time: Arc::new(Time::new(u64::from(khz) * 1000)),
             cpuid: Arc::new(parts.cpuid),
             console: parts.early,
             given: AtomicU64::new(0),
+            uuid: parts.uuid,
             hardware: parts.hardware,
         });
         let vcpus = start_vcpus(fds, &domain, sink)?;
@@ -165,8 +166,12 @@ impl Machine {
     }
 }
 
-/// What the guest reads as its identity; nothing tells guests apart by it.
-const UUID: &str = "00000000-0000-0000-0000-000000000001";
+/// A UUID as people write it.
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let group = |range: std::ops::Range<usize>| hex[range].to_owned();
+    [0..8, 8..12, 12..16, 16..20, 20..32].map(group).join("-")
+}
 
 fn make_vcpus(vm: &VmFd, cpuid: &Visible, count: u8) -> Result<Vec<VcpuFd>, Error> {
     (0..count)
@@ -252,6 +257,7 @@ impl machine::Machine for Machine {
         let area = Area::new(&domain.ram, domain.memory, self.vcpus.len());
         area.build(domain.trusted)?;
         domain.events.initialize();
+        domain.time.restart();
         domain.given.store(0, Ordering::Relaxed);
         let port = || {
             domain
@@ -312,10 +318,12 @@ impl machine::Machine for Machine {
 
     fn pause(&mut self) -> Result<(), lifecycle::Error> {
         self.stop_vcpus();
+        self.domain.time.pause();
         self.bus.pause()
     }
 
     fn resume(&mut self) -> Result<(), lifecycle::Error> {
+        self.domain.resume_clocks()?;
         self.bus.resume()?;
         for vcpu in &self.vcpus {
             vcpu.resume();
@@ -341,6 +349,25 @@ impl machine::Machine for Machine {
                 device: "control/shutdown".to_owned(),
                 message: error.to_string(),
             })
+    }
+
+    fn set_target(&mut self, target: &Target) -> Result<(), TargetError> {
+        let control = self.bus.control();
+        if let Some(memory) = target.memory {
+            control.set_memory(memory.0)?;
+        }
+        if let Some(cpus) = target.cpus {
+            control.set_cpus(cpus)?;
+        }
+        Ok(())
+    }
+
+    fn target(&self) -> Option<Target> {
+        let control = self.bus.control();
+        Some(Target {
+            memory: Some(ByteSize(control.memory())),
+            cpus: Some(control.cpus()),
+        })
     }
 
     fn devices(&self) -> Vec<DeviceInfo> {

@@ -12,7 +12,7 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// An address space: what a page table of the guest maps. All of it may change
 /// at any time, so each use walks anew.
 #[derive(Clone, Copy)]
-pub struct Space<'a> {
+pub(crate) struct Space<'a> {
     ram: &'a GuestRam,
     cr3: u64,
 }
@@ -20,7 +20,7 @@ pub struct Space<'a> {
 impl<'a> Space<'a> {
     /// The one whose top page table is at `cr3`.
     #[must_use]
-    pub fn new(ram: &'a GuestRam, cr3: u64) -> Self {
+    pub(crate) fn new(ram: &'a GuestRam, cr3: u64) -> Self {
         Self { ram, cr3 }
     }
 
@@ -28,7 +28,7 @@ impl<'a> Space<'a> {
     ///
     /// # Errors
     /// It is not mapped.
-    pub fn translate(&self, va: u64) -> Result<GuestAddress, Errno> {
+    pub(crate) fn translate(&self, va: u64) -> Result<GuestAddress, Errno> {
         let mut table = self.cr3 & ADDRESS;
         for level in (0..4).rev() {
             let shift = 12 + 9 * level;
@@ -72,7 +72,7 @@ impl<'a> Space<'a> {
     ///
     /// # Errors
     /// Some are not mapped.
-    pub fn read(&self, va: u64, data: &mut [u8]) -> Result<(), Errno> {
+    pub(crate) fn read(&self, va: u64, data: &mut [u8]) -> Result<(), Errno> {
         self.pieces(va, data.len(), |at, start, len| {
             self.ram
                 .read_slice(&mut data[start..start + len], at)
@@ -84,7 +84,7 @@ impl<'a> Space<'a> {
     ///
     /// # Errors
     /// Some are not mapped.
-    pub fn write(&self, va: u64, data: &[u8]) -> Result<(), Errno> {
+    pub(crate) fn write(&self, va: u64, data: &[u8]) -> Result<(), Errno> {
         self.pieces(va, data.len(), |at, start, len| {
             self.ram
                 .write_slice(&data[start..start + len], at)
@@ -96,7 +96,7 @@ impl<'a> Space<'a> {
     ///
     /// # Errors
     /// It is not mapped.
-    pub fn get<T: ByteValued + Default>(&self, va: u64) -> Result<T, Errno> {
+    pub(crate) fn get<T: ByteValued + Default>(&self, va: u64) -> Result<T, Errno> {
         let mut value = T::default();
         self.read(va, value.as_mut_slice())?;
         Ok(value)
@@ -106,7 +106,7 @@ impl<'a> Space<'a> {
     ///
     /// # Errors
     /// It is not mapped.
-    pub fn put<T: ByteValued>(&self, va: u64, value: T) -> Result<(), Errno> {
+    pub(crate) fn put<T: ByteValued>(&self, va: u64, value: T) -> Result<(), Errno> {
         self.write(va, value.as_slice())
     }
 }

@@ -28,7 +28,8 @@ pub struct Parts {
     pub(super) vm: Arc<VmFd>,
     pub(super) hardware: bool,
     pub(super) cpuid: Visible,
-    pub(super) msrs: Vec<u32>,
+    /// What the guest reads as its identity.
+    pub(super) uuid: [u8; 16],
     pub(super) kernel: Kernel,
     pub(super) ram: GuestRam,
     pub(super) disks: Vec<(Disk, bool)>,
@@ -54,7 +55,7 @@ impl Parts {
         let memory = config.memory();
         let kernel = Kernel::open(path, config.initrd.as_deref(), config.pv_cmdline(), memory)?;
         let hardware = Virtualization::of_this_machine().is_hardware();
-        let (vm, cpuid, msrs) = open_kvm(config.cpus(), hardware)?;
+        let (vm, cpuid) = open_kvm(config.cpus(), hardware)?;
         let area = area_size(memory);
         let ram = blanket_memory::build_at(
             &open::memory(config, memory + area),
@@ -83,7 +84,7 @@ impl Parts {
             vm,
             hardware,
             cpuid,
-            msrs,
+            uuid: open::random_uuid()?,
             kernel,
             ram,
             disks,
@@ -114,9 +115,8 @@ fn early_console(serial: Option<&CharConfig>) -> Result<EarlyConsole, Error> {
     }))
 }
 
-/// A new VM with local APICs, what its guest's CPUID says, and the MSRs that
-/// make up a vCPU's state.
-fn open_kvm(cpus: u8, hardware: bool) -> Result<(Arc<VmFd>, Visible, Vec<u32>), Error> {
+/// A new VM with local APICs, and what its guest's CPUID says.
+fn open_kvm(cpus: u8, hardware: bool) -> Result<(Arc<VmFd>, Visible), Error> {
     let host = Kvm::new().map_err(|error| hvm::no_kvm(error.into()))?;
     let most = host.get_max_vcpus();
     if usize::from(cpus) > most {
@@ -145,10 +145,5 @@ fn open_kvm(cpus: u8, hardware: bool) -> Result<(Arc<VmFd>, Visible, Vec<u32>), 
         Source::Native
     };
     let cpuid = Visible::new(source, &supported)?;
-    let msrs = host
-        .get_msr_index_list()
-        .map_err(kvm("list the MSRs"))?
-        .as_slice()
-        .to_vec();
-    Ok((Arc::new(vm), cpuid, msrs))
+    Ok((Arc::new(vm), cpuid))
 }

@@ -25,13 +25,13 @@ const MSR_AMD_DE_CFG: u32 = 0xc001_1029;
 /// Long mode, system calls, no-execute.
 const EFER: u64 = 0xd01;
 /// What Xen has: the page attributes that Linux expects of it.
-const PAT: u64 = 0x0050_1070_0040_6;
+const PAT: u64 = 0x0501_0007_0406;
 const CR0: u64 = 0x8005_0033;
 /// `lfence` serializes.
 const DE_CFG: u64 = 1 << 1;
 
 /// The registers of a vCPU.
-pub struct Registers<'a> {
+pub(crate) struct Registers<'a> {
     domain: &'a Domain,
     index: usize,
     /// A new FS base, for the processor.
@@ -43,7 +43,7 @@ pub struct Registers<'a> {
 impl<'a> Registers<'a> {
     /// Of vCPU `index`.
     #[must_use]
-    pub fn new(domain: &'a Domain, index: usize) -> Self {
+    pub(crate) fn new(domain: &'a Domain, index: usize) -> Self {
         Self {
             domain,
             index,

@@ -33,31 +33,31 @@ const SEALED: u64 = PRESENT | USED;
 /// Bytes of the area for a guest with `memory` bytes: the table of frames is
 /// its only part that grows.
 #[must_use]
-pub fn area_size(memory: u64) -> u64 {
+pub(crate) fn area_size(memory: u64) -> u64 {
     (layout::M2P + memory / PAGE_SIZE * 8).next_multiple_of(LARGE_SIZE)
 }
 
 /// Guest-physical address of a vCPU's part.
 #[must_use]
-pub fn part_gpa(vcpu: usize) -> u64 {
+pub(crate) fn part_gpa(vcpu: usize) -> u64 {
     layout::GPA + layout::VCPUS + vcpu as u64 * layout::VCPU_SIZE
 }
 
 /// Its virtual address.
 #[must_use]
-pub fn part_va(vcpu: usize) -> u64 {
+pub(crate) fn part_va(vcpu: usize) -> u64 {
     layout::VA + layout::VCPUS + vcpu as u64 * layout::VCPU_SIZE
 }
 
 /// Virtual address of a label in a vCPU's shim.
 #[must_use]
-pub fn label(vcpu: usize, label: Label) -> u64 {
+pub(crate) fn label(vcpu: usize, label: Label) -> u64 {
     part_va(vcpu) + label.offset()
 }
 
 /// What the top page tables have in the hypervisor's slots.
 #[derive(Clone, Copy, Debug)]
-pub struct Slots {
+pub(crate) struct Slots {
     /// The area, as the kernel sees it.
     pub kernel: u64,
     /// All memory, as the shim sees it.
@@ -67,7 +67,7 @@ pub struct Slots {
 }
 
 /// Builds the area.
-pub struct Area<'a> {
+pub(crate) struct Area<'a> {
     ram: &'a GuestRam,
     memory: u64,
     vcpus: usize,
@@ -78,7 +78,7 @@ pub struct Area<'a> {
 impl<'a> Area<'a> {
     /// For a guest with `memory` bytes and so many vCPUs.
     #[must_use]
-    pub fn new(ram: &'a GuestRam, memory: u64, vcpus: usize) -> Self {
+    pub(crate) fn new(ram: &'a GuestRam, memory: u64, vcpus: usize) -> Self {
         Self {
             ram,
             memory,
@@ -91,7 +91,7 @@ impl<'a> Area<'a> {
     ///
     /// # Errors
     /// The area is not in `ram`.
-    pub fn build(mut self, trusted: bool) -> Result<Slots, GuestMemoryError> {
+    pub(crate) fn build(mut self, trusted: bool) -> Result<Slots, GuestMemoryError> {
         self.clear(layout::GPA, layout::VCPUS)?;
         self.write_frames()?;
         let slots = Slots {
@@ -241,9 +241,8 @@ impl<'a> Area<'a> {
 }
 
 /// A vCPU's part of the area. What it reads is the guest's to change.
-pub struct Part<'a> {
+pub(crate) struct Part<'a> {
     ram: &'a GuestRam,
-    index: usize,
     gpa: u64,
     va: u64,
 }
@@ -251,10 +250,9 @@ pub struct Part<'a> {
 impl<'a> Part<'a> {
     /// Of vCPU `index`.
     #[must_use]
-    pub fn new(ram: &'a GuestRam, index: usize) -> Self {
+    pub(crate) fn new(ram: &'a GuestRam, index: usize) -> Self {
         Self {
             ram,
-            index,
             gpa: part_gpa(index),
             va: part_va(index),
         }
@@ -268,7 +266,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// The area is not in memory.
-    pub fn get(&self, field: usize) -> Result<u64, GuestMemoryError> {
+    pub(crate) fn get(&self, field: usize) -> Result<u64, GuestMemoryError> {
         self.ram.read_obj(self.data(field))
     }
 
@@ -276,7 +274,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn get8(&self, field: usize) -> Result<u8, GuestMemoryError> {
+    pub(crate) fn get8(&self, field: usize) -> Result<u8, GuestMemoryError> {
         self.ram.read_obj(self.data(field))
     }
 
@@ -284,7 +282,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn set(&self, field: usize, value: u64) -> Result<(), GuestMemoryError> {
+    pub(crate) fn set(&self, field: usize, value: u64) -> Result<(), GuestMemoryError> {
         self.ram.write_obj(value, self.data(field))
     }
 
@@ -292,7 +290,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn set32(&self, field: usize, value: u32) -> Result<(), GuestMemoryError> {
+    pub(crate) fn set32(&self, field: usize, value: u32) -> Result<(), GuestMemoryError> {
         self.ram.write_obj(value, self.data(field))
     }
 
@@ -300,7 +298,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn set8(&self, field: usize, value: u8) -> Result<(), GuestMemoryError> {
+    pub(crate) fn set8(&self, field: usize, value: u8) -> Result<(), GuestMemoryError> {
         self.ram.write_obj(value, self.data(field))
     }
 
@@ -308,7 +306,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn context(&self) -> Result<Context, GuestMemoryError> {
+    pub(crate) fn context(&self) -> Result<Context, GuestMemoryError> {
         let Shared(context) = self.ram.read_obj(self.data(offset_of!(Data, context)))?;
         Ok(context)
     }
@@ -317,7 +315,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn set_context(&self, context: Context) -> Result<(), GuestMemoryError> {
+    pub(crate) fn set_context(&self, context: Context) -> Result<(), GuestMemoryError> {
         self.ram
             .write_obj(Shared(context), self.data(offset_of!(Data, context)))
     }
@@ -327,7 +325,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn write_frame(
+    pub(crate) fn write_frame(
         &self,
         stack: u64,
         offset: u64,
@@ -341,13 +339,13 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn read_frame(&self, stack: u64, offset: u64) -> Result<[u64; 5], GuestMemoryError> {
+    pub(crate) fn read_frame(&self, stack: u64, offset: u64) -> Result<[u64; 5], GuestMemoryError> {
         self.ram.read_obj(GuestAddress(self.gpa + stack + offset))
     }
 
     /// A frame that goes on in the shim, in ring 3.
     #[must_use]
-    pub fn landing(&self, label: Label) -> [u64; 5] {
+    pub(crate) fn landing(&self, label: Label) -> [u64; 5] {
         const INTERRUPTS: u64 = 0x202;
         [
             self.va + label.offset(),
@@ -380,7 +378,7 @@ impl<'a> Part<'a> {
     ///
     /// # Errors
     /// As [`Part::get`].
-    pub fn set_descriptor(&self, index: u64, value: u64) -> Result<(), GuestMemoryError> {
+    pub(crate) fn set_descriptor(&self, index: u64, value: u64) -> Result<(), GuestMemoryError> {
         let at = self.gpa + vcpu::GDT + index * 8 % vcpu::GDT_SIZE;
         self.ram.write_obj(value, GuestAddress(at))
     }
@@ -519,19 +517,13 @@ impl<'a> Part<'a> {
         let at = self.gpa + table + 16 * u64::from(vector);
         self.ram.write_obj([low, target >> 32], GuestAddress(at))
     }
-
-    /// Its index.
-    #[must_use]
-    pub fn index(&self) -> usize {
-        self.index
-    }
 }
 
 /// Offset of the I/O permission bitmap in the task state segment.
 const BITMAP: u64 = 0x68;
 /// The last byte of the segment: the bitmap reaches to the doorbell, and ends
 /// with a byte of ones.
-pub const TSS_LIMIT: u64 = BITMAP + layout::DOORBELL_PORT as u64 / 8 + 2;
+pub(crate) const TSS_LIMIT: u64 = BITMAP + layout::DOORBELL_PORT as u64 / 8 + 2;
 
 /// Indices of interrupt stacks.
 mod stacks {

@@ -20,6 +20,7 @@ const CR4_OSXSAVE: u64 = 1 << 18;
 /// System calls, long mode, no-execute.
 const EFER: u64 = 0xd01;
 const APIC_ENABLED: u64 = 1 << 11;
+const MSR_TSC: u32 = 0x10;
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_SYSCALL_MASK: u32 = 0xc000_0084;
@@ -87,6 +88,7 @@ impl PvCpu {
             xcrs.xcrs[0].value = self.domain.cpuid.xcr0();
             fd.set_xcrs(&xcrs)?;
         }
+        fd.set_vcpu_events(&kvm_bindings::kvm_vcpu_events::default())?;
         self.set_entry(fd)?;
         self.set_apic(fd)?;
         fd.set_mp_state(kvm_bindings::kvm_mp_state { mp_state: 0 })?;
@@ -118,6 +120,13 @@ impl PvCpu {
             data,
             ..Default::default()
         };
+        if self.domain.hardware {
+            // The guest's counter is the host's, as it is elsewhere.
+            // SAFETY: every x86-64 processor has this instruction.
+            let now = unsafe { std::arch::x86_64::_rdtsc() };
+            let tsc = Msrs::from_entries(&[msr(MSR_TSC, now)]);
+            fd.set_msrs(&tsc.map_err(|_| Stop::Broken("no room"))?)?;
+        }
         let msrs = Msrs::from_entries(&[
             msr(
                 MSR_STAR,
@@ -133,11 +142,15 @@ impl PvCpu {
 
     /// The local APIC: on, its timer in TSC-deadline mode.
     fn set_apic(&self, fd: &VcpuFd) -> Step {
+        const IN_SERVICE: usize = 0x100;
+        const VECTORS: usize = 0x80;
         const SPURIOUS: usize = 0xf0;
         const TIMER: usize = 0x320;
         const ON: u32 = 1 << 8;
         const DEADLINE_MODE: u32 = 2 << 17;
         let mut apic = fd.get_lapic()?;
+        // What the last life of the guest left in service or requested.
+        apic.regs[IN_SERVICE..IN_SERVICE + 3 * VECTORS].fill(0);
         for (register, value) in [
             (SPURIOUS, ON | 0xff),
             (TIMER, DEADLINE_MODE | u32::from(layout::TIMER_VECTOR)),

@@ -208,7 +208,7 @@ impl PvCpu {
                 } else {
                     const IN_TABLE: u64 = 2;
                     vector = GENERAL_PROTECTION;
-                    error = Some(u64::from(number) * 8 | IN_TABLE);
+                    error = Some((u64::from(number) * 8) | IN_TABLE);
                 }
             }
         }

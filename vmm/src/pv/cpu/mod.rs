@@ -29,7 +29,7 @@ const DOWN_CHECK: Duration = Duration::from_secs(1);
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 /// What a vCPU's thread works with.
-pub struct PvCpu {
+pub(crate) struct PvCpu {
     domain: Arc<Domain>,
     index: usize,
     attached: bool,
@@ -62,7 +62,7 @@ type Step<T = ()> = Result<T, Stop>;
 impl PvCpu {
     /// vCPU `index` of `domain`.
     #[must_use]
-    pub fn new(domain: Arc<Domain>, index: usize) -> Self {
+    pub(crate) fn new(domain: Arc<Domain>, index: usize) -> Self {
         Self {
             domain,
             index,
@@ -120,7 +120,7 @@ impl PvCpu {
             }
             c if c == Call::Protection as u64 => Ok(()),
             c if c == Call::NoStack as u64 => Err(Stop::Event(Event::Failed(format!(
-                "the guest's kernel has no stack for an exception ({:#x?})",
+                "the guest's kernel has no stack for an exception ({:x?})",
                 self.part().context()?
             )))),
             _ => Err(Stop::Broken("it calls for nothing that exists")),
@@ -144,7 +144,7 @@ impl PvCpu {
                 return Err(Stop::Event(event));
             }
         }
-        self.arm(fd)
+        Ok(())
     }
 
     /// Sets the local APIC's timer if the guest has set its own.
@@ -174,7 +174,11 @@ impl Processor for PvCpu {
             if !online {
                 return Ok(Outcome::Continue);
             }
-            let in_guest = &self.domain.cpus[self.index].in_guest;
+            // A pause may have moved its clock.
+            self.arm(fd)?;
+            let cpu = &self.domain.cpus[self.index];
+            let in_guest = &cpu.in_guest;
+            cpu.entries.fetch_add(1, Ordering::SeqCst);
             in_guest.store(true, Ordering::SeqCst);
             let exit = fd.run();
             in_guest.store(false, Ordering::SeqCst);

@@ -23,37 +23,35 @@ use super::mmu::Space;
 use crate::vcpu::Event;
 
 /// Numbers of hypercalls (`__HYPERVISOR_*` in `xen.h`).
-pub mod number {
-    #![allow(missing_docs)]
-    pub const SET_TRAP_TABLE: u64 = 0;
-    pub const MMU_UPDATE: u64 = 1;
-    pub const SET_GDT: u64 = 2;
-    pub const STACK_SWITCH: u64 = 3;
-    pub const SET_CALLBACKS: u64 = 4;
-    pub const FPU_TASKSWITCH: u64 = 5;
-    pub const SET_DEBUGREG: u64 = 8;
-    pub const GET_DEBUGREG: u64 = 9;
-    pub const UPDATE_DESCRIPTOR: u64 = 10;
-    pub const MEMORY_OP: u64 = 12;
-    pub const UPDATE_VA_MAPPING: u64 = 14;
-    pub const SET_TIMER_OP: u64 = 15;
-    pub const XEN_VERSION: u64 = 17;
-    pub const CONSOLE_IO: u64 = 18;
-    pub const GRANT_TABLE_OP: u64 = 20;
-    pub const VM_ASSIST: u64 = 21;
-    pub const VCPU_OP: u64 = 24;
-    pub const SET_SEGMENT_BASE: u64 = 25;
-    pub const MMUEXT_OP: u64 = 26;
-    pub const SCHED_OP: u64 = 29;
-    pub const CALLBACK_OP: u64 = 30;
-    pub const EVENT_CHANNEL_OP: u64 = 32;
-    pub const PHYSDEV_OP: u64 = 33;
-    pub const HVM_OP: u64 = 34;
+pub(crate) mod number {
+    pub(crate) const SET_TRAP_TABLE: u64 = 0;
+    pub(crate) const MMU_UPDATE: u64 = 1;
+    pub(crate) const SET_GDT: u64 = 2;
+    pub(crate) const STACK_SWITCH: u64 = 3;
+    pub(crate) const SET_CALLBACKS: u64 = 4;
+    pub(crate) const FPU_TASKSWITCH: u64 = 5;
+    pub(crate) const SET_DEBUGREG: u64 = 8;
+    pub(crate) const GET_DEBUGREG: u64 = 9;
+    pub(crate) const UPDATE_DESCRIPTOR: u64 = 10;
+    pub(crate) const MEMORY_OP: u64 = 12;
+    pub(crate) const UPDATE_VA_MAPPING: u64 = 14;
+    pub(crate) const SET_TIMER_OP: u64 = 15;
+    pub(crate) const XEN_VERSION: u64 = 17;
+    pub(crate) const CONSOLE_IO: u64 = 18;
+    pub(crate) const GRANT_TABLE_OP: u64 = 20;
+    pub(crate) const VM_ASSIST: u64 = 21;
+    pub(crate) const VCPU_OP: u64 = 24;
+    pub(crate) const SET_SEGMENT_BASE: u64 = 25;
+    pub(crate) const MMUEXT_OP: u64 = 26;
+    pub(crate) const SCHED_OP: u64 = 29;
+    pub(crate) const CALLBACK_OP: u64 = 30;
+    pub(crate) const EVENT_CHANNEL_OP: u64 = 32;
+    pub(crate) const PHYSDEV_OP: u64 = 33;
 }
 
 /// What a hypercall comes to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// The result, for RAX.
     Value(u64),
     /// The vCPU does not run on until somebody brings it up.
@@ -66,7 +64,7 @@ pub enum Answer {
 type Result<T = u64> = std::result::Result<T, Errno>;
 
 /// A hypercall of vCPU `index`.
-pub struct Hypercall<'a> {
+pub(crate) struct Hypercall<'a> {
     /// The domain.
     pub domain: &'a Domain,
     /// The vCPU that calls.
@@ -80,7 +78,7 @@ pub struct Hypercall<'a> {
 impl Hypercall<'_> {
     /// Carries it out.
     #[must_use]
-    pub fn call(&self) -> Answer {
+    pub(crate) fn call(&self) -> Answer {
         let cpu = &self.domain.cpus[self.index];
         cpu.hypercalls.fetch_add(1, Ordering::Relaxed);
         let result = match self.number {
@@ -124,6 +122,7 @@ impl Hypercall<'_> {
             number::VM_ASSIST => self.vm_assist(),
             number::SET_SEGMENT_BASE => self.set_segment_base(),
             number::EVENT_CHANNEL_OP => self.event_channel_op(),
+            number::PHYSDEV_OP => self.physdev_op(),
             _ => Err(Errno::NoSys),
         }
     }

@@ -45,7 +45,7 @@ impl Hypercall<'_> {
                 Ok(0)
             }
             PAGE_SIZE_COMMAND => Ok(PAGE_SIZE),
-            GUEST_HANDLE => self.space().put(argument, [0u64; 2]).map(|()| 0),
+            GUEST_HANDLE => self.space().write(argument, &self.domain.uuid).map(|()| 0),
             COMMAND_LINE => Err(Errno::Perm),
             _ => Err(Errno::NoSys),
         }
@@ -61,6 +61,17 @@ impl Hypercall<'_> {
         self.space().read(buffer, &mut bytes)?;
         (self.domain.console)(&bytes);
         Ok(bytes.len() as u64)
+    }
+
+    /// A guest has no devices but ours; its kernel may allow its user code
+    /// ports, behind which there is nothing.
+    pub(super) fn physdev_op(&self) -> Result {
+        const SET_IOPL: u64 = 6;
+        const SET_IOBITMAP: u64 = 7;
+        match self.arguments[0] {
+            SET_IOPL | SET_IOBITMAP => Ok(0),
+            _ => Err(Errno::NoSys),
+        }
     }
 
     /// Nothing that can be assisted needs it here.
