@@ -65,7 +65,7 @@ impl Parts {
         let disks = config
             .disk
             .iter()
-            .map(|disk| Ok((open_disk(disk, queues)?, true)));
+            .map(|disk| Ok((open_disk(disk, queues)?, disk.persistent.unwrap_or(true))));
         let disks = disks.collect::<Result<_, Error>>()?;
         let interfaces = config.net.iter().map(|net| open_interface(net, queues));
         let interfaces = interfaces.collect::<Result<_, _>>()?;
