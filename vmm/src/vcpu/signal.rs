@@ -58,21 +58,43 @@ fn check(result: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// Blocks the signal on this thread.
+/// Signals that an instruction of the thread itself may cause.
+const OWN_FAULTS: [libc::c_int; 6] = [
+    libc::SIGSYS,
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGTRAP,
+];
+
+/// Blocks the signal on this thread, and all others that are not of its own
+/// making: the handlers of those belong to other threads, whose filters allow
+/// what they do.
 pub(super) fn block() -> io::Result<()> {
-    let set = kick_set();
-    // SAFETY: the set is valid; pthread_sigmask returns an error number.
-    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) } {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigfillset initializes the set; pthread_sigmask returns an error
+    // number.
+    let done = unsafe {
+        libc::sigfillset(set.as_mut_ptr());
+        for signal in OWN_FAULTS {
+            libc::sigdelset(set.as_mut_ptr(), signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut())
+    };
+    match done {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 
-/// Has KVM unblock the signal (and block no other) while the guest runs.
+/// Has KVM unblock the signal, and no other, while the guest runs.
 pub(super) fn unblock_in_guest(fd: &VcpuFd) -> io::Result<()> {
+    let open = OWN_FAULTS.iter().copied().chain([kick_signal()]);
+    let blocked = open.fold(u64::MAX, |set, signal| set & !(1 << (signal - 1)));
     let mask = SignalMask {
         len: SIGSET_SIZE as u32,
-        set: [0; SIGSET_SIZE],
+        set: blocked.to_le_bytes(),
     };
     // SAFETY: the structure is `struct kvm_signal_mask` with its 8-byte set.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), KVM_SET_SIGNAL_MASK() as _, &raw const mask) })
