@@ -246,20 +246,20 @@ fn a_guest_reboots_fifty_times() {
         || native("reboots").unwrap(),
         |host| {
             // Instead of an init: a line, and the next boot.
-            let vm = Vm::run(
-                host,
-                "reboots",
-                "--machine pv --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.cpio \
-                 --memory 256M --console socket=/run/reboots.console,log=/run/reboots.log \
+            host.sh(
+                "blanket run reboots --machine pv --kernel /payload/guest/vmlinuz \
+                 --initrd /payload/guest/initrd.cpio --memory 256M \
+                 --console socket=/run/reboots.console,log=/run/reboots.log \
                  --cmdline 'console=hvc0 quiet panic=-1 rdinit=/bin/sh -- \
                  -c \"echo the next; reboot -f\"'",
             )
+            .text()
             .unwrap();
             let wait = "until [ $(grep -c 'the next' /run/reboots.log) -ge 51 ]; do \
                         blanket ps --json | grep -q running; sleep 0.2; done";
             let waited = host.sh(wait).timeout(LONG).text();
-            let logs = vm.blanket("logs", "--monitor").unwrap();
-            assert!(waited.is_ok(), "{waited:?}\n{logs}");
+            let log = host.sh("blanket logs --monitor reboots").run().unwrap();
+            assert!(waited.is_ok(), "{waited:?}\n{log}");
             let log = host.sh("cat /run/reboots.log").text().unwrap();
             assert!(
                 !log.contains("Call Trace") && !log.contains("panic"),
