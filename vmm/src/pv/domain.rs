@@ -89,6 +89,15 @@ pub(crate) struct CpuState {
     pub time_area: u64,
 }
 
+impl CpuState {
+    /// Whether tables from elsewhere have the sizes that all of this relies on.
+    pub(crate) fn is_sound(&self) -> bool {
+        const VECTORS: usize = 256;
+        const GDT_PAGES: usize = 14;
+        self.traps.len() == VECTORS && self.gdt.len() <= GDT_PAGES
+    }
+}
+
 /// A vCPU, as others see it.
 pub(crate) struct Cpu {
     /// What only the monitor knows.
@@ -203,7 +212,7 @@ pub(crate) struct Domain {
     /// Pages that the guest has given back.
     pub given: AtomicU64,
     /// What the guest reads as its identity.
-    pub uuid: [u8; 16],
+    pub uuid: Mutex<[u8; 16]>,
     /// KVM has VMX or SVM: ring 0 is real.
     pub hardware: bool,
 }

@@ -1,8 +1,8 @@
 //! Wiring a pv machine together, and its life as a whole.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use blanket_devices::lifecycle::{self, Lifecycle};
 use blanket_devices::worker::Workers;
@@ -44,9 +44,9 @@ const SHARED_INFO: GuestAddress = GuestAddress(layout::GPA + layout::SHARED_INFO
 ///
 /// Fields are dropped in order: first what runs, then what it runs on.
 pub struct Machine {
-    vcpus: Vec<Vcpu>,
-    bus: XenBus,
-    domain: Arc<Domain>,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) bus: XenBus,
+    pub(super) domain: Arc<Domain>,
     kernel: Kernel,
     described: Vec<DeviceInfo>,
     _workers: Workers,
@@ -142,7 +142,7 @@ impl Machine {
             cpuid: Arc::new(parts.cpuid),
             console: parts.early,
             given: AtomicU64::new(0),
-            uuid: parts.uuid,
+            uuid: Mutex::new(parts.uuid),
             hardware: parts.hardware,
         });
         let vcpus = start_vcpus(fds, &domain, sink)?;

@@ -12,6 +12,7 @@ pub mod machine;
 mod mmu;
 mod parts;
 mod privileged;
+mod saved;
 mod shim;
 pub mod time;
 

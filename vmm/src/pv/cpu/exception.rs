@@ -46,6 +46,12 @@ impl PvCpu {
         if cs as u16 == selector::CODE0 {
             return self.failed_return(&exception, regs);
         }
+        if exception.user_view && (vcpu::ENTRY..vcpu::DATA).contains(&offset) {
+            // The way back from a system call: it is where RCX says.
+            let mut exception = exception;
+            exception.frame[0] = regs.rcx;
+            return self.of_user(fd, &exception, regs);
+        }
         if offset < vcpu::DATA {
             return self.in_shim(&exception, regs);
         }

@@ -52,7 +52,7 @@ fn page_tables(ram: &GuestRam) {
     }
 }
 
-fn domain(vm: &Arc<VmFd>, supported: &kvm_bindings::CpuId) -> Option<Domain> {
+fn domain(supported: &kvm_bindings::CpuId) -> Option<Domain> {
     let area = layout::M2P + (1 << 20);
     let ranges = [
         (GuestAddress(0), MEMORY as usize),
@@ -79,7 +79,7 @@ fn domain(vm: &Arc<VmFd>, supported: &kvm_bindings::CpuId) -> Option<Domain> {
         events: Arc::new(events),
         time: Arc::new(Time::new(2_000_000_000)),
         cpuid: Arc::new(Visible::new(Source::Native, supported).ok()?),
-        uuid: [0; 16],
+        uuid: std::sync::Mutex::default(),
         console: Box::new(|bytes| assert!(bytes.len() <= 4096)),
         given: AtomicU64::new(0),
         hardware: false,
@@ -141,7 +141,7 @@ proptest! {
         steps in prop::collection::vec(step(), 1..80)
     ) {
         let Some((vm, supported)) = vm() else { return Ok(()) };
-        let Some(domain) = domain(vm, supported) else { return Ok(()) };
+        let Some(domain) = domain(supported) else { return Ok(()) };
         let pages = MEMORY >> 12;
         for step in &steps {
             match *step {

@@ -1,6 +1,7 @@
 //! What the hypervisor says of itself, its console, and its assistance.
 
 use super::{Hypercall, Result};
+use crate::machine::lock;
 use crate::pv::abi::{Errno, PAGE_SIZE};
 use blanket_pv_shim::layout;
 
@@ -45,7 +46,10 @@ impl Hypercall<'_> {
                 Ok(0)
             }
             PAGE_SIZE_COMMAND => Ok(PAGE_SIZE),
-            GUEST_HANDLE => self.space().write(argument, &self.domain.uuid).map(|()| 0),
+            GUEST_HANDLE => self
+                .space()
+                .write(argument, &*lock(&self.domain.uuid))
+                .map(|()| 0),
             COMMAND_LINE => Err(Errno::Perm),
             _ => Err(Errno::NoSys),
         }
