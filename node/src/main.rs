@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{console, doctor, info, life, logs, ps, run, stop, supervise};
+use commands::{console, doctor, info, life, logs, ps, run, set, stop, supervise};
 
 /// Virtual machines on this node.
 #[derive(Parser)]
@@ -49,6 +49,8 @@ enum Command {
     Info(info::Args),
     /// Show what a VM wrote to its serial port.
     Logs(logs::Args),
+    /// Ask guests to use less memory or fewer vCPUs, or all again (pv machines).
+    Set(set::Args),
     /// Stop VMs' vCPUs where they are.
     Pause(life::Args),
     /// Let paused VMs run on.
@@ -75,6 +77,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Rm(args) => stop::rm(&home, &args),
         Command::Info(args) => info::info(&home, &args),
         Command::Logs(args) => logs::logs(&home, &args),
+        Command::Set(args) => set::set(&home, &args),
         Command::Pause(args) => life::act(&home, &args, Action::Pause),
         Command::Resume(args) => life::act(&home, &args, Action::Resume),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),

@@ -7,6 +7,7 @@ pub(crate) mod life;
 pub(crate) mod logs;
 pub(crate) mod ps;
 pub(crate) mod run;
+pub(crate) mod set;
 pub(crate) mod stop;
 pub(crate) mod supervise;
 

@@ -59,6 +59,7 @@ fn stand_in() {
         devices: vec![],
         serial_socket: None,
         console_socket: None,
+        target: None,
         config,
     };
     let api = UnixListener::bind(argument(&args, "--api-socket")).unwrap();
