@@ -23,7 +23,12 @@ pub const XEN_VERSION: u32 = 4 << 16 | 17;
 const EVENT_CHANNELS: u32 = 4096;
 
 global_asm!(
-    include_str!("shim.s"),
+    include_str!("asm/ring0.s"),
+    include_str!("asm/entry.s"),
+    include_str!("asm/mmu.s"),
+    include_str!("asm/leave.s"),
+    include_str!("asm/user.s"),
+    include_str!("asm/kernel.s"),
     DATA = const vcpu::DATA,
     STACK = const vcpu::STACK,
     USER_STACK = const vcpu::USER_STACK,
@@ -218,4 +223,35 @@ labels! {
     ImmediateEvent = pv_shim_imm_event;
     /// Kernel page table in the gate of page faults.
     ImmediateFault = pv_shim_imm_fault;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_code_ends_with_the_entry_and_fits_into_its_pages() {
+        let entry = vcpu::ENTRY as usize;
+        assert!(code().len() > entry, "the entry is part of it");
+        assert!(code().len() <= vcpu::DATA as usize);
+        // A jump with a 32-bit displacement, to the handler.
+        assert_eq!(code()[entry], 0xe9);
+        let mut jump = [0; 4];
+        jump.copy_from_slice(&code()[entry + 1..entry + 5]);
+        let target = (vcpu::ENTRY + 5) as i64 + i64::from(i32::from_le_bytes(jump));
+        assert_eq!(target, Label::Entry.offset() as i64);
+    }
+
+    #[test]
+    fn user_codes_entry_is_a_breakpoint() {
+        assert_eq!(user_entry()[0], 0xcc);
+    }
+
+    #[test]
+    fn the_stubs_of_vectors_call_by_their_number() {
+        for vector in 0..32u8 {
+            let at = Label::Vectors.offset() as usize + 8 * usize::from(vector);
+            assert_eq!(code()[at..at + 2], [0xe6, vector]);
+        }
+    }
 }

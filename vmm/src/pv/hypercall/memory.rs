@@ -81,10 +81,16 @@ impl Hypercall<'_> {
 
     /// Takes a page from the guest: its content is gone.
     fn give(&self, frame: u64) -> bool {
-        let done = self.page(frame).is_some_and(|page| {
+        let done = self.page(frame).is_some_and(|(page, shared)| {
+            // Of a file, only a hole gives the memory back.
+            let advice = if shared {
+                libc::MADV_REMOVE
+            } else {
+                libc::MADV_DONTNEED
+            };
             // SAFETY: the page is guest memory, mapped as long as the domain
             // lives; nothing holds references into it.
-            unsafe { libc::madvise(page.cast(), PAGE_SIZE as usize, libc::MADV_DONTNEED) == 0 }
+            unsafe { libc::madvise(page.cast(), PAGE_SIZE as usize, advice) == 0 }
         });
         if done {
             self.domain.balloon(1);
@@ -101,7 +107,8 @@ impl Hypercall<'_> {
         done
     }
 
-    fn page(&self, frame: u64) -> Option<*mut u8> {
+    /// Where the monitor has a page of the guest, and whether a file backs it.
+    fn page(&self, frame: u64) -> Option<(*mut u8, bool)> {
         let at = frame.checked_mul(PAGE_SIZE)?;
         if at >= self.domain.memory {
             return None;
@@ -109,6 +116,7 @@ impl Hypercall<'_> {
         let region = self.domain.ram.find_region(GuestAddress(at))?;
         let offset = at - region.start_addr().0;
         // SAFETY: the offset is within the region's mapping.
-        Some(unsafe { region.as_ptr().add(offset as usize) })
+        let page = unsafe { region.as_ptr().add(offset as usize) };
+        Some((page, region.file_offset().is_some()))
     }
 }

@@ -1,0 +1,127 @@
+# Where user code enters: system calls, page faults, interrupts.
+
+# ---- System call of user code. RCX: RIP, R11: RFLAGS.
+trusted_syscall:
+  KERNEL_GATES
+  mov %rsp, scratch(%rip)
+  mov kernel_sp(%rip), %rsp
+  push ${LINUX_DATA3}
+  push scratch(%rip)
+  push %r11
+  jmp 1f
+.globl pv_shim_landing_door
+pv_shim_landing_door:                # from the user's view; R11 is in CR2
+  incq epoch(%rip)
+  movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
+  lea pv_shim_start + {ENTRY} + 1(%rip), %r11
+  cmp %r11, ud(%rip)
+  jne user_breakpoint
+  mov kernel_sp(%rip), %rsp
+  push ${LINUX_DATA3}
+  push ud + 24(%rip)
+  mov ud + 16(%rip), %r11
+  push %r11
+1: push ${LINUX_CODE3}
+  push %rcx
+  push %r11
+  push %rcx
+  movb $1, kernel_mode(%rip)
+  rdgsbase %rcx
+  mov %rcx, user_gs(%rip)
+  mov kernel_gs(%rip), %rcx
+  wrgsbase %rcx
+  mov vcpu_info(%rip), %rcx
+  mov syscall_masks(%rip), %r11b
+  or %r11b, 1(%rcx)
+  COUNT 5
+  jmp *syscall_handler(%rip)
+user_breakpoint:
+  mov %rax, c_rax(%rip)
+  mov %rcx, c_rcx(%rip)
+  lea ud(%rip), %rcx
+  FRAME
+  CALL 1
+  jmp deliver
+
+# ---- Page fault of user code. R11: address.
+.globl pv_shim_landing_fault
+pv_shim_landing_fault:
+  incq epoch(%rip)
+  movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
+  COUNT 6
+  mov %rax, c_rax(%rip)
+  mov %rcx, c_rcx(%rip)
+  mov r11_slot(%rip), %rax
+  mov %rax, c_r11(%rip)
+  mov vcpu_info(%rip), %rax
+  mov %r11, 16(%rax)
+  mov uf(%rip), %rax
+  or $4, %eax
+  mov %rax, c_error(%rip)
+  lea uf + 8(%rip), %rcx
+  FRAME
+  mov fault_handler(%rip), %rax
+  mov %rax, c_handler(%rip)
+  movw $0x101, c_has_error(%rip)
+  jmp deliver
+
+# ---- Interrupts of user code.
+.globl pv_shim_landing_trusted
+pv_shim_landing_trusted:
+  KERNEL_GATES
+  mov %rax, c_rax(%rip)
+  mov %rcx, c_rcx(%rip)
+  lea ti(%rip), %rcx
+  jmp 1f
+.globl pv_shim_landing_event
+pv_shim_landing_event:
+  mov %rax, c_rax(%rip)
+  mov %rcx, c_rcx(%rip)
+  lea ui(%rip), %rcx
+1: movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
+  incq epoch(%rip)
+  COUNT 9
+  FRAME
+  mov r11_slot(%rip), %rax
+  mov %rax, c_r11(%rip)
+  cmpb $0, timer_fired(%rip)
+  je 1f
+  movb $0, timer_fired(%rip)
+  RAISE_TIMER
+1: cmpb $0, flush(%rip)
+  je 1f
+  movb $0, flush(%rip)
+  FLUSH
+1: movl $0, apic_eoi(%rip)
+user_again:
+  mov vcpu_info(%rip), %rax
+  cmpw $1, (%rax)
+  je upcall
+  cmpb $0, trusted(%rip)
+  jne user_again_trusted
+  mov c_rip(%rip), %rax
+  mov %rax, back(%rip)
+  mov c_cs(%rip), %rax
+  mov %rax, back + 8(%rip)
+  mov c_rflags(%rip), %rax
+  mov %rax, back + 16(%rip)
+  mov c_rsp(%rip), %rax
+  mov %rax, back + 24(%rip)
+  mov c_ss(%rip), %rax
+  mov %rax, back + 32(%rip)
+  mov c_r11(%rip), %rax
+  mov %rax, imm_return(%rip)
+  movw $(d_return - pv_shim_start), idt + 48(%rip)
+  mov c_rcx(%rip), %rcx
+  mov c_rax(%rip), %rax
+  mov user_cr3(%rip), %r11
+  int3
+user_again_trusted:
+  GATES pv_shim_trusted_event, pv_shim_trusted_timer
+  mov c_rax(%rip), %rax
+  mov c_rcx(%rip), %rcx
+  mov c_r11(%rip), %r11
+  lea c_rip(%rip), %rsp
+user_again_go:
+  iretq
+user_again_end:
