@@ -15,8 +15,15 @@ use crate::packages;
 use crate::payload;
 use crate::qemu::RunFolder;
 
-/// Host packages that build the enclosure.
-const HOST_PACKAGES: [&str; 3] = ["iproute2", "mount", "util-linux"];
+/// Host packages that build the enclosure, and that tests use in it as on a node.
+const HOST_PACKAGES: [&str; 6] = [
+    "iproute2",
+    "mount",
+    "util-linux",
+    "curl",
+    "iperf3",
+    "iputils-ping",
+];
 
 /// Time until the enclosure takes commands.
 const LIMIT: Duration = Duration::from_secs(30);
