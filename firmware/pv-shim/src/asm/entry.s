@@ -125,6 +125,7 @@ deliver_end:
 pv_shim_entry:
   cmpb $0, kernel_mode(%rip)
   je trusted_syscall
+entry_of_kernel:
   COUNT 0
   mov %rcx, ret(%rip)
 hypercall:

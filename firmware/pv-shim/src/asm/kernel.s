@@ -168,7 +168,9 @@ pv_shim_event:
   mov %rax, stack + {DOOR} + 24(%rip)
   mov f_gate(%rip), %rax
   movw %ax, idt + 48(%rip)
-2: mov (%rsp), %rax
+2:
+interrupt_look:
+  mov (%rsp), %rax
   lea pv_shim_start(%rip), %rcx
   sub %rcx, %rax
   cmp ${CODE_SIZE} + 0x1000, %rax
@@ -191,6 +193,13 @@ pv_shim_event:
 # In the shim: it looks at the events itself, before it leaves; one that has
 # looked already looks again.
 interrupt_shim:
+  # Right before the end of this very routine, which has looked: the context
+  # that it returns to is looked at again.
+  cmp $(interrupt_go - pv_shim_start), %rax
+  jne 1f
+  mov 24(%rsp), %rsp
+  jmp interrupt_look
+1:
   lea leave(%rip), %rcx
   cmp $(leave_end - pv_shim_start), %rax
   jae 1f
@@ -212,8 +221,8 @@ interrupt_shim:
   cmp $(iret_user_check - pv_shim_start), %rax
   jb interrupt_tail
   movb $1, kernel_mode(%rip)
-  cmp $(iret_trusted_go - pv_shim_start), %rax
-  je 2b
+  cmp $(iret_trusted_moved - pv_shim_start), %rax
+  jae 2b
   jmp 5f
 4: lea user_again(%rip), %rcx
   cmp $(user_again_end - pv_shim_start), %rax
@@ -226,6 +235,7 @@ interrupt_tail:
   mov i_rcx(%rip), %rcx
   mov i_r11(%rip), %r11
   movl $0, apic_eoi(%rip)
+interrupt_go:
   iretq
 interrupt_twice:
   mov i_rax(%rip), %rax

@@ -3,6 +3,7 @@
 # ---- System call of user code. RCX: RIP, R11: RFLAGS.
 trusted_syscall:
   KERNEL_GATES
+trusted_gates:
   mov %rsp, scratch(%rip)
   mov kernel_sp(%rip), %rsp
   push ${LINUX_DATA3}
@@ -69,10 +70,51 @@ pv_shim_landing_fault:
 .globl pv_shim_landing_trusted
 pv_shim_landing_trusted:
   KERNEL_GATES
-  mov %rax, c_rax(%rip)
-  mov %rcx, c_rcx(%rip)
+  mov %rax, i_rax(%rip)
+  mov %rcx, i_rcx(%rip)
   lea ti(%rip), %rcx
+  lea pv_shim_start(%rip), %rax
+  sub (%rcx), %rax
+  neg %rax
+  cmp ${CODE_SIZE} + 0x1000, %rax
+  jae 5f
+  # Before a system call has done anything: see below.
+  cmp ${ENTRY}, %rax
+  jae 5f
+  cmp $(pv_shim_entry - pv_shim_start), %rax
+  jb 1f
+  cmp $(entry_of_kernel - pv_shim_start), %rax
+  jb 5f
+1: cmp $(trusted_syscall - pv_shim_start), %rax
+  jb 2f
+  cmp $(trusted_gates - pv_shim_start), %rax
+  jb 5f
+  # Right before a return to user code: that is the context.
+2: cmp $(iret_trusted_late - pv_shim_start), %rax
+  jb 3f
+  cmp $(iret_trusted_end - pv_shim_start), %rax
+  jb 4f
+3: cmp $(user_again_late - pv_shim_start), %rax
+  jb 6f
+  cmp $(user_again_end - pv_shim_start), %rax
+  jae 6f
+4: mov 24(%rcx), %rcx
+5: mov i_rax(%rip), %rax
+  mov %rax, c_rax(%rip)
+  mov i_rcx(%rip), %rax
+  mov %rax, c_rcx(%rip)
   jmp 1f
+  # In the shim: it looks at the events itself.
+6: cmpb $0, timer_fired(%rip)
+  je 7f
+  movb $0, timer_fired(%rip)
+  RAISE_TIMER
+7: mov r11_slot(%rip), %r11
+  mov i_rax(%rip), %rax
+  mov i_rcx(%rip), %rcx
+  lea ti(%rip), %rsp
+  movl $0, apic_eoi(%rip)
+  iretq
 .globl pv_shim_landing_event
 pv_shim_landing_event:
   mov %rax, c_rax(%rip)
@@ -82,6 +124,19 @@ pv_shim_landing_event:
   incq epoch(%rip)
   COUNT 9
   FRAME
+  # Within a system call's way in, before anything was done: it is made again,
+  # perhaps on another vCPU. Within its way out: that is over.
+  lea pv_shim_start(%rip), %rcx
+  sub c_rip(%rip), %rcx
+  neg %rcx
+  cmp ${CODE_SIZE} + 0x1000, %rcx
+  jae 3f
+  mov c_rcx(%rip), %rax
+  cmp ${ENTRY} + 1, %rcx
+  ja 2f
+  sub $2, %rax
+2: mov %rax, c_rip(%rip)
+3:
   mov r11_slot(%rip), %rax
   mov %rax, c_r11(%rip)
   cmpb $0, timer_fired(%rip)
@@ -117,11 +172,13 @@ user_again:
   mov user_cr3(%rip), %r11
   int3
 user_again_trusted:
-  GATES pv_shim_trusted_event, pv_shim_trusted_timer
   mov c_rax(%rip), %rax
   mov c_rcx(%rip), %rcx
   mov c_r11(%rip), %r11
   lea c_rip(%rip), %rsp
+  movl $({CODE0} << 16) + (pv_shim_trusted_event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
+user_again_late:
+  movl $({CODE0} << 16) + (pv_shim_trusted_timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
 user_again_go:
   iretq
 user_again_end:
