@@ -140,7 +140,7 @@ proptest! {
     fn no_arguments_in_any_memory_make_a_hypercall_panic_or_go_astray(
         steps in prop::collection::vec(step(), 1..80)
     ) {
-        let Some((vm, supported)) = vm() else { return Ok(()) };
+        let Some((_, supported)) = vm() else { return Ok(()) };
         let Some(domain) = domain(supported) else { return Ok(()) };
         let pages = MEMORY >> 12;
         for step in &steps {
