@@ -130,7 +130,7 @@ fn bzimage(file: &mut File, path: &Path, head: &[u8; HEAD]) -> Result<Image, Err
     let unpacked = u64_at(head, 0x258).saturating_add(u64::from(u32_at(head, 0x260)));
     Ok(Image {
         form: Form::BzImage,
-        loaded: vec![at::HIGH.0..at::HIGH.0 + size],
+        loaded: std::iter::once(at::HIGH.0..at::HIGH.0 + size).collect(),
         end: unpacked.max(at::HIGH.0 + size),
         initrd_max: u64::from(u32_at(head, 0x22c)),
     })
