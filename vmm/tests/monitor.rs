@@ -79,7 +79,15 @@ fn a_guest_speaks_on_its_serial_port_and_powers_itself_off() {
         return;
     };
     let output = monitor()
-        .args(["--memory", "32M", "--cmdline", "spoken", "--kernel"])
+        .args([
+            "--memory",
+            "32M",
+            "--cmdline",
+            "spoken",
+            "--machine",
+            "hvm",
+            "--kernel",
+        ])
         .arg(kernel)
         .output()
         .unwrap();
@@ -113,7 +121,7 @@ fn the_api_leads_a_vm_through_its_life() {
     let error = api.create(&broken).unwrap_err().to_string();
     assert!(error.contains("absent"), "{error}");
     let config: VmConfig = serde_json::from_value(serde_json::json!({
-        "kernel": kernel, "memory": "32M", "cpus": 3, "serial": { "log": log },
+        "machine": "hvm", "kernel": kernel, "memory": "32M", "cpus": 3, "serial": { "log": log },
     }))
     .unwrap();
     let info = api.create(&config).unwrap();
@@ -141,7 +149,7 @@ fn a_guest_is_reset_paused_and_ended_from_outside() {
     let log = folder.path().join("serial");
     let running = Running::start(
         monitor()
-            .args(["--memory", "32M", "--kernel"])
+            .args(["--memory", "32M", "--machine", "hvm", "--kernel"])
             .arg(kernel)
             .arg("--serial")
             .arg(format!("log={}", log.display()))
@@ -206,7 +214,7 @@ fn no_thread_keeps_root_a_capability_or_an_open_door() {
             .args(["--cpus", "2", "--io-threads", "2", "--serial", "off"])
             .arg("--disk")
             .arg(format!("path={},engine=sync,queues=2", disk.display()))
-            .arg("--kernel")
+            .args(["--machine", "hvm", "--kernel"])
             .arg(kernel)
             .arg("--api-socket")
             .arg(&socket),
@@ -270,39 +278,105 @@ fn bad_input_gets_one_clear_line_and_leaves_nothing() {
     let bad_initrd = path("empty");
     let cases: &[(&[&str], &[&str])] = &[
         (&[], &["--kernel", "--api-socket"]),
-        (&["--kernel", &path("absent")], &["absent", "No such file"]),
-        (&["--kernel", &path("cut")], &["cut", "truncated"]),
-        (&["--kernel", &path("empty")], &["empty", "bzImage"]),
         (
-            &["--kernel", &kernel, "--initrd", &path("absent")],
+            &["--machine", "hvm", "--kernel", &path("absent")],
+            &["absent", "No such file"],
+        ),
+        (
+            &["--machine", "hvm", "--kernel", &path("cut")],
+            &["cut", "truncated"],
+        ),
+        (
+            &["--machine", "hvm", "--kernel", &path("empty")],
+            &["empty", "bzImage"],
+        ),
+        (
+            &[
+                "--machine",
+                "hvm",
+                "--kernel",
+                &kernel,
+                "--initrd",
+                &path("absent"),
+            ],
             &["initrd", "absent"],
         ),
         (
-            &["--kernel", &kernel, "--initrd", &bad_initrd],
+            &[
+                "--machine",
+                "hvm",
+                "--kernel",
+                &kernel,
+                "--initrd",
+                &bad_initrd,
+            ],
             &["initrd", "empty"],
         ),
         (
-            &["--kernel", &kernel, "--disk", &path("absent")],
+            &[
+                "--machine",
+                "hvm",
+                "--kernel",
+                &kernel,
+                "--disk",
+                &path("absent"),
+            ],
             &["disk", "absent"],
         ),
         (
-            &["--kernel", &kernel, "--disk", &path("empty")],
+            &[
+                "--machine",
+                "hvm",
+                "--kernel",
+                &kernel,
+                "--disk",
+                &path("empty"),
+            ],
             &["disk", "empty"],
         ),
-        (&["--kernel", &kernel, "--memory", "8T"], &["--memory"]),
         (
-            &["--kernel", &kernel, "--hugepages", "1g", "--memory", "900G"],
+            &["--machine", "hvm", "--kernel", &kernel, "--memory", "8T"],
+            &["--memory"],
+        ),
+        (
+            &[
+                "--machine",
+                "hvm",
+                "--kernel",
+                &kernel,
+                "--hugepages",
+                "1g",
+                "--memory",
+                "900G",
+            ],
             &["900"],
         ),
-        (&["--kernel", &kernel, "--cpus", "65"], &["64"]),
+        (
+            &["--machine", "hvm", "--kernel", &kernel, "--cpus", "65"],
+            &["64"],
+        ),
         (&["--config", &path("bad.toml")], &["memroy"]),
         (&["--config", &path("absent")], &["absent"]),
         (
-            &["--kernel", &kernel, "--net", "tap=name-that-is-too-long"],
+            &[
+                "--machine",
+                "hvm",
+                "--kernel",
+                &kernel,
+                "--net",
+                "tap=name-that-is-too-long",
+            ],
             &["name"],
         ),
         (
-            &["--kernel", &kernel, "--net", "bridge=nobridge0"],
+            &[
+                "--machine",
+                "hvm",
+                "--kernel",
+                &kernel,
+                "--net",
+                "bridge=nobridge0",
+            ],
             &["nobridge0"],
         ),
     ];
@@ -332,7 +406,16 @@ fn a_disk_has_one_writer() {
     let disk = folder.path().join("disk");
     fs::write(&disk, [0; 4096]).unwrap();
     let (kernel, disk) = (kernel.to_str().unwrap(), disk.to_str().unwrap());
-    let arguments = ["--kernel", kernel, "--disk", disk, "--serial", "off"];
+    let arguments = [
+        "--machine",
+        "hvm",
+        "--kernel",
+        kernel,
+        "--disk",
+        disk,
+        "--serial",
+        "off",
+    ];
     let _running = Running::start(monitor().args(arguments).arg("--api-socket").arg(&socket));
     client(&socket).info().unwrap();
     let error = refused(&arguments);
@@ -352,7 +435,15 @@ fn the_monitor_itself_stays_small() {
     let _running = Running::start(
         monitor()
             .args([
-                "--cpus", "64", "--memory", "256M", "--serial", "off", "--kernel",
+                "--cpus",
+                "64",
+                "--memory",
+                "256M",
+                "--serial",
+                "off",
+                "--machine",
+                "hvm",
+                "--kernel",
             ])
             .arg(kernel)
             .arg("--api-socket")
@@ -375,7 +466,11 @@ fn the_monitor_itself_stays_small() {
 /// Runs the monitor by `wrapper` (which gets its command line) and returns what
 /// it said; `None` if the wrapper is not permitted here.
 fn wrapped(wrapper: &mut Command, kernel: &Path) -> Option<String> {
-    let output = wrapper.arg("--kernel").arg(kernel).output().unwrap();
+    let output = wrapper
+        .args(["--machine", "hvm", "--kernel"])
+        .arg(kernel)
+        .output()
+        .unwrap();
     let error = text(&output.stderr);
     if !error.contains("blanket-vmm: ") {
         println!("skipped, because this user may not set it up: {error}");
