@@ -95,7 +95,15 @@ fn bring_down(vm: &VmDir, process: &Process, deadline: Instant) -> Result<()> {
         progress("waiting for the guest to shut down");
     }
     if !process.wait(grace)? {
-        progress("powering off");
+        if grace.is_zero() {
+            progress("powering off");
+        } else {
+            eprintln!(
+                "{}: the guest did not shut down within {} s; powering off",
+                vm.name,
+                grace.as_secs_f32().round()
+            );
+        }
         // An unresponsive monitor is killed below.
         let asked = vm.client()?.with_timeout(POWEROFF).act(Action::Poweroff);
         if asked.is_err() || !process.wait(POWEROFF)? {

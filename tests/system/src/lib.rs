@@ -94,9 +94,17 @@ pub fn natively(describe: impl FnOnce() -> HostBuilder, test: impl FnOnce(&Host)
         println!("skipped, because {reason}");
         return;
     }
-    match describe().open() {
-        Ok(host) => test(&host),
+    let host = match describe().open() {
+        Ok(host) => host,
         Err(error) => panic!("no native guests: {error:?}"),
+    };
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(&host))) {
+        let tell = "blanket ps -a; for vm in $(ls /var/lib/blanket/vms); do \
+                    echo \"$vm, its monitor:\"; blanket logs --monitor $vm; blanket info $vm; done";
+        if let Ok(output) = host.sh(tell).run() {
+            println!("{output}");
+        }
+        resume_unwind(panic);
     }
 }
 

@@ -40,6 +40,8 @@ fn check(guest: &Client, arguments: &str) -> Value {
 fn assert_stops(vm: &Vm) {
     let stopped = vm.blanket("stop", "--timeout 60").unwrap();
     assert!(stopped.status.success(), "{stopped}");
+    // Otherwise it says that the guest did not.
+    assert!(stopped.stderr.is_empty(), "{stopped}");
     let ended = vm.ended().unwrap();
     assert!(ended.contains("powered off"), "{ended}");
 }

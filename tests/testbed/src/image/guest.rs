@@ -215,6 +215,8 @@ fn initrd(kernel: &Kernel) -> Result<PathBuf> {
         let scratch = tempfile::tempdir_in(folder).context(|| "cannot make a folder".to_owned())?;
         add_modules(&mut tree, kernel, &MODULES, scratch.path())?;
         add_busybox_commands(&mut tree, scratch.path())?;
+        // Where Linux looks for it when Xen asks for a shutdown.
+        tree.link("usr/sbin/poweroff", "../bin/busybox");
         tree.host_file("usr/bin/blanket-agent", &agent)?;
         tree.host_file("usr/bin/guest-check", &check)?;
         tree.file("init", 0o755, INIT);
