@@ -10,6 +10,20 @@ use kvm_bindings::kvm_regs;
 /// The longest instruction, in bytes.
 pub const MAX_CODE: usize = 15;
 
+/// The instruction of one byte that does nothing.
+pub const NOP: u8 = 0x90;
+
+const CLI: u8 = 0xfa;
+const STI: u8 = 0xfb;
+
+/// Whether the instruction that begins with `byte` is one that has no effect in
+/// a PV kernel, with this byte alone: what it changes is masked elsewhere. The
+/// monitor may replace it by [`NOP`].
+#[must_use]
+pub fn does_nothing(byte: u8) -> bool {
+    matches!(byte, CLI | STI)
+}
+
 /// `ud2; .ascii "xen"` before an instruction asks the hypervisor to execute it.
 const XEN_PREFIX: [u8; 5] = [0x0f, 0x0b, b'x', b'e', b'n'];
 
@@ -256,6 +270,20 @@ mod tests {
         assert_eq!(privileged(&mut regs, code, &mut cpu), Emulated::Done);
         assert_eq!(regs.rip, 0xffff_ffff_8100_0000 + code.len() as u64);
         (cpu.asked.join("; "), regs)
+    }
+
+    #[test]
+    fn what_may_be_replaced_by_nothing_is_what_does_nothing() {
+        for byte in 0..=u8::MAX {
+            let code = [byte, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            if does_nothing(byte) {
+                let (asked, after) = run(&code[..1]);
+                let rip = after.rip;
+                assert_eq!((asked.as_str(), kvm_regs { rip, ..regs() }), ("", after));
+            }
+        }
+        let instruction = Decoder::new(64, &[NOP], DecoderOptions::NONE).decode();
+        assert_eq!(instruction.code(), Code::Nopd);
     }
 
     #[test]

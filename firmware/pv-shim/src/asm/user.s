@@ -9,6 +9,8 @@ trusted_gates:
   push ${LINUX_DATA3}
   push scratch(%rip)
   push %r11
+  pushq $0x202                       # the flags are still user code's
+  popfq
   jmp 1f
 .globl pv_shim_landing_door
 pv_shim_landing_door:                # from the user's view; R11 is in CR2

@@ -74,13 +74,14 @@ impl PvCpu {
         sregs.cr0 = CR0;
         sregs.cr3 = begin.cr3;
         sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_FSGSBASE;
-        if self.domain.hardware {
+        let sets_state = self.domain.hardware && self.domain.cpuid.has_xsave();
+        if sets_state {
             sregs.cr4 |= CR4_OSXSAVE;
         }
         sregs.efer = EFER;
         sregs.apic_base = layout::APIC_GPA | APIC_ENABLED | sregs.apic_base & (1 << 8);
         fd.set_sregs(&sregs)?;
-        if self.domain.hardware {
+        if sets_state {
             let mut xcrs = kvm_xcrs {
                 nr_xcrs: 1,
                 ..Default::default()

@@ -167,6 +167,11 @@ impl PvCpu {
                     sregs.gs.base = privileged.gs_base.unwrap_or(sregs.gs.base);
                     fd.set_sregs(&sregs)?;
                 }
+                if emulate::does_nothing(code[0]) {
+                    // It would come here each time: some early code of Linux
+                    // does thousands of times.
+                    let _ = self.domain.space(self.index).write(rip, &[emulate::NOP]);
+                }
                 *regs = guest;
                 let frame = [guest.rip, cs, guest.rflags, guest.rsp, ss];
                 return self.go(regs, false, frame);

@@ -43,9 +43,6 @@ pub enum Error {
         /// The bits that are too many.
         unknown: u64,
     },
-    /// The processor is too old.
-    #[error("this host's processor lacks {0}, which a pv machine needs; use --machine hvm")]
-    Missing(&'static str),
     /// A saved guest has seen another processor.
     #[error(
         "the saved guest has seen another processor (CPUID leaf {leaf:#x}/{subleaf} differs); restore it on a host with the same processor"
@@ -104,9 +101,6 @@ impl Visible {
 
     /// `xcr0` is what user code has without anybody's doing.
     fn build(ask: &dyn Fn(u32, u32) -> Registers, xcr0: Option<u64>) -> Result<Self, Error> {
-        if ask(1, 0)[2] & policy::XSAVE == 0 {
-            return Err(Error::Missing("XSAVE"));
-        }
         let supported = u64::from(ask(0xd, 0)[0]);
         let xcr0 = match xcr0 {
             Some(host) if host & !component::KEPT != 0 => {
@@ -147,6 +141,13 @@ impl Visible {
     #[must_use]
     pub fn xcr0(&self) -> u64 {
         self.xcr0
+    }
+
+    /// Whether the processor has XSAVE. If not, kernel and user code have x87
+    /// and SSE state, and nobody sets XCR0.
+    #[must_use]
+    pub fn has_xsave(&self) -> bool {
+        self.cpuid(0, 1, 0)[2] & policy::XSAVE != 0
     }
 
     /// What the kernel of vCPU `vcpu` is told: EAX, EBX, ECX and EDX.

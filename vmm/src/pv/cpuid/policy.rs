@@ -129,7 +129,8 @@ pub(super) fn registers(
         0 => [eax.min(MAX_BASIC), ebx, ecx, edx],
         1 => {
             // Family and model; the cache line that CLFLUSH writes.
-            let ecx = (ecx & LEAF_1_ECX) | OSXSAVE | HYPERVISOR;
+            let osxsave = if ecx & XSAVE == 0 { 0 } else { OSXSAVE };
+            let ecx = (ecx & LEAF_1_ECX & !OSXSAVE) | osxsave | HYPERVISOR;
             [eax, ebx & 0xff00, ecx & wide(xcr0, 1, 2), edx & LEAF_1_EDX]
         }
         // Each vCPU has its caches for itself.
@@ -201,6 +202,9 @@ fn wide(xcr0: u64, leaf: u32, register: usize) -> u32 {
 /// Leaf 0xd: the layout of what XSAVE writes. XSAVEOPT only of its variants:
 /// XSAVES is for ring 0, XSAVEC has another layout.
 fn state(ask: &dyn Fn(u32, u32) -> Registers, index: u32, xcr0: u64) -> Registers {
+    if ask(1, 0)[2] & XSAVE == 0 {
+        return [0; 4];
+    }
     let kept = |i: u32| xcr0 >> i & 1 != 0;
     match index {
         0 => {

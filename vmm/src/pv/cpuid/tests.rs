@@ -41,6 +41,30 @@ fn a_kernel_keeps_all_state_that_its_user_code_sees() {
 }
 
 #[test]
+fn without_xsave_nobody_sees_it_or_what_needs_it() {
+    let ask = |function, index| match (function, index) {
+        (1, _) => [0, 0, !(XSAVE | OSXSAVE), u32::MAX],
+        _ => everything(function, index),
+    };
+    for xcr0 in [Some(3), None] {
+        // Where KVM answers there is no leaf 0xd either.
+        let ask = |function, index| match (function, xcr0) {
+            (0xd, None) => [0; 4],
+            _ => ask(function, index),
+        };
+        let visible = Visible::build(&ask, xcr0).unwrap();
+        assert!(!visible.has_xsave());
+        assert_eq!(visible.xcr0(), 3);
+        assert_eq!(visible.cpuid(0, 0xd, 0), [0; 4]);
+        let avx = 1 << 28;
+        assert_eq!(visible.cpuid(0, 1, 0)[2] & (XSAVE | OSXSAVE | avx), 0);
+        let (avx2, avx512) = (1 << 5, 1 << 16);
+        assert_eq!(visible.cpuid(0, 7, 0)[1] & (avx2 | avx512), 0);
+    }
+    assert!(native(3).unwrap().has_xsave());
+}
+
+#[test]
 fn a_host_with_state_that_no_kernel_would_keep_is_refused() {
     // Protection keys, and AMX.
     for xcr0 in [0x2e7, 0x600e7] {
