@@ -424,12 +424,6 @@ impl VmConfig {
         check((1..=MAX_CPUS).contains(&self.cpus()), &|| {
             format!("{} vCPUs: a machine has 1 to {MAX_CPUS}", self.cpus())
         })?;
-        check(
-            self.cpus() == 1 || !self.trust_guest_user.unwrap_or(false),
-            &|| {
-                "a guest whose user space is trusted has one vCPU: use --cpus 1, or leave --trust-guest-user out".into()
-            },
-        )?;
         check((1..=16).contains(&self.io_threads()), &|| {
             format!("{} I/O threads: use 1 to 16", self.io_threads())
         })?;
@@ -591,7 +585,6 @@ mod tests {
             "",
             "--kernel k --cpus 0",
             "--kernel k --cpus 65",
-            "--kernel k --cpus 2 --trust-guest-user",
             "--kernel k --memory 1M",
             "--kernel k --memory 16777217",
             "--kernel k --io-threads 17",

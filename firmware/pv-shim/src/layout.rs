@@ -137,7 +137,7 @@ pub mod frame {
     /// Where a kernel page fault lands.
     pub const FAULT_LANDING: u64 = 0xd40;
     /// Where an interrupt of user code lands that shares the kernel's view.
-    pub const TRUSTED_LANDING: u64 = 0xd80;
+    pub const TRUSTED_LANDING: u64 = 0xdc0;
     /// The top of the page: the shim's own stack.
     pub const TOP: u64 = 0x1000;
 }
@@ -280,6 +280,9 @@ pub struct Data {
     /// RAX, RCX, R11 of a kernel that was interrupted; RIP and RSP of the
     /// frame of a door.
     pub interrupt: [u64; 5],
+    /// RAX and RCX of user code, or of the shim, that was interrupted where
+    /// user code shares the kernel's view.
+    pub trusted_interrupt: [u64; 2],
     /// RSP of a kernel that halts.
     pub halt_rsp: u64,
     /// How often a page table was loaded.

@@ -79,6 +79,7 @@ global_asm!(
     fault = const offset_of!(Data, fault),
     fault_scratch = const offset_of!(Data, fault_scratch),
     interrupt = const offset_of!(Data, interrupt),
+    trusted_interrupt = const offset_of!(Data, trusted_interrupt),
     halt_rsp = const offset_of!(Data, halt_rsp),
     counters = const offset_of!(Data, counters),
     epoch = const offset_of!(Data, epoch),

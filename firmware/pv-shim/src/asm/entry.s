@@ -37,15 +37,6 @@
   mov %rax, 8(%r11)
 79:
 .endm
-# Points the gates of interrupts to ring 0 code, or to the shim's handlers.
-.macro GATES event, timer
-  movl $({CODE0} << 16) + (\event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
-  movl $({CODE0} << 16) + (\timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
-.endm
-.macro KERNEL_GATES
-  movl $({LINUX_CODE3} << 16) + (pv_shim_event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
-  movl $({LINUX_CODE3} << 16) + (pv_shim_timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
-.endm
 # Sets the timer's event channel pending. Changes RAX, RCX.
 .macro RAISE_TIMER
   mov timer_port(%rip), %rax

@@ -193,14 +193,16 @@ interrupt_look:
 # In the shim: it looks at the events itself, before it leaves; one that has
 # looked already looks again.
 interrupt_shim:
-  # Right before the end of this very routine, which has looked: the context
-  # that it returns to is looked at again.
+  # Right before the end of this very routine, or of the kernel's return,
+  # which have looked: the context that they return to is looked at again. (The
+  # frame of this interrupt may lie over what was on the stack.)
   cmp $(interrupt_go - pv_shim_start), %rax
-  jne 1f
-  mov 24(%rsp), %rsp
+  je 1f
+  cmp $(iret_kernel_go - pv_shim_start), %rax
+  jne 2f
+1: mov 24(%rsp), %rsp
   jmp interrupt_look
-1:
-  lea leave(%rip), %rcx
+2: lea leave(%rip), %rcx
   cmp $(leave_end - pv_shim_start), %rax
   jae 1f
   cmp $(leave_check - pv_shim_start), %rax
@@ -211,9 +213,6 @@ interrupt_shim:
   jae 3f
   cmp $(iret_kernel_check - pv_shim_start), %rax
   jb interrupt_tail
-  cmp $(iret_kernel_go - pv_shim_start), %rax
-  jne 5f
-2: subq $32, 24(%rsp)
   jmp 5f
 3: lea iret_user(%rip), %rcx
   cmp $(iret_trusted_end - pv_shim_start), %rax
@@ -221,8 +220,6 @@ interrupt_shim:
   cmp $(iret_user_check - pv_shim_start), %rax
   jb interrupt_tail
   movb $1, kernel_mode(%rip)
-  cmp $(iret_trusted_moved - pv_shim_start), %rax
-  jae 2b
   jmp 5f
 4: lea user_again(%rip), %rcx
   cmp $(user_again_end - pv_shim_start), %rax

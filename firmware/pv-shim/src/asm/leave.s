@@ -151,15 +151,13 @@ iret_trusted:
   mov user_gs(%rip), %rax
   wrgsbase %rax
   movb $0, kernel_mode(%rip)
+  movl $({CODE0} << 16) + (pv_shim_trusted_event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
+  movl $({CODE0} << 16) + (pv_shim_trusted_timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
   mov (%rsp), %rax
   mov 8(%rsp), %r11
   mov 16(%rsp), %rcx
   lea 32(%rsp), %rsp
 iret_trusted_moved:
-  movl $({CODE0} << 16) + (pv_shim_trusted_event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
-iret_trusted_late:
-  movl $({CODE0} << 16) + (pv_shim_trusted_timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
-iret_trusted_go:
   iretq
 iret_trusted_end:
 iret_other:                          # other segments than Linux's 64-bit ones

@@ -67,6 +67,8 @@ pv_shim_start:
 .set i_rcx, i_rax + 8
 .set i_r11, i_rax + 16
 .set i_door, i_rax + 24
+.set t_rax, data + {trusted_interrupt}
+.set t_rcx, t_rax + 8
 .set halt_rsp, data + {halt_rsp}
 .set counters, data + {counters}
 .set hw_frame, data + {hardware}
@@ -98,6 +100,15 @@ pv_shim_vectors:
   movw $(\name - pv_shim_start), idt + 48(%rip)
   int3
   movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
+.endm
+# Points the gates of interrupts to ring 0 code, or to the shim's handlers.
+.macro GATES event, timer
+  movl $({CODE0} << 16) + (\event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
+  movl $({CODE0} << 16) + (\timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
+.endm
+.macro KERNEL_GATES
+  movl $({LINUX_CODE3} << 16) + (pv_shim_event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
+  movl $({LINUX_CODE3} << 16) + (pv_shim_timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
 .endm
 # Calls the monitor.
 .macro CALL reason
@@ -194,6 +205,7 @@ pv_shim_trusted_timer:
 .globl pv_shim_trusted_event
 pv_shim_trusted_event:
   mov %r11, r11_slot(%rip)
+  KERNEL_GATES                       # KVM may deliver it again where this lands
   lea stack + {TRUSTED_LANDING}(%rip), %rsp
   iretq
 .balign 16

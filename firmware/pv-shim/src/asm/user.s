@@ -2,10 +2,11 @@
 
 # ---- System call of user code. RCX: RIP, R11: RFLAGS.
 trusted_syscall:
-  KERNEL_GATES
-trusted_gates:
   mov %rsp, scratch(%rip)
   mov kernel_sp(%rip), %rsp
+trusted_switched:
+  KERNEL_GATES
+trusted_gates:
   push ${LINUX_DATA3}
   push scratch(%rip)
   push %r11
@@ -69,54 +70,73 @@ pv_shim_landing_fault:
   jmp deliver
 
 # ---- Interrupts of user code.
+# Where it shares the kernel's view. The gates are the kernel's again.
 .globl pv_shim_landing_trusted
 pv_shim_landing_trusted:
-  KERNEL_GATES
-  mov %rax, i_rax(%rip)
-  mov %rcx, i_rcx(%rip)
+  mov %rax, t_rax(%rip)
+  mov %rcx, t_rcx(%rip)
   lea ti(%rip), %rcx
   lea pv_shim_start(%rip), %rax
   sub (%rcx), %rax
   neg %rax
   cmp ${CODE_SIZE} + 0x1000, %rax
-  jae 5f
-  # Before a system call has done anything: see below.
+  jae interrupt_of_user
+  # Before a system call has done anything: it is made again, see below.
   cmp ${ENTRY}, %rax
-  jae 5f
+  jae interrupt_of_user
   cmp $(pv_shim_entry - pv_shim_start), %rax
   jb 1f
   cmp $(entry_of_kernel - pv_shim_start), %rax
-  jb 5f
+  jb interrupt_of_user
 1: cmp $(trusted_syscall - pv_shim_start), %rax
-  jb 2f
-  cmp $(trusted_gates - pv_shim_start), %rax
-  jb 5f
-  # Right before a return to user code: that is the context.
-2: cmp $(iret_trusted_late - pv_shim_start), %rax
   jb 3f
+  cmp $(trusted_gates - pv_shim_start), %rax
+  jae 3f
+  cmp $(trusted_switched - pv_shim_start), %rax
+  jb interrupt_of_user
+  mov scratch(%rip), %rax
+  mov %rax, 24(%rcx)
+  jmp interrupt_of_user
+3: # On the way out: that begins again.
+  cmp $(iret_user - pv_shim_start), %rax
+  jb 5f
   cmp $(iret_trusted_end - pv_shim_start), %rax
-  jb 4f
-3: cmp $(user_again_late - pv_shim_start), %rax
-  jb 6f
+  jae 4f
+  cmp $(iret_trusted_moved - pv_shim_start), %rax
+  jb 2f
+  subq $32, 24(%rcx)
+2: movb $1, kernel_mode(%rip)
+  lea iret_user(%rip), %rax
+  mov %rax, (%rcx)
+  jmp 5f
+4: cmp $(user_again - pv_shim_start), %rax
+  jb 5f
   cmp $(user_again_end - pv_shim_start), %rax
-  jae 6f
-4: mov 24(%rcx), %rcx
-5: mov i_rax(%rip), %rax
+  jae 5f
+  mov %rsp, 24(%rcx)
+  lea user_again(%rip), %rax
+  mov %rax, (%rcx)
+5: # In the shim: as if a gate of the kernel's had been there.
+  mov 24(%rcx), %rsp
+  and $~15, %rsp
+  push 32(%rcx)
+  push 24(%rcx)
+  push 16(%rcx)
+  push 8(%rcx)
+  push (%rcx)
+  mov t_rax(%rip), %rax
+  mov t_rcx(%rip), %rcx
+  mov r11_slot(%rip), %r11
+  cmpb $0, timer_fired(%rip)
+  je pv_shim_event
+  movb $0, timer_fired(%rip)
+  jmp pv_shim_timer
+interrupt_of_user:
+  mov t_rax(%rip), %rax
   mov %rax, c_rax(%rip)
-  mov i_rcx(%rip), %rax
+  mov t_rcx(%rip), %rax
   mov %rax, c_rcx(%rip)
   jmp 1f
-  # In the shim: it looks at the events itself.
-6: cmpb $0, timer_fired(%rip)
-  je 7f
-  movb $0, timer_fired(%rip)
-  RAISE_TIMER
-7: mov r11_slot(%rip), %r11
-  mov i_rax(%rip), %rax
-  mov i_rcx(%rip), %rcx
-  lea ti(%rip), %rsp
-  movl $0, apic_eoi(%rip)
-  iretq
 .globl pv_shim_landing_event
 pv_shim_landing_event:
   mov %rax, c_rax(%rip)
@@ -174,13 +194,11 @@ user_again:
   mov user_cr3(%rip), %r11
   int3
 user_again_trusted:
+  movl $({CODE0} << 16) + (pv_shim_trusted_event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
+  movl $({CODE0} << 16) + (pv_shim_trusted_timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
   mov c_rax(%rip), %rax
   mov c_rcx(%rip), %rcx
   mov c_r11(%rip), %r11
   lea c_rip(%rip), %rsp
-  movl $({CODE0} << 16) + (pv_shim_trusted_event - pv_shim_start), idt + 16 * {EVENT_VECTOR}(%rip)
-user_again_late:
-  movl $({CODE0} << 16) + (pv_shim_trusted_timer - pv_shim_start), idt + 16 * {TIMER_VECTOR}(%rip)
-user_again_go:
   iretq
 user_again_end:
