@@ -20,6 +20,9 @@ const GENERAL_PROTECTION: u8 = 13;
 /// Vector of 32-bit Linux's system calls.
 const INT80: u8 = 0x80;
 
+/// Flags of the shim's code in ring 0: bit 1 is always set.
+const RING0_FLAGS: u64 = 2;
+
 /// Whether the processor pushes an error code.
 fn has_error(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17 | 21)
@@ -95,6 +98,8 @@ impl PvCpu {
         let part = self.part();
         part.write_frame(vcpu::STACK, frame::OTHER, words)?;
         regs.rsp = part_va(self.index) + vcpu::STACK + frame::OTHER;
+        // Ring 0 is not interrupted: some gates lead from ring 3 to ring 3.
+        regs.rflags = RING0_FLAGS;
         if user_view {
             part.set(offset_of!(Data, r11), regs.r11)?;
             regs.r11 = part.get(offset_of!(Data, kernel_cr3))?;
