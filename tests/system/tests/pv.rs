@@ -133,16 +133,8 @@ fn registers_processes_and_isolation_hold_natively() {
             let vm = Vm::pv(host, "isolated", "", flags).unwrap();
             guest_is_sound(&vm.guest().unwrap(), 250, 500, true);
             vm.blanket("rm", "--force").unwrap();
-            let vm = Vm::pv(
-                host,
-                "trusted",
-                "",
-                &format!(
-                    "{} --trust-guest-user",
-                    flags.replace("--cpus 2", "--cpus 1")
-                ),
-            )
-            .unwrap();
+            let trusted = format!("{flags} --trust-guest-user");
+            let vm = Vm::pv(host, "trusted", "", &trusted).unwrap();
             guest_is_sound(&vm.guest().unwrap(), 100, 100, false);
             let listed = host.sh("blanket ps").text().unwrap();
             assert!(listed.contains("pv, trusts its users"), "{listed}");
