@@ -273,13 +273,10 @@ pub struct Data {
     pub multicall: [u64; 2],
     /// Context of the exception or return at work.
     pub context: Context,
-    /// RAX, RCX, R11 of a kernel that met a page fault; an opened door.
-    pub fault: [u64; 4],
+    /// RAX, RCX, R11 of a kernel that met a page fault.
+    pub fault: [u64; 3],
     /// RDX, RSI, RDI of it.
     pub fault_scratch: [u64; 3],
-    /// RAX, RCX, R11 of a kernel that was interrupted; RIP and RSP of the
-    /// frame of a door.
-    pub interrupt: [u64; 5],
     /// RAX and RCX of user code, or of the shim, that was interrupted where
     /// user code shares the kernel's view.
     pub trusted_interrupt: [u64; 2],

@@ -78,7 +78,6 @@ global_asm!(
     c_mask = const offset_of!(Context, mask),
     fault = const offset_of!(Data, fault),
     fault_scratch = const offset_of!(Data, fault_scratch),
-    interrupt = const offset_of!(Data, interrupt),
     trusted_interrupt = const offset_of!(Data, trusted_interrupt),
     halt_rsp = const offset_of!(Data, halt_rsp),
     counters = const offset_of!(Data, counters),

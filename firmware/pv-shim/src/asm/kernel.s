@@ -124,53 +124,38 @@ shim_fault:
 1: CALL 2
   ud2
 
-# ---- Interrupts of the kernel and of the shim, on the stack of either: there
-# may be one on top of the other, as KVM delivers one twice if its way into the
-# guest is cut short.
+# ---- Interrupts of the kernel and of the shim, on the stack of either. They
+# may come anywhere in here too: KVM delivers one again if the first thing that
+# its handler does is a fault that KVM resolves (on the stack, say), even if the
+# local APIC was told meanwhile that it is done.
+.macro SAVE
+  push %rax
+  push %rcx
+  push %r11
+.endm
 .globl pv_shim_timer
 pv_shim_timer:
-  mov %rax, i_rax(%rip)
-  mov %rcx, i_rcx(%rip)
-  mov %r11, i_r11(%rip)
-  lea pv_shim_start(%rip), %rcx
-  mov (%rsp), %rax
-  sub %rcx, %rax
-  cmp $(pv_shim_timer - pv_shim_start), %rax
-  je interrupt_twice
+  SAVE
   RAISE_TIMER
   jmp 1f
 .globl pv_shim_event
 pv_shim_event:
-  mov %rax, i_rax(%rip)
-  mov %rcx, i_rcx(%rip)
-  mov %r11, i_r11(%rip)
+  SAVE
 1: COUNT 9
-  lea pv_shim_start(%rip), %rcx
-  mov (%rsp), %rax
-  sub %rcx, %rax
-  cmp $(pv_shim_event - pv_shim_start), %rax
-  je interrupt_twice
-  cmp $(pv_shim_timer - pv_shim_start), %rax
-  je interrupt_twice
   cmpb $0, flush(%rip)
-  je 2f
+  je interrupt_look
   movzwl idt + 48(%rip), %eax        # a door may be open
-  mov %rax, f_gate(%rip)
-  mov stack + {DOOR}(%rip), %rax     # and its frame in use
-  mov %rax, i_door(%rip)
-  mov stack + {DOOR} + 24(%rip), %rax
-  mov %rax, i_door + 8(%rip)
+  push %rax
+  push stack + {DOOR}(%rip)          # and its frame in use
+  push stack + {DOOR} + 24(%rip)
   movb $0, flush(%rip)
   FLUSH
-  mov i_door(%rip), %rax
-  mov %rax, stack + {DOOR}(%rip)
-  mov i_door + 8(%rip), %rax
-  mov %rax, stack + {DOOR} + 24(%rip)
-  mov f_gate(%rip), %rax
+  pop stack + {DOOR} + 24(%rip)
+  pop stack + {DOOR}(%rip)
+  pop %rax
   movw %ax, idt + 48(%rip)
-2:
-interrupt_look:
-  mov (%rsp), %rax
+interrupt_look:                      # stack: R11, RCX, RAX, frame
+  mov 24(%rsp), %rax
   lea pv_shim_start(%rip), %rcx
   sub %rcx, %rax
   cmp ${CODE_SIZE} + 0x1000, %rax
@@ -178,31 +163,45 @@ interrupt_look:
   mov vcpu_info(%rip), %rax
   cmpw $1, (%rax)
   jne interrupt_tail
-  mov i_rax(%rip), %rax
-  mov %rax, c_rax(%rip)
-  mov i_rcx(%rip), %rax
-  mov %rax, c_rcx(%rip)
-  mov i_r11(%rip), %rax
+  mov (%rsp), %rax
   mov %rax, c_r11(%rip)
-  mov %rsp, %rcx
+  mov 8(%rsp), %rax
+  mov %rax, c_rcx(%rip)
+  mov 16(%rsp), %rax
+  mov %rax, c_rax(%rip)
+  lea 24(%rsp), %rcx
   FRAME
   movq ${KERNEL_CS}, c_cs(%rip)
   movq ${KERNEL_SS}, c_ss(%rip)
   movl $0, apic_eoi(%rip)
+interrupt_upcall:
   jmp upcall
 # In the shim: it looks at the events itself, before it leaves; one that has
 # looked already looks again.
 interrupt_shim:
-  # Right before the end of this very routine, or of the kernel's return,
-  # which have looked: the context that they return to is looked at again. (The
-  # frame of this interrupt may lie over what was on the stack.)
+  # Right before the end of this very routine, or of the kernel's return: the
+  # context that they return to is looked at. (The frame of this interrupt may
+  # lie over what was on the stack.)
   cmp $(interrupt_go - pv_shim_start), %rax
+  je 1f
+  cmp $(interrupt_done - pv_shim_start), %rax
   je 1f
   cmp $(iret_kernel_go - pv_shim_start), %rax
   jne 2f
-1: mov 24(%rsp), %rsp
+1: mov (%rsp), %r11
+  mov 8(%rsp), %rcx
+  mov 16(%rsp), %rax
+  mov 48(%rsp), %rsp
+  SAVE
   jmp interrupt_look
-2: lea leave(%rip), %rcx
+2: lea interrupt_look(%rip), %rcx
+  cmp $(interrupt_done - pv_shim_start), %rax
+  jae interrupt_tail
+  cmp $(interrupt_upcall - pv_shim_start), %rax
+  je interrupt_tail
+  cmp $(interrupt_look - pv_shim_start), %rax
+  jae 5f
+  lea leave(%rip), %rcx
   cmp $(leave_end - pv_shim_start), %rax
   jae 1f
   cmp $(leave_check - pv_shim_start), %rax
@@ -226,18 +225,15 @@ interrupt_shim:
   jae interrupt_tail
   cmp $(user_again - pv_shim_start), %rax
   jb interrupt_tail
-5: mov %rcx, (%rsp)
+5: mov %rcx, 24(%rsp)
 interrupt_tail:
-  mov i_rax(%rip), %rax
-  mov i_rcx(%rip), %rcx
-  mov i_r11(%rip), %r11
+  mov (%rsp), %r11
+  mov 8(%rsp), %rcx
+  mov 16(%rsp), %rax
+  lea 24(%rsp), %rsp
+interrupt_done:
   movl $0, apic_eoi(%rip)
 interrupt_go:
-  iretq
-interrupt_twice:
-  mov i_rax(%rip), %rax
-  mov i_rcx(%rip), %rcx
-  mov i_r11(%rip), %r11
   iretq
 interrupt_end:
 .org {ENTRY}
