@@ -199,6 +199,10 @@ labels! {
     Done = pv_shim_done;
     /// A hypercall's end with EINVAL.
     Invalid = pv_shim_invalid;
+    /// `out` to a doorbell: event channel in RAX.
+    Doorbell = pv_shim_doorbell;
+    /// Behind it.
+    Rung = pv_shim_rung;
     /// Where `int3` in user code lands.
     LandingDoor = pv_shim_landing_door;
     /// Where page faults of user code land.

@@ -53,7 +53,11 @@ h_event_channel_op:
   jne slow4
   mov %rdx, %rcx
   mov ${DOORBELL_PORT}, %edx
+.globl pv_shim_doorbell
+pv_shim_doorbell:
   out %eax, %dx
+.globl pv_shim_rung
+pv_shim_rung:
   mov %rcx, %rdx
   jmp ok
 slow4:

@@ -257,6 +257,14 @@ impl PvCpu {
     /// The shim's ring 3 code faults on values of the guest only.
     fn in_shim(&mut self, exception: &Exception, regs: &mut kvm_regs) -> Step {
         let offset = exception.frame[0].wrapping_sub(part_va(self.index));
+        if exception.vector == GENERAL_PROTECTION && offset == Label::Doorbell.offset() {
+            // QEMU's emulated processor refuses ports to ring 3 of a guest with
+            // a 64-bit task state segment that is busy, as any in use is.
+            let _ = self.domain.events.send(regs.rax as u32);
+            let mut frame = exception.frame;
+            frame[0] = label(self.index, Label::Rung);
+            return self.go(regs, exception.user_view, frame);
+        }
         let hypercalls = Label::Entry.offset()..Label::IretHypercall.offset();
         if exception.vector == GENERAL_PROTECTION && hypercalls.contains(&offset) {
             let mut frame = exception.frame;
