@@ -15,13 +15,13 @@ pub(crate) struct Pages {
 impl Pages {
     /// Maps `count` pages, fresh: the first access to each faults.
     pub(crate) fn map(count: usize) -> io::Result<Self> {
-        Self::map_with(count, libc::PROT_READ | libc::PROT_WRITE)
+        Self::map_with(count, libc::PROT_READ | libc::PROT_WRITE, 0)
     }
 
-    /// The same with this protection.
-    pub(crate) fn map_with(count: usize, protection: i32) -> io::Result<Self> {
+    /// The same with this protection and these flags.
+    pub(crate) fn map_with(count: usize, protection: i32, flags: i32) -> io::Result<Self> {
         let len = count * PAGE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
         // SAFETY: a new mapping, at an address that the kernel chooses.
         let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, -1, 0) };
         if start == libc::MAP_FAILED {

@@ -38,6 +38,9 @@ const SIGNALS: [i32; 5] = [
 /// The single-step flag, which an attempt may leave set.
 const TRAP_FLAG: i64 = 0x100;
 
+/// Linux's segment of 64-bit code, which an attempt may leave.
+const CODE_SEGMENT: i64 = 0x33;
+
 /// Seconds that one attempt in a process of its own may take.
 const LIMIT: u32 = 10;
 
@@ -113,21 +116,30 @@ const PRIVILEGED: &[(&str, &[u8])] = &[
         "popfq with TF",
         &[0x68, 0x02, 0x01, 0x00, 0x00, 0x9d, 0x90, 0x90],
     ),
-    // FS at an address that is none.
+    // mov eax, 7; mov gs, ax
+    ("local descriptor", &[0xb8, 7, 0, 0, 0, 0x8e, 0xe8]),
+];
+
+/// What may do something for processes too: KVM answers hypercalls from ring 3 with an error, and
+/// Xen's prefix for an emulated CPUID works there. FS may go to an address that is none where
+/// QEMU emulates the processor. `syscall` in 32-bit code is none, or is a 64-bit one.
+const HARMLESS: &[(&str, &[u8])] = &[
+    ("vmcall", &[0x0f, 0x01, 0xc1]),
+    ("vmmcall", &[0x0f, 0x01, 0xd9]),
+    ("xen cpuid", &[0x0f, 0x0b, b'x', b'e', b'n', 0x0f, 0xa2]),
     (
         "wrfsbase",
         &[
             0x48, 0xb8, 0, 0, 0, 0, 0, 0x80, 0, 0, 0xf3, 0x48, 0x0f, 0xae, 0xd0,
         ],
     ),
-];
-
-/// What may do something for processes too: KVM answers hypercalls from ring 3 with an error, and
-/// Xen's prefix for an emulated CPUID works there.
-const HARMLESS: &[(&str, &[u8])] = &[
-    ("vmcall", &[0x0f, 0x01, 0xc1]),
-    ("vmmcall", &[0x0f, 0x01, 0xd9]),
-    ("xen cpuid", &[0x0f, 0x0b, b'x', b'e', b'n', 0x0f, 0xa2]),
+    // lea rax, [rip + 5]; push 0x23; push rax; retfq; syscall
+    (
+        "syscall in 32-bit code",
+        &[
+            0x48, 0x8d, 0x05, 5, 0, 0, 0, 0x6a, 0x23, 0x50, 0x48, 0xcb, 0x0f, 0x05,
+        ],
+    ),
 ];
 
 /// `push 0xe02b; push rsp; push 0x202; push 0xe033; push -1; iretq`
@@ -161,6 +173,8 @@ extern "C" fn handler(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::
     registers[libc::REG_RIP as usize] = landing as usize as i64;
     registers[libc::REG_RAX as usize] = i64::from(signal);
     registers[libc::REG_EFL as usize] &= !TRAP_FLAG;
+    let segments = &mut registers[libc::REG_CSGSFS as usize];
+    *segments = *segments & !0xffff | CODE_SEGMENT;
 }
 
 fn install_handlers() -> io::Result<()> {
@@ -227,6 +241,7 @@ pub(crate) fn run() -> io::Result<Report> {
     instructions(&mut findings)?;
     eprintln!("{} readable pages", readable.len());
     let changed = secrets(&readable)?;
+    let int80 = isolated(|| i32::from(!is_system_call()))?;
     for page in &readable {
         jumps(page, &mut findings)?;
     }
@@ -242,6 +257,7 @@ pub(crate) fn run() -> io::Result<Report> {
             "signals": findings.signals,
             "violations": findings.violations,
             "readable": pages,
+            "int80": int80 == End::Exited(0),
         }),
     })
 }
@@ -317,7 +333,8 @@ fn secrets(readable: &[Readable]) -> io::Result<u32> {
 /// leaves its process in disorder must not disturb the rest.
 fn instructions(findings: &mut Findings) -> io::Result<()> {
     let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-    let mut page = Pages::map_with(1, all)?;
+    // Where 32-bit code can be.
+    let mut page = Pages::map_with(1, all, libc::MAP_32BIT)?;
     let mut one = |name: &str, bytes: &[u8], may_return: bool| -> io::Result<()> {
         let code = page.bytes();
         code.fill(0xc3);
@@ -355,6 +372,20 @@ fn instructions(findings: &mut Findings) -> io::Result<()> {
         one(&name, &[0xcd, vector], may_return)?;
     }
     Ok(())
+}
+
+/// Whether 32-bit Linux's system call tells the process's number.
+fn is_system_call() -> bool {
+    const GETPID: u64 = 20;
+    let mut rax = GETPID;
+    // SAFETY: without arguments; should it not be there, the process has nothing else to do.
+    unsafe {
+        std::arch::asm!(
+            "int 0x80", inout("rax") rax,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    u32::try_from(rax) == Ok(std::process::id())
 }
 
 /// Whether `int 0x1a` is a CPUID, with its answers and nothing else.

@@ -118,6 +118,7 @@ fn guest_is_sound(guest: &Client, processes: u32, rounds: u32, isolated: bool) {
     if isolated {
         let probe = check(guest, "probe");
         assert!(probe["attempts"].as_u64().unwrap() > 10_000);
+        assert_eq!(probe["int80"], true);
         // What can be read is the same from one moment to the next.
         assert_eq!(check(guest, "probe")["readable"], probe["readable"]);
     }
