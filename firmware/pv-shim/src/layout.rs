@@ -106,7 +106,9 @@ pub mod selector {
     /// 64-bit code of ring 3 in every Linux table: what the guest really runs
     /// with.
     pub const LINUX_CODE3: u16 = 0x33;
-    /// Its data.
+    /// 32-bit code of ring 3 in every Linux table.
+    pub const LINUX_CODE32: u16 = 0x23;
+    /// Data of both.
     pub const LINUX_DATA3: u16 = 0x2b;
 }
 

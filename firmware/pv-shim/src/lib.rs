@@ -86,6 +86,7 @@ global_asm!(
     hardware = const offset_of!(Data, hardware),
     KERNEL_FAULT = const frame::KERNEL_FAULT,
     DOOR = const frame::DOOR,
+    OTHER = const frame::OTHER,
     USER_FAULT = const frame::USER_FAULT,
     USER_DOOR = const frame::USER_DOOR,
     USER_INTERRUPT = const frame::USER_INTERRUPT,
@@ -106,6 +107,7 @@ global_asm!(
     KERNEL_CS = const selector::CODE3 & !3,
     KERNEL_SS = const selector::DATA3,
     LINUX_CODE3 = const selector::LINUX_CODE3,
+    LINUX_CODE32 = const selector::LINUX_CODE32,
     LINUX_DATA3 = const selector::LINUX_DATA3,
     options(att_syntax),
 );
@@ -191,6 +193,8 @@ labels! {
     KernelFault = pv_shim_kernel_fault;
     /// Where `syscall` arrives on hardware that raises the privilege.
     HardwareEntry = pv_shim_hardware_entry;
+    /// Where it arrives from 32-bit code.
+    HardwareEntry32 = pv_shim_hardware_entry32;
     /// Delivers the context.
     Deliver = pv_shim_deliver;
     /// Delivers an event to the context.

@@ -73,6 +73,7 @@ pv_shim_start:
 .set ud, user_stack + {USER_DOOR}
 .set ui, user_stack + {USER_INTERRUPT}
 .set ti, stack + {USER_INTERRUPT}      # where user code shares the view
+.set fo, stack + {OTHER}               # exceptions for the monitor
 .set back, user_stack + {DOOR}       # frame to return to user code
 
 # ---- Ring 0: exceptions that the monitor handles. Stubs of 8 bytes.
@@ -232,3 +233,15 @@ pv_shim_hardware_entry:
   mov %r11, hw_frame + 16(%rip)
   lea hw_frame(%rip), %rsp
   iretq
+# The same from 32-bit code, which AMD's processors have: an invalid opcode.
+.balign 16
+.globl pv_shim_hardware_entry32
+pv_shim_hardware_entry32:
+  mov %rsp, fo + 24(%rip)
+  mov %r11, fo + 16(%rip)
+  lea fo(%rip), %rsp
+  sub $2, %ecx
+  mov %rcx, (%rsp)
+  movq ${LINUX_CODE32}, 8(%rsp)
+  movq ${LINUX_DATA3}, 32(%rsp)
+  jmp pv_shim_vectors + 8 * 6

@@ -23,6 +23,7 @@ const APIC_ENABLED: u64 = 1 << 11;
 const MSR_TSC: u32 = 0x10;
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_CSTAR: u32 = 0xc000_0083;
 const MSR_SYSCALL_MASK: u32 = 0xc000_0084;
 /// What real hardware clears on `syscall`: the shim's ring 0 entry must not be
 /// interrupted or single-stepped. (It finds the flags in R11.)
@@ -65,6 +66,11 @@ impl PvCpu {
             selector: selector::TSS,
             type_: 11,
             present: 1,
+            ..Default::default()
+        };
+        // Nobody loads a local table.
+        sregs.ldt = kvm_segment {
+            unusable: 1,
             ..Default::default()
         };
         sregs.gdt.base = va + vcpu::GDT;
@@ -125,8 +131,9 @@ impl PvCpu {
             // The guest's counter is the host's, as it is elsewhere.
             // SAFETY: every x86-64 processor has this instruction.
             let now = unsafe { std::arch::x86_64::_rdtsc() };
-            let tsc = Msrs::from_entries(&[msr(MSR_TSC, now)]);
-            fd.set_msrs(&tsc.map_err(|_| Stop::Broken("no room"))?)?;
+            let cstar = label(self.index, Label::HardwareEntry32);
+            let own = Msrs::from_entries(&[msr(MSR_TSC, now), msr(MSR_CSTAR, cstar)]);
+            fd.set_msrs(&own.map_err(|_| Stop::Broken("no room"))?)?;
         }
         let msrs = Msrs::from_entries(&[
             msr(

@@ -206,8 +206,9 @@ impl PvCpu {
     fn of_user(&mut self, fd: &VcpuFd, exception: &Exception, regs: &mut kvm_regs) -> Step {
         let mut context = Self::context(regs, exception.frame);
         let (mut vector, mut error) = (exception.vector, exception.error);
-        if vector == INVALID_OPCODE {
-            // Where KVM does not know `int` it says so by this exception.
+        if matches!(vector, INVALID_OPCODE | GENERAL_PROTECTION) {
+            // Where KVM does not know `int` it says so by the first exception; a processor finds
+            // no gate and says so by the second.
             let mut code = [0; 15];
             let len = self.read_code(context.rip, &mut code);
             if let [0xcd, number, ..] = code[..len] {
