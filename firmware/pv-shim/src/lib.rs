@@ -194,7 +194,7 @@ labels! {
     /// Where `syscall` arrives on hardware that raises the privilege.
     HardwareEntry = pv_shim_hardware_entry;
     /// Where it arrives from 32-bit code.
-    HardwareEntry32 = pv_shim_hardware_entry32;
+    Entry32 = pv_shim_entry32;
     /// Delivers the context.
     Deliver = pv_shim_deliver;
     /// Delivers an event to the context.

@@ -116,13 +116,20 @@ const PRIVILEGED: &[(&str, &[u8])] = &[
         "popfq with TF",
         &[0x68, 0x02, 0x01, 0x00, 0x00, 0x9d, 0x90, 0x90],
     ),
+    // lea rax, [rip + 5]; push 0x23; push rax; retfq; syscall
+    (
+        "syscall in 32-bit code",
+        &[
+            0x48, 0x8d, 0x05, 5, 0, 0, 0, 0x6a, 0x23, 0x50, 0x48, 0xcb, 0x0f, 0x05,
+        ],
+    ),
     // mov eax, 7; mov gs, ax
     ("local descriptor", &[0xb8, 7, 0, 0, 0, 0x8e, 0xe8]),
 ];
 
 /// What may do something for processes too: KVM answers hypercalls from ring 3 with an error, and
 /// Xen's prefix for an emulated CPUID works there. FS may go to an address that is none where
-/// QEMU emulates the processor. `syscall` in 32-bit code is none, or is a 64-bit one.
+/// QEMU emulates the processor.
 const HARMLESS: &[(&str, &[u8])] = &[
     ("vmcall", &[0x0f, 0x01, 0xc1]),
     ("vmmcall", &[0x0f, 0x01, 0xd9]),
@@ -131,13 +138,6 @@ const HARMLESS: &[(&str, &[u8])] = &[
         "wrfsbase",
         &[
             0x48, 0xb8, 0, 0, 0, 0, 0, 0x80, 0, 0, 0xf3, 0x48, 0x0f, 0xae, 0xd0,
-        ],
-    ),
-    // lea rax, [rip + 5]; push 0x23; push rax; retfq; syscall
-    (
-        "syscall in 32-bit code",
-        &[
-            0x48, 0x8d, 0x05, 5, 0, 0, 0, 0x6a, 0x23, 0x50, 0x48, 0xcb, 0x0f, 0x05,
         ],
     ),
 ];

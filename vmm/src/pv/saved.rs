@@ -21,7 +21,7 @@ use crate::vcpu::state::VcpuState;
 const KIND: &str = "pv-machine";
 const VERSION: u32 = 1;
 /// Where `syscall` leads: the only MSRs of a vCPU that its guest depends on.
-const MSRS: [u32; 3] = [0xc000_0081, 0xc000_0082, 0xc000_0084];
+const MSRS: [u32; 4] = [0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084];
 
 /// The state as it is carried.
 #[derive(Serialize, Deserialize)]

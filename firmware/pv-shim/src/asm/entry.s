@@ -66,6 +66,16 @@
   mov %rax, c_ss(%rip)
 .endm
 
+# For a context of user code: 32-bit code's `syscall` arrives in ring 0 where KVM
+# interprets that, at address 0. It gets no further: it has jumped there.
+.macro USER_SEGMENTS
+  testb $3, c_cs(%rip)
+  jnz 79f
+  movq ${LINUX_CODE32}, c_cs(%rip)
+  movq ${LINUX_DATA3}, c_ss(%rip)
+79:
+.endm
+
 # ---- Delivers what `context` says to the guest's kernel: pushes a frame and
 # jumps to the handler. Only RAX, RCX, R11 are not the guest's here.
 .globl pv_shim_deliver

@@ -90,6 +90,7 @@ kernel_fault:
   mov %rax, c_error(%rip)
   lea kf + 8(%rip), %rcx
   FRAME
+  USER_SEGMENTS
   jmp 2f
 1: and $~4, %eax
   mov %rax, c_error(%rip)

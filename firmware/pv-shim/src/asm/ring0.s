@@ -235,8 +235,8 @@ pv_shim_hardware_entry:
   iretq
 # The same from 32-bit code, which AMD's processors have: an invalid opcode.
 .balign 16
-.globl pv_shim_hardware_entry32
-pv_shim_hardware_entry32:
+.globl pv_shim_entry32
+pv_shim_entry32:
   mov %rsp, fo + 24(%rip)
   mov %r11, fo + 16(%rip)
   lea fo(%rip), %rsp

@@ -64,6 +64,7 @@ pv_shim_landing_fault:
   mov %rax, c_error(%rip)
   lea uf + 8(%rip), %rcx
   FRAME
+  USER_SEGMENTS
   mov fault_handler(%rip), %rax
   mov %rax, c_handler(%rip)
   movw $0x101, c_has_error(%rip)
@@ -146,6 +147,7 @@ pv_shim_landing_event:
   incq epoch(%rip)
   COUNT 9
   FRAME
+  USER_SEGMENTS
   # Within a system call's way in, before anything was done: it is made again,
   # perhaps on another vCPU. Within its way out: that is over.
   lea pv_shim_start(%rip), %rcx

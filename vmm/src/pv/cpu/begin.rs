@@ -131,7 +131,7 @@ impl PvCpu {
             // The guest's counter is the host's, as it is elsewhere.
             // SAFETY: every x86-64 processor has this instruction.
             let now = unsafe { std::arch::x86_64::_rdtsc() };
-            let cstar = label(self.index, Label::HardwareEntry32);
+            let cstar = label(self.index, Label::Entry32);
             let own = Msrs::from_entries(&[msr(MSR_TSC, now), msr(MSR_CSTAR, cstar)]);
             fd.set_msrs(&own.map_err(|_| Stop::Broken("no room"))?)?;
         }
