@@ -217,6 +217,12 @@ impl<const REQUEST: usize, const RESPONSE: usize> Ring<REQUEST, RESPONSE> {
         self.indices.rsp_prod = self.indices.rsp_prod.wrapping_add(1);
     }
 
+    /// Responses that were pushed and not published.
+    #[must_use]
+    pub fn unpublished(&self) -> u32 {
+        self.indices.rsp_prod.wrapping_sub(self.published)
+    }
+
     /// Shows the guest what was pushed. True if it wants to be notified.
     #[must_use = "the guest may wait for a notification"]
     pub fn publish(&mut self) -> bool {

@@ -2,11 +2,13 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use blanket_drivers::store::{Operation, Request, Store};
-use blanket_memory::iovec;
+use blanket_memory::{IoVec, iovec};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
+use super::pace::Pace;
 use super::pages::{Page, Pages};
 use super::request::{
     self, Action, INDIRECT_SEGMENTS, REQUEST, RESPONSE, SEGMENT, Segment, Status, Table, Transfer,
@@ -23,7 +25,11 @@ const STORE: u32 = 1;
 
 /// Batches served in a row. A frontend that keeps the ring busy must not keep
 /// the worker from its other handlers and from being paused.
-const MAX_ROUNDS: usize = 16;
+const MAX_ROUNDS: usize = 8;
+
+/// How long finished answers wait for the next request, if one is expected:
+/// longer than a guest needs from one to the next.
+const PATIENCE: Duration = Duration::from_micros(200);
 
 /// A disk's ring.
 pub(super) type DiskRing = Ring<REQUEST, RESPONSE>;
@@ -43,6 +49,7 @@ pub(super) struct RingHandler {
     ring: DiskRing,
     pages: Pages,
     channel: Channel,
+    pace: Pace,
     identity: Arc<Identity>,
     /// Tells the bus that the ring is broken.
     fault: Arc<dyn Fn() + Send + Sync>,
@@ -63,6 +70,7 @@ impl RingHandler {
     ) -> Self {
         Self {
             engine: Engine::new(store, Arc::clone(&identity)),
+            pace: Pace::new(ring.entries()),
             ring,
             pages,
             channel,
@@ -105,12 +113,32 @@ impl RingHandler {
         let full = self.fill()?;
         self.engine.commit();
         self.reap();
+        if !full && self.expects_more()? {
+            return Ok(true);
+        }
         self.publish();
         if full {
             // Completions bring us back; notifications are of no use till then.
             return Ok(self.engine.in_flight() == 0);
         }
         self.ring.wait_for(1)
+    }
+
+    /// Whether another request has come, and the answers can wait for its own.
+    fn expects_more(&mut self) -> Result<bool, ring::Error> {
+        // What is in flight takes its time. The guest may as well work.
+        if self.engine.in_flight() > 0 || !self.pace.holds(self.ring.unpublished()) {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        while self.ring.available()? == 0 {
+            if start.elapsed() > PATIENCE {
+                self.pace.waited_in_vain();
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(true)
     }
 
     /// Hands requests to the store. True if the store takes no more for now.
@@ -133,6 +161,7 @@ impl RingHandler {
         let (id, operation) = (request::id(request), request::operation(request));
         match self.prepare(request) {
             Ok((request, pages)) => {
+                self.pace.moves(IoVec::total(&request.vectors));
                 let answer = Answer {
                     id,
                     operation,
@@ -241,6 +270,7 @@ impl RingHandler {
 
     /// Shows the guest the answers, and tells it if it waits for them.
     fn publish(&mut self) {
+        self.pace.publishes(self.ring.unpublished());
         if self.ring.publish() {
             self.channel.notify();
         }

@@ -8,6 +8,7 @@
 //! `sector-size` is larger, as in Linux's front- and backends.
 
 mod handler;
+mod pace;
 mod pages;
 mod request;
 mod setup;
