@@ -186,7 +186,9 @@ fn queues_on_workers_serve_drivers_by_their_events() {
             }
         }
         for driver in &drivers {
-            assert!(driver.interrupts.queue_count() >= 4);
+            // By its events, a driver that looks all the time may need but the first.
+            let least = if event_idx { 1 } else { 4 };
+            testing::until("interrupt", || driver.interrupts.queue_count() >= least);
             assert_eq!(driver.interrupts.reset_count(), 0);
         }
         for id in ids {

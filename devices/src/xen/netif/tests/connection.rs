@@ -9,6 +9,7 @@ use blanket_drivers::tap::{Spec, Tap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::virtio::testing::until;
 use crate::worker::Worker;
 use crate::xen::EventChannels;
 use crate::xen::bus::{Backend, Context, Error};
@@ -73,8 +74,14 @@ impl Bench {
                 break;
             }
         }
-        assert_eq!(self.front.sent(), Some(((DATA + 99) as u16, 0)));
-        assert!(self.channels.notified() > 0);
+        // The answer may be here before it is known that the request was taken.
+        let mut sent = None;
+        until("end of the request", || {
+            sent = self.front.sent();
+            sent.is_some()
+        });
+        assert_eq!(sent, Some(((DATA + 99) as u16, 0)));
+        until("notification", || self.channels.notified() > 0);
     }
 }
 
