@@ -236,7 +236,7 @@ pub struct VmConfig {
 
     /// Do not isolate the guest's kernel from its own user space in a `pv`
     /// machine: faster system calls, for appliances that run one trusted
-    /// program on one vCPU [default: false].
+    /// program [default: false].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trust_guest_user: Option<bool>,

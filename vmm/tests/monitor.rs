@@ -278,112 +278,46 @@ fn bad_input_gets_one_clear_line_and_leaves_nothing() {
     let bad_initrd = path("empty");
     let cases: &[(&[&str], &[&str])] = &[
         (&[], &["--kernel", "--api-socket"]),
+        (&["--kernel", &path("absent")], &["absent", "No such file"]),
+        (&["--kernel", &path("cut")], &["cut", "truncated"]),
+        (&["--kernel", &path("empty")], &["empty", "bzImage"]),
         (
-            &["--machine", "hvm", "--kernel", &path("absent")],
-            &["absent", "No such file"],
-        ),
-        (
-            &["--machine", "hvm", "--kernel", &path("cut")],
-            &["cut", "truncated"],
-        ),
-        (
-            &["--machine", "hvm", "--kernel", &path("empty")],
-            &["empty", "bzImage"],
-        ),
-        (
-            &[
-                "--machine",
-                "hvm",
-                "--kernel",
-                &kernel,
-                "--initrd",
-                &path("absent"),
-            ],
+            &["--kernel", &kernel, "--initrd", &path("absent")],
             &["initrd", "absent"],
         ),
         (
-            &[
-                "--machine",
-                "hvm",
-                "--kernel",
-                &kernel,
-                "--initrd",
-                &bad_initrd,
-            ],
+            &["--kernel", &kernel, "--initrd", &bad_initrd],
             &["initrd", "empty"],
         ),
         (
-            &[
-                "--machine",
-                "hvm",
-                "--kernel",
-                &kernel,
-                "--disk",
-                &path("absent"),
-            ],
+            &["--kernel", &kernel, "--disk", &path("absent")],
             &["disk", "absent"],
         ),
         (
-            &[
-                "--machine",
-                "hvm",
-                "--kernel",
-                &kernel,
-                "--disk",
-                &path("empty"),
-            ],
+            &["--kernel", &kernel, "--disk", &path("empty")],
             &["disk", "empty"],
         ),
+        (&["--kernel", &kernel, "--memory", "8T"], &["--memory"]),
         (
-            &["--machine", "hvm", "--kernel", &kernel, "--memory", "8T"],
-            &["--memory"],
-        ),
-        (
-            &[
-                "--machine",
-                "hvm",
-                "--kernel",
-                &kernel,
-                "--hugepages",
-                "1g",
-                "--memory",
-                "900G",
-            ],
+            &["--kernel", &kernel, "--hugepages", "1g", "--memory", "900G"],
             &["900"],
         ),
-        (
-            &["--machine", "hvm", "--kernel", &kernel, "--cpus", "65"],
-            &["64"],
-        ),
+        (&["--kernel", &kernel, "--cpus", "65"], &["64"]),
         (&["--config", &path("bad.toml")], &["memroy"]),
         (&["--config", &path("absent")], &["absent"]),
         (
-            &[
-                "--machine",
-                "hvm",
-                "--kernel",
-                &kernel,
-                "--net",
-                "tap=name-that-is-too-long",
-            ],
+            &["--kernel", &kernel, "--net", "tap=name-that-is-too-long"],
             &["name"],
         ),
         (
-            &[
-                "--machine",
-                "hvm",
-                "--kernel",
-                &kernel,
-                "--net",
-                "bridge=nobridge0",
-            ],
+            &["--kernel", &kernel, "--net", "bridge=nobridge0"],
             &["nobridge0"],
         ),
     ];
     for (arguments, said) in cases {
         let mut arguments = arguments.to_vec();
         if !arguments.is_empty() {
-            arguments.extend(["--api-socket", &socket]);
+            arguments.extend(["--machine", "hvm", "--api-socket", &socket]);
         }
         let error = refused(&arguments);
         for word in *said {

@@ -220,6 +220,8 @@ struct Findings {
     attempts: u64,
     signals: BTreeMap<i32, u64>,
     violations: Vec<String>,
+    /// What may do something for processes, and did.
+    returned: Vec<String>,
 }
 
 impl Findings {
@@ -256,6 +258,7 @@ pub(crate) fn run() -> io::Result<Report> {
             "attempts": findings.attempts,
             "signals": findings.signals,
             "violations": findings.violations,
+            "returned": findings.returned,
             "readable": pages,
             "int80": int80 == End::Exited(0),
         }),
@@ -347,6 +350,7 @@ fn instructions(findings: &mut Findings) -> io::Result<()> {
             End::Exited(0) if !may_return => {
                 findings.violations.push(format!("{name} does something"));
             }
+            End::Exited(0) => findings.returned.push(name.to_owned()),
             End::Signaled(libc::SIGALRM) => findings.violations.push(format!("{name} hangs")),
             End::Exited(signal) | End::Signaled(signal) => {
                 *findings.signals.entry(signal).or_default() += 1;

@@ -119,7 +119,6 @@ deliver:
   popfq
   mov c_rax(%rip), %rax
   jmp *c_handler(%rip)
-deliver_end:
 
 # ---- `syscall` of the kernel (and of user code, where both share a view).
 .globl pv_shim_entry

@@ -134,6 +134,15 @@ shim_fault:
   push %rcx
   push %r11
 .endm
+# Goes on with the context that the interrupted one returns to. It is not part
+# of what begins again, as the stack changes.
+interrupt_next:
+  mov (%rsp), %r11
+  mov 8(%rsp), %rcx
+  mov 16(%rsp), %rax
+  mov 48(%rsp), %rsp
+  SAVE
+  jmp interrupt_look
 .globl pv_shim_timer
 pv_shim_timer:
   SAVE
@@ -184,18 +193,12 @@ interrupt_shim:
   # context that they return to is looked at. (The frame of this interrupt may
   # lie over what was on the stack.)
   cmp $(interrupt_go - pv_shim_start), %rax
-  je 1f
+  je interrupt_next
   cmp $(interrupt_done - pv_shim_start), %rax
-  je 1f
+  je interrupt_next
   cmp $(iret_kernel_go - pv_shim_start), %rax
-  jne 2f
-1: mov (%rsp), %r11
-  mov 8(%rsp), %rcx
-  mov 16(%rsp), %rax
-  mov 48(%rsp), %rsp
-  SAVE
-  jmp interrupt_look
-2: lea interrupt_look(%rip), %rcx
+  je interrupt_next
+  lea interrupt_look(%rip), %rcx
   cmp $(interrupt_done - pv_shim_start), %rax
   jae interrupt_tail
   cmp $(interrupt_upcall - pv_shim_start), %rax
@@ -236,7 +239,6 @@ interrupt_done:
   movl $0, apic_eoi(%rip)
 interrupt_go:
   iretq
-interrupt_end:
 .org {ENTRY}
   jmp pv_shim_entry
 .globl pv_shim_end

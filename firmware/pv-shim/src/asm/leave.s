@@ -150,7 +150,6 @@ iret_user_cs:
   mov (%rsp), %rax
   mov user_cr3(%rip), %r11
   int3
-iret_user_end:
 iret_trusted:
   mov user_gs(%rip), %rax
   wrgsbase %rax
