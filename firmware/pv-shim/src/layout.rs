@@ -269,6 +269,11 @@ pub struct Data {
     pub r11: u64,
     /// Where a hypercall returns to.
     pub ret: u64,
+    /// Where a hypercall returns to that jumped here; 0: none does.
+    pub jumps_return: u64,
+    /// The jump itself: it faults while the kernel has no base of GS, which
+    /// it loads by a hypercall.
+    pub jumps_from: u64,
     /// Scratch of the hypercall at work.
     pub scratch: [u64; 4],
     /// Entries of the multicall: the next, and how many are left.
@@ -296,7 +301,7 @@ pub struct Data {
 }
 
 /// Names of [`Data::counters`].
-pub const COUNTERS: [&str; 10] = [
+pub const COUNTERS: [&str; 11] = [
     "hypercalls",
     "mmu_update",
     "update_va_mapping",
@@ -307,6 +312,7 @@ pub const COUNTERS: [&str; 10] = [
     "kernel_faults",
     "user_bits",
     "interrupts",
+    "hypercalls_by_syscall",
 ];
 
 const _: () = {

@@ -61,6 +61,8 @@ global_asm!(
     timer_port = const offset_of!(Data, timer_port),
     r11 = const offset_of!(Data, r11),
     ret = const offset_of!(Data, ret),
+    jumps_return = const offset_of!(Data, jumps_return),
+    jumps_from = const offset_of!(Data, jumps_from),
     scratch = const offset_of!(Data, scratch),
     multicall = const offset_of!(Data, multicall),
     context = const offset_of!(Data, context),
@@ -223,6 +225,8 @@ labels! {
     Event = pv_shim_event;
     /// `syscall` in the kernel.
     Entry = pv_shim_entry;
+    /// Where the kernel's hypercalls jump to, without `syscall`.
+    Jumped = pv_shim_jumped;
     /// The first of what handles `iret`: behind it, no fault is a hypercall's.
     IretHypercall = pv_shim_iret_hypercall;
     /// Kernel page table in the gate of `int3`.

@@ -74,6 +74,13 @@ fn boots(node: &Client, kernel: &str, initrd: &str, release: &str, cpus: usize) 
     let first = vm.info().unwrap()["metrics"]["vcpus"][0].clone();
     let exceptions = first["monitor_exceptions"].as_u64().unwrap();
     assert!((1..3000).contains(&exceptions), "{first}");
+    // Hypercalls jump to the shim, but for those of the start.
+    let metrics = vm.info().unwrap()["metrics"]["vcpus"].clone();
+    for vcpu in metrics.as_array().unwrap() {
+        let count = |name: &str| vcpu[name].as_u64().unwrap();
+        let by_syscall = count("hypercalls_by_syscall");
+        assert!(count("hypercalls") > 4 * by_syscall, "{metrics}");
+    }
     assert_kernel_is_content(&guest);
     drop(guest);
     assert_stops(&vm);

@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::ops::Deref;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -186,6 +187,7 @@ impl NodeBuilder {
         });
         Ok(Node {
             name: self.name,
+            cpus: self.cpus,
             agent,
             boot_time: start.elapsed(),
             qemu,
@@ -229,6 +231,10 @@ impl NodeBuilder {
             &["-device", "virtserialport,chardev=agent,name=blanket.agent"],
         );
         add(&mut all, &["-device", "virtio-rng-pci"]);
+        add(
+            &mut all,
+            &["-monitor", "unix:monitor.sock,server=on,wait=off"],
+        );
         for smbios in self.smbios.arguments() {
             add(&mut all, &["-smbios", &smbios]);
         }
@@ -327,6 +333,7 @@ fn add(all: &mut Vec<OsString>, arguments: &[&str]) {
 /// `target/testbed/logs`.
 pub struct Node {
     name: String,
+    cpus: u8,
     agent: Client,
     boot_time: Duration,
     _watchdog: Watchdog,
@@ -406,6 +413,9 @@ impl Deref for Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if thread::panicking() {
+            keep_state(&self.folder, self.cpus);
+        }
         self.qemu.kill();
         if thread::panicking() {
             match keep_log(&self.folder, &self.name) {
@@ -416,6 +426,23 @@ impl Drop for Node {
     }
 }
 
+/// Writes what QEMU knows of a running machine's processors to `state.log`: whether a guest hangs
+/// because it sleeps, loops, or was never told of an interrupt that is pending.
+fn keep_state(folder: &RunFolder, cpus: u8) {
+    let ask = || -> io::Result<()> {
+        let mut monitor = UnixStream::connect(folder.socket("monitor.sock"))?;
+        monitor.set_read_timeout(Some(Duration::from_secs(1)))?;
+        monitor.write_all(b"info registers -a\n")?;
+        for cpu in 0..cpus {
+            writeln!(monitor, "info lapic {cpu}")?;
+        }
+        let mut log = fs::File::create(folder.path().join("state.log"))?;
+        io::copy(&mut monitor, &mut log).map(drop)
+    };
+    // It ends with the time limit; a machine that is gone has nothing to tell.
+    let _ = ask();
+}
+
 /// Copies the machine's console output and QEMU's messages to where they stay.
 fn keep_log(folder: &RunFolder, name: &str) -> Result<PathBuf> {
     let this = thread::current();
@@ -423,8 +450,8 @@ fn keep_log(folder: &RunFolder, name: &str) -> Result<PathBuf> {
     let path = cache::subfolder("logs")?.join(format!("{test}-{name}.log"));
     let collect = |path: &Path| {
         let mut log = fs::File::create(path)?;
-        for part in ["qemu.log", "console.log"] {
-            // A machine that did not start has no console.
+        for part in ["qemu.log", "console.log", "state.log"] {
+            // A machine that did not start has no console, one that passed no state.
             log.write_all(&fs::read(folder.path().join(part)).unwrap_or_default())?;
         }
         Ok(())

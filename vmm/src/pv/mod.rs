@@ -14,6 +14,7 @@ mod parts;
 mod privileged;
 mod saved;
 mod shim;
+mod shortcut;
 pub mod time;
 
 pub use machine::Machine;

@@ -127,6 +127,7 @@ pv_shim_entry:
   je trusted_syscall
 entry_of_kernel:
   COUNT 0
+  COUNT 10
   mov %rcx, ret(%rip)
 hypercall:
   cmp $(table_end - table) / 4, %rax
@@ -135,6 +136,13 @@ hypercall:
   movslq (%r11, %rax, 4), %rcx
   add %r11, %rcx
   jmp *%rcx
+# ---- The same from the kernel's own functions, without `syscall`.
+.globl pv_shim_jumped
+pv_shim_jumped:
+  COUNT 0
+  mov jumps_return(%rip), %rcx
+  mov %rcx, ret(%rip)
+  jmp hypercall
 .balign 4
 table:
 .macro ENTRY name

@@ -68,8 +68,16 @@ pv_shim_landing_kernel_fault:
   mov f_r11(%rip), %r11
   lea kf + 8(%rip), %rsp
   iretq
+# The jump of a hypercall found no base of GS: Linux sets it by a hypercall.
+jump_fault:
+  mov f_rax(%rip), %rax
+  mov f_r11(%rip), %r11
+  mov kf + 32(%rip), %rsp
+  jmp pv_shim_jumped
 kernel_fault:
   mov kf + 8(%rip), %rax
+  cmp %rax, jumps_from(%rip)
+  je jump_fault
   lea pv_shim_start(%rip), %rcx
   sub %rcx, %rax
   cmp ${CODE_SIZE} + 0x1000, %rax
