@@ -20,7 +20,7 @@
 //! | 0x800000 | - | yes | those of U |
 //! | 0xa00000 | s | yes | code of ring 0 |
 //! | 0xc00000 | - | yes | the kernel, and its stack |
-//! | 0xe00000 | page 0 | page 1 | where `syscall` arrives |
+//! | 0xe00000 | yes | - | where `syscall` arrives |
 //! | 1 << 39 | yes | yes | two windows of 2 MiB: no pages, and the second no table |
 //!
 //! On the pages at 0x400000: the interrupt descriptors, at 0x8000 the stacks.
@@ -122,14 +122,12 @@ address_space:
     CALL 5
     END address_space
 
-# ---- Where `syscall` arrives: in user code's view, and in the kernel's.
+# ---- Where `syscall` arrives: in user code's view only.
 .section .floor.entry, "ax"
 floor_entry:
     int3
     mov %rcx, %r11
     jmp *%rcx
-.balign 4096
-    jmp *hypercalls(, %rax, 8)
 
 # ---- Ring 0.
 .section .floor.gates, "awx"
@@ -182,6 +180,11 @@ user_cr3: .quad 0x5000
 user_rip: .quad 0
 returns_to: .quad 0
 stack: .quad 0
+.macro HYPERCALL
+    mov $6f, %ecx
+    jmp *hypercalls(, %rax, 8)
+6:
+.endm
 .macro GATE name
     movw $(\name - 0xa00000), VIEW + 3 * 16
 .endm
@@ -239,10 +242,10 @@ switch:
     mov %rax, 0xa00044
     mov %rax, %rdi
     mov $3, %eax
-    syscall
+    HYPERCALL
 call_nothing:
     xor %eax, %eax
-    syscall
+    HYPERCALL
 call_end:
     out %al, $0xf1
     jmp call_end
@@ -263,13 +266,13 @@ kernel_fault:
     shl $12, %rax
     lea 0x1800067(%rax), %rsi
     mov $2, %eax
-    syscall
+    HYPERCALL
     jmp 3f
 second_window:
     movq $0x1800067, 0xc000
     movq $0xc067, 0xe008
 3:  mov $1, %eax
-    syscall
+    HYPERCALL
 
 # ---- Hypercalls: rcx is where they return to.
 hypercall_return:

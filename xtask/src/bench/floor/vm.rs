@@ -170,10 +170,11 @@ fn page_tables(ram: &GuestRam) -> Result<()> {
         for (at, value) in both.iter().chain(its_own.iter().filter(|_| kernel)) {
             entry(second, at >> 21, value | LARGE)?;
         }
-        entry(second, ENTRY >> 21, first | USER)?;
-        let page = ENTRY + if kernel { 0x1000 } else { 0 };
-        // User code reads and executes it only.
-        entry(first, 0, page | USER & !2)?;
+        if !kernel {
+            entry(second, ENTRY >> 21, first | USER)?;
+            // User code reads and executes it only.
+            entry(first, 0, ENTRY | USER & !2)?;
+        }
     }
     Ok(())
 }
