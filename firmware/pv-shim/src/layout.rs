@@ -289,6 +289,10 @@ pub struct Data {
     pub trusted_interrupt: [u64; 2],
     /// RSP of a kernel that halts.
     pub halt_rsp: u64,
+    /// Former page tables that KVM has not been told of: direct map.
+    pub forget: [u64; 8],
+    /// How many there are.
+    pub forgotten: u64,
     /// How often a page table was loaded.
     pub epoch: u64,
     /// Page tables to which a store was slow: see `store` of the shim.

@@ -82,6 +82,8 @@ global_asm!(
     fault_scratch = const offset_of!(Data, fault_scratch),
     trusted_interrupt = const offset_of!(Data, trusted_interrupt),
     halt_rsp = const offset_of!(Data, halt_rsp),
+    forget = const offset_of!(Data, forget),
+    forgotten = const offset_of!(Data, forgotten),
     counters = const offset_of!(Data, counters),
     epoch = const offset_of!(Data, epoch),
     slow_tables = const offset_of!(Data, slow_tables),

@@ -165,15 +165,38 @@ h_update_va_mapping:
   jz 6f
   # Writable: it is no page table any more. KVM that shadows it does not know,
   # and would treat each store to it as one to a page table. A store of less
-  # than an entry, by ring 0, tells it.
+  # than an entry, by ring 0, tells it: for some pages at a time.
   mov %rsi, %rdi
   and %r8, %rdi
   cmp memory(%rip), %rdi
   jae 1f
   add %r11, %rdi
-  mov %rax, %r10
+  mov forgotten(%rip), %rcx
+  lea forget(%rip), %r11
+  mov %rdi, (%r11, %rcx, 8)
+  inc %ecx
+  and $7, %ecx
+  mov %rcx, forgotten(%rip)
+  jnz 1f
+  push %rax
+  push %rdx
+  push %rsi
+  push %r9
+  mov 8(%r11), %rax
+  mov 16(%r11), %rdx
+  mov 24(%r11), %rsi
+  mov 32(%r11), %r8
+  mov 40(%r11), %r9
+  mov 48(%r11), %r10
+  mov 56(%r11), %rdi
+  push %rbx
+  mov (%r11), %rbx
   QUICK d_forget
-  mov %r10, %rax
+  pop %rbx
+  pop %r9
+  pop %rsi
+  pop %rdx
+  pop %rax
   jmp 1f
 6: and $2, %ecx
   or %rcx, %rsi

@@ -67,6 +67,8 @@ pv_shim_start:
 .set t_rax, data + {trusted_interrupt}
 .set t_rcx, t_rax + 8
 .set halt_rsp, data + {halt_rsp}
+.set forget, data + {forget}
+.set forgotten, data + {forgotten}
 .set counters, data + {counters}
 .set hw_frame, data + {hardware}
 
@@ -153,7 +155,14 @@ d_store:                             # RSI to RDI, at once for all who look
   xchg %rsi, (%rdi)
   sysretq
 .balign 16
-d_forget:                            # page at RDI
+d_forget:                            # eight pages
+  lock orw $0, (%rbx)
+  lock orw $0, (%rax)
+  lock orw $0, (%rdx)
+  lock orw $0, (%rsi)
+  lock orw $0, (%r8)
+  lock orw $0, (%r9)
+  lock orw $0, (%r10)
   lock orw $0, (%rdi)
   sysretq
 .balign 16
