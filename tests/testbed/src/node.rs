@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -426,8 +426,8 @@ impl Drop for Node {
     }
 }
 
-/// Writes what QEMU knows of a running machine's processors to `state.log`: whether a guest hangs
-/// because it sleeps, loops, or was never told of an interrupt that is pending.
+/// Writes what QEMU knows of a running machine's processors to `state.log`, and the most of it to
+/// standard error: whether it sleeps, loops, or was never told of an interrupt that is pending.
 fn keep_state(folder: &RunFolder, cpus: u8) {
     let ask = || -> io::Result<()> {
         let mut monitor = UnixStream::connect(folder.socket("monitor.sock"))?;
@@ -436,10 +436,20 @@ fn keep_state(folder: &RunFolder, cpus: u8) {
         for cpu in 0..cpus {
             writeln!(monitor, "info lapic {cpu}")?;
         }
-        let mut log = fs::File::create(folder.path().join("state.log"))?;
-        io::copy(&mut monitor, &mut log).map(drop)
+        let mut state = Vec::new();
+        // Ends with the time limit.
+        let _ = monitor.read_to_end(&mut state);
+        for line in String::from_utf8_lossy(&state).lines() {
+            if ["CPU#", "RIP=", "IRR", "ISR", "Timer"]
+                .iter()
+                .any(|start| line.starts_with(start))
+            {
+                eprintln!("testbed: {line}");
+            }
+        }
+        fs::write(folder.path().join("state.log"), state)
     };
-    // It ends with the time limit; a machine that is gone has nothing to tell.
+    // A machine that is gone has nothing to tell.
     let _ = ask();
 }
 

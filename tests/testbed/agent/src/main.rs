@@ -6,6 +6,7 @@
 //!   side ends.
 //! - `blanket-agent client SOCKET -- COMMAND...` runs a command in the machine whose console
 //!   is at the socket.
+//! - `blanket-agent nudge` has each processor interrupt the others four times a second, for ever.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -18,6 +19,7 @@ use std::time::Duration;
 use blanket_testbed_agent::client::Client;
 use blanket_testbed_agent::server;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// Time for the other end of a socket to answer.
 const CONNECT: Duration = Duration::from_secs(60);
@@ -32,9 +34,11 @@ fn main() -> ExitCode {
         ["client", socket, "--", command @ ..] if !command.is_empty() => {
             client(Path::new(socket), command)
         }
+        ["nudge"] => nudge(),
         _ => {
             eprintln!(
-                "usage: blanket-agent serve DEVICE|- | relay SOCKET | client SOCKET -- COMMAND..."
+                "usage: blanket-agent serve DEVICE|- | relay SOCKET | client SOCKET -- COMMAND... \
+                 | nudge"
             );
             return ExitCode::from(2);
         }
@@ -92,6 +96,41 @@ impl<R: Read> Read for UntilEnd<R> {
             result => result,
         }
     }
+}
+
+/// Has each processor interrupt the others now and then, by moving there and back.
+///
+/// QEMU's emulated SVM notes a virtual interrupt, and forgets one, without the lock under which
+/// other threads note interrupts for that processor (`do_vmexit`, `helper_vmrun`): one that comes
+/// right then is pending and nobody looks. If it is that of the timer of an idle processor, nothing
+/// on it wakes up again. The next interrupt brings the lost one along.
+fn nudge() -> io::Result<ExitCode> {
+    const PERIOD: Duration = Duration::from_millis(250);
+    let cpus = thread::available_parallelism()?.get();
+    let move_to = |cpu| {
+        let mut set = CpuSet::new();
+        set.set(cpu);
+        sched_setaffinity(None, &set)
+    };
+    let from = move |own| -> io::Result<()> {
+        loop {
+            for other in (0..cpus).filter(|other| *other != own) {
+                move_to(other)?;
+            }
+            // The timer is this processor's.
+            move_to(own)?;
+            thread::sleep(PERIOD);
+        }
+    };
+    let nudgers: Vec<_> = (0..cpus)
+        .map(|own| thread::spawn(move || from(own)))
+        .collect();
+    for nudger in nudgers {
+        nudger
+            .join()
+            .map_err(|_| io::Error::other("a thread ended"))??;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn relay(socket: &Path) -> io::Result<ExitCode> {

@@ -102,7 +102,8 @@ const RC: &str = include_str!("node-rc.sh");
 const AGENT: &str = include_str!("node-agent.sh");
 
 /// Started by busybox's init, which also buries what other processes leave behind.
-const INITTAB: &str = "::respawn:/usr/sbin/testbed-agent\n::ctrlaltdel:/usr/bin/poweroff -f\n";
+const INITTAB: &str = "::respawn:/usr/sbin/testbed-agent\n::respawn:/usr/bin/blanket-agent nudge\n\
+                       ::ctrlaltdel:/usr/bin/poweroff -f\n";
 
 /// Builds the node image for a kernel, unless it is there.
 pub(crate) fn node(flavor: KernelFlavor, kernel: &Kernel) -> Result<PathBuf> {
