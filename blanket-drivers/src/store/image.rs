@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -237,7 +237,7 @@ impl Image {
         }
         let ring = match spec.engine {
             Engine::Sync => false,
-            engine => match ring::probe(file.as_raw_fd()) {
+            engine => match ring::probe() {
                 Ok(()) => true,
                 Err(source) if engine == Engine::IoUring => {
                     return Err(Error::Engine { path, source });
