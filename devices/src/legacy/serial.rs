@@ -116,9 +116,12 @@ impl Uart {
     /// A vCPU writes `value` to the register at `offset` (0 to 7).
     pub fn write(&mut self, offset: u8, value: u8) {
         if offset == MCR {
+            let ended = self.loopback && value & MCR_LOOP == 0;
             self.loopback = value & MCR_LOOP != 0;
-            // What came meanwhile can come in now.
-            self.wake.give();
+            if ended {
+                // What came meanwhile can come in now.
+                self.wake.give();
+            }
         }
         // Neither the output nor the interrupt can fail.
         let _ = self.registers.write(offset, value);
