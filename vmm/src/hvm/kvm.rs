@@ -2,16 +2,15 @@
 
 use std::arch::x86_64::__cpuid;
 use std::io;
-use std::sync::Arc;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use crate::machine::Error;
+use crate::machine::{Error, kvm};
 
-/// A new VM and what its KVM can do.
+/// KVM and what it can do.
 pub(super) struct Host {
-    pub vm: Arc<VmFd>,
+    kvm: Kvm,
     /// What guests may be told by CPUID.
     pub cpuid: CpuId,
     /// The MSRs that make up a vCPU's state.
@@ -20,10 +19,10 @@ pub(super) struct Host {
     pub deadline_timer: bool,
 }
 
-/// Opens KVM and makes a VM with interrupt controllers, for up to `cpus`.
+/// Opens KVM, for VMs with up to `cpus` vCPUs.
 pub(super) fn open(cpus: u8) -> Result<Host, Error> {
-    let kvm = Kvm::new().map_err(|error| no_kvm(error.into()))?;
-    let most = kvm.get_max_vcpus();
+    let host = Kvm::new().map_err(|error| no_kvm(error.into()))?;
+    let most = host.get_max_vcpus();
     if usize::from(cpus) > most {
         return Err(Error::TooManyCpus { cpus, most });
     }
@@ -34,31 +33,38 @@ pub(super) fn open(cpus: u8) -> Result<Host, Error> {
         (Cap::UserMemory, "user memory"),
         (Cap::SetTssAddr, "TSS address"),
     ] {
-        if !kvm.check_extension(cap) {
+        if !host.check_extension(cap) {
             return Err(Error::Missing(name));
         }
     }
     warn_without_hardware();
-    let kvm_error = |what| move |error: kvm_ioctls::Error| Error::Kvm(what, error.into());
-    let vm = kvm.create_vm().map_err(kvm_error("create a VM"))?;
-    vm.set_tss_address(TSS_ADDRESS)
-        .map_err(kvm_error("place the TSS"))?;
-    vm.create_irq_chip()
-        .map_err(kvm_error("create interrupt controllers"))?;
-    let cpuid = kvm
+    let cpuid = host
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm_error("read the supported CPUID"))?;
-    let msrs = kvm
+        .map_err(kvm("read the supported CPUID"))?;
+    let msrs = host
         .get_msr_index_list()
-        .map_err(kvm_error("list the MSRs"))?
+        .map_err(kvm("list the MSRs"))?
         .as_slice()
         .to_vec();
     Ok(Host {
-        vm: Arc::new(vm),
+        deadline_timer: host.check_extension(Cap::TscDeadlineTimer),
+        kvm: host,
         cpuid,
         msrs,
-        deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
     })
+}
+
+impl Host {
+    /// Makes a VM with interrupt controllers. KVM waits for all processors a
+    /// few times meanwhile.
+    pub(super) fn make_vm(&self) -> Result<VmFd, Error> {
+        let vm = self.kvm.create_vm().map_err(kvm("create a VM"))?;
+        vm.set_tss_address(TSS_ADDRESS)
+            .map_err(kvm("place the TSS"))?;
+        vm.create_irq_chip()
+            .map_err(kvm("create interrupt controllers"))?;
+        Ok(vm)
+    }
 }
 
 /// Three pages that Intel's processors need, where no guest looks: below the

@@ -12,9 +12,10 @@ use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci};
 use blanket_devices::virtio::{Device, blk::Block, console::Console, net::Net, rng::Rng};
 use blanket_devices::worker::{STACK, Workers};
 use blanket_memory::GuestRam;
+use kvm_ioctls::VmFd;
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
-use super::boot::Payload;
+use super::boot::{Entry, Payload};
 use super::bus::HvmBus;
 use super::kvm::Host;
 use super::parts::Parts;
@@ -41,6 +42,8 @@ pub struct Machine {
     virtio: Vec<Arc<Mutex<VirtioPci>>>,
     described: Vec<DeviceInfo>,
     payload: Payload,
+    /// Where the kernel starts that has been loaded and has not run.
+    loaded: Option<Entry>,
     /// The vCPUs' state after power-on, for resets.
     power_on: Vec<VcpuState>,
     ram: GuestRam,
@@ -48,15 +51,17 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts `parts` together. Threads are made here, each under its filter;
-    /// the guest does not run yet.
+    /// Puts `parts` together and loads the kernel. Threads are made here, each
+    /// under its filter; the guest does not run yet.
     ///
     /// # Errors
-    /// KVM or the kernel refuses something.
-    pub fn build(config: &VmConfig, parts: Parts, events: &EventSink) -> Result<Self, Error> {
-        let host = parts.host;
-        map_memory(&host.vm, &parts.ram)?;
-        let wiring = KvmWiring::new(host.vm.clone()).map_err(resource("set up interrupts"))?;
+    /// KVM or the kernel refuses something, or the guest's kernel cannot be
+    /// loaded.
+    pub fn build(config: &VmConfig, mut parts: Parts, events: &EventSink) -> Result<Self, Error> {
+        let (vm, entry) = make_vm_and_load(&mut parts, config.cpus())?;
+        let vm = Arc::new(vm);
+        map_memory(&vm, &parts.ram)?;
+        let wiring = KvmWiring::new(vm.clone()).map_err(resource("set up interrupts"))?;
         let line = |gsi| wiring.line(gsi).map_err(resource("set up an interrupt"));
         let power = Power::new(line(platform::POWER_GSI)?);
         let serial_line = line(platform::SERIAL_GSI)?;
@@ -93,9 +98,9 @@ impl Machine {
             power: Mutex::new(power),
             pci: builder.pci,
         });
-        let (vcpus, power_on) = make_vcpus(&host, config.cpus(), &bus, events)?;
+        let (vcpus, power_on) = make_vcpus(&parts.host, &vm, config.cpus(), &bus, events)?;
         // Last: what maps memory meanwhile would wait for each page's zeroing.
-        populate(parts.payload.populate(&parts.ram))?;
+        populate(parts.payload.populate_ahead(&parts.ram))?;
         Ok(Self {
             vcpus,
             bus,
@@ -103,6 +108,7 @@ impl Machine {
             virtio: builder.virtio,
             described: builder.described,
             payload: parts.payload,
+            loaded: Some(entry),
             power_on,
             ram: parts.ram,
             _workers: workers,
@@ -141,7 +147,10 @@ impl machine::Machine for Machine {
     }
 
     fn load(&mut self) -> Result<(), Error> {
-        let entry = self.payload.load(&self.ram, self.vcpus.len() as u8)?;
+        let entry = match self.loaded.take() {
+            Some(entry) => entry,
+            None => self.payload.load(&self.ram, self.vcpus.len() as u8)?,
+        };
         let fd = self.vcpus[0].paused_fd();
         let power_on = fd.get_sregs().map_err(kvm("read registers"))?;
         fd.set_sregs(&registers::special(entry, &power_on))
@@ -238,8 +247,29 @@ impl machine::Machine for Machine {
     }
 }
 
-/// Starts a thread that populates memory for the kernel while that is loaded;
-/// it ends by itself.
+/// Makes the VM, and loads the kernel while KVM waits. Other steps do not run
+/// beside the loading: what maps memory would wait for each page's zeroing.
+fn make_vm_and_load(parts: &mut Parts, cpus: u8) -> Result<(VmFd, Entry), Error> {
+    populate(parts.payload.populate_loaded(&parts.ram))?;
+    let Parts {
+        host, payload, ram, ..
+    } = parts;
+    std::thread::scope(|scope| {
+        // Under the filter of this thread, which waits for it.
+        let vm = std::thread::Builder::new()
+            .name("kvm".to_owned())
+            .stack_size(STACK)
+            .spawn_scoped(scope, || host.make_vm())
+            .map_err(resource("start a thread"))?;
+        let entry = payload.load(ram, cpus);
+        let vm = vm
+            .join()
+            .map_err(|_| resource("make a VM")(io::Error::other("the thread that made it died")))?;
+        Ok((vm?, entry?))
+    })
+}
+
+/// Starts a thread that populates memory for the kernel; it ends by itself.
 fn populate(work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let confine = setup(Class::Populate);
     std::thread::Builder::new()
@@ -257,14 +287,14 @@ fn populate(work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
 
 fn make_vcpus(
     host: &Host,
+    vm: &VmFd,
     count: u8,
     bus: &Arc<HvmBus>,
     events: &EventSink,
 ) -> Result<(Vec<Vcpu>, Vec<VcpuState>), Error> {
     let mut fds = Vec::new();
     for index in 0..count {
-        let fd = host
-            .vm
+        let fd = vm
             .create_vcpu(u64::from(index))
             .map_err(kvm("create a vCPU"))?;
         let mut cpuid = host.cpuid.clone();

@@ -10,6 +10,7 @@ mod pvh;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use blanket_devices::legacy::power;
@@ -116,7 +117,9 @@ pub struct Payload {
     initrd: Option<(File, PathBuf)>,
     cmdline: String,
     /// What loading the kernel writes, piece by piece.
-    loaded: Vec<std::ops::Range<u64>>,
+    loaded: Vec<Range<u64>>,
+    /// What the kernel takes first.
+    ahead: Range<u64>,
 }
 
 impl Payload {
@@ -139,20 +142,21 @@ impl Payload {
             kernel: (file, kernel.to_owned()),
             initrd: initrd.transpose()?,
             cmdline: cmdline.to_owned(),
+            ahead: taken_first(&image, low),
             loaded: image.loaded,
         })
     }
 
     /// What populates the memory that the kernel is loaded to: zeroing it is
     /// most of what loading costs, and another thread can do its share.
-    pub(super) fn populate(&self, ram: &GuestRam) -> impl FnOnce() + use<> {
-        let (ram, loaded) = (ram.clone(), self.loaded.clone());
-        move || {
-            for range in loaded.iter().rev() {
-                let len = usize::try_from(range.end - range.start).unwrap_or(0);
-                blanket_memory::populate(&ram, GuestAddress(range.start), len);
-            }
-        }
+    pub(super) fn populate_loaded(&self, ram: &GuestRam) -> impl FnOnce() + use<> {
+        populate(ram, self.loaded.clone())
+    }
+
+    /// What populates the memory that the kernel takes first, for a thread
+    /// beside the starting kernel.
+    pub(super) fn populate_ahead(&self, ram: &GuestRam) -> impl FnOnce() + use<> {
+        populate(ram, vec![self.ahead.clone()])
     }
 
     /// Loads everything into guest memory.
@@ -212,6 +216,24 @@ impl Payload {
     }
 }
 
+fn populate(ram: &GuestRam, ranges: Vec<Range<u64>>) -> impl FnOnce() + use<> {
+    let ram = ram.clone();
+    move || {
+        for range in ranges.iter().rev() {
+            let len = usize::try_from(range.end - range.start).unwrap_or(0);
+            blanket_memory::populate(&ram, GuestAddress(range.start), len);
+        }
+    }
+}
+
+/// The memory that the kernel takes first: Linux goes upwards from its own end,
+/// and by its init it has taken more than half of its image's size there. So
+/// what this populates is none that the guest would have left alone.
+fn taken_first(image: &Image, low: u64) -> Range<u64> {
+    let loaded: u64 = image.loaded.iter().map(|r| r.end - r.start).sum();
+    image.end..low.min(image.end.saturating_add(loaded / 2))
+}
+
 /// Opens an initrd and checks that it fits behind the kernel.
 fn open_initrd(path: &Path, image: &Image, low: u64) -> Result<(File, PathBuf), Error> {
     let mut file = open("initrd", path)?;
@@ -243,14 +265,14 @@ fn initrd_start(image: &Image, size: u64, low: u64) -> Result<GuestAddress, Erro
 
 /// What the kernel is told about its machine.
 struct Boot {
-    memory_map: Vec<Range>,
+    memory_map: Vec<Line>,
     initrd: Option<(GuestAddress, u64)>,
     rsdp: GuestAddress,
     cmdline_len: u32,
 }
 
 /// A line of the memory map, with the type of E820 and PVH (1 RAM, 2 reserved).
-struct Range {
+struct Line {
     start: u64,
     len: u64,
     kind: u32,
@@ -295,27 +317,27 @@ fn low_memory(ram: &GuestRam) -> u64 {
 }
 
 /// RAM without the BIOS area, and what is reserved for devices.
-fn memory_map(ram: &GuestRam) -> Vec<Range> {
+fn memory_map(ram: &GuestRam) -> Vec<Line> {
     const RAM: u32 = 1;
     const RESERVED: u32 = 2;
     let high = at::HIGH.0;
     let mut map = vec![
-        Range {
+        Line {
             start: 0,
             len: at::LOW_END,
             kind: RAM,
         },
-        Range {
+        Line {
             start: platform::ACPI_START,
             len: platform::BIOS_END - platform::ACPI_START,
             kind: RESERVED,
         },
-        Range {
+        Line {
             start: high,
             len: low_memory(ram).saturating_sub(high),
             kind: RAM,
         },
-        Range {
+        Line {
             start: platform::ECAM_START,
             len: blanket_devices::pci::bus::ECAM_SIZE,
             kind: RESERVED,
@@ -324,7 +346,7 @@ fn memory_map(ram: &GuestRam) -> Vec<Range> {
     map.extend(
         ram.iter()
             .filter(|region| region.start_addr().0 != 0)
-            .map(|region| Range {
+            .map(|region| Line {
                 start: region.start_addr().0,
                 len: region.len(),
                 kind: RAM,

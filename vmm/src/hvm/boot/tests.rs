@@ -132,6 +132,29 @@ fn a_kernel_or_initrd_that_does_not_fit_says_how_much_would_do() {
 }
 
 #[test]
+fn memory_for_the_kernel_to_take_is_populated_behind_it_and_no_further() {
+    // Room for rounding to huge pages, at either end.
+    const HUGE: u64 = 2 * MIB;
+    let kernel = file(&elf(2 * MIB, &vec![0x90; 12 << 20], None));
+    // (MiB of RAM, bytes behind the kernel that are populated)
+    for (mib, expected) in [(64, 6 * MIB), (16, 2 * MIB)] {
+        let ram = ram(mib);
+        let mut payload = Payload::open(kernel.path(), None, "", low_memory(&ram)).unwrap();
+        payload.load(&ram, 1).unwrap();
+        let loaded = blanket_memory::touched_bytes(&ram);
+        payload.populate_loaded(&ram)();
+        assert!(blanket_memory::touched_bytes(&ram) <= loaded + HUGE);
+        payload.populate_ahead(&ram)();
+        let ahead = blanket_memory::touched_bytes(&ram) - loaded;
+        assert!(
+            (expected - HUGE..=expected + HUGE).contains(&ahead),
+            "{ahead}"
+        );
+        assert_eq!(payload.ahead, 14 * MIB..14 * MIB + expected);
+    }
+}
+
+#[test]
 fn what_is_no_kernel_is_named() {
     let ram = ram(16);
     for (bytes, what) in [
