@@ -29,7 +29,8 @@ pub trait Machine: Send {
     /// Which kind it is.
     fn kind(&self) -> Kind;
 
-    /// Loads the kernel and points the first vCPU at it.
+    /// Loads the kernel, unless that was done when the machine was built, and
+    /// points the first vCPU at it.
     ///
     /// # Errors
     /// The kernel cannot be loaded.
