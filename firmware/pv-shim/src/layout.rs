@@ -293,6 +293,8 @@ pub struct Data {
     pub forget: [u64; 8],
     /// How many there are.
     pub forgotten: u64,
+    /// Where the kernel reads its vCPU's run state; 0: nowhere.
+    pub runstate: u64,
     /// How often a page table was loaded.
     pub epoch: u64,
     /// Page tables to which a store was slow: see `store` of the shim.

@@ -84,6 +84,7 @@ global_asm!(
     halt_rsp = const offset_of!(Data, halt_rsp),
     forget = const offset_of!(Data, forget),
     forgotten = const offset_of!(Data, forgotten),
+    runstate = const offset_of!(Data, runstate),
     counters = const offset_of!(Data, counters),
     epoch = const offset_of!(Data, epoch),
     slow_tables = const offset_of!(Data, slow_tables),

@@ -190,7 +190,8 @@ impl Class {
             Self::Vcpu => &[
                 KICK_SYSCALLS,
                 store::RING_SYSCALLS,
-                &[libc::SYS_eventfd2, libc::SYS_fcntl],
+                // The last: for how long the thread waited for a processor.
+                &[libc::SYS_eventfd2, libc::SYS_fcntl, libc::SYS_pread64],
             ],
             Self::Worker => &[
                 &[

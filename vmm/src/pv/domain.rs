@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use blanket_devices::lifecycle;
@@ -20,6 +20,7 @@ use super::cpuid::Visible;
 use super::events::Events;
 use super::mmu::Space;
 use super::parts::EarlyConsole;
+use super::runstate::{Meter, RunState, State};
 use super::shim::Part;
 use super::time::Time;
 use crate::vcpu::{kick_signal, wait_for_kick};
@@ -83,8 +84,8 @@ pub(crate) struct CpuState {
     pub rearm: bool,
     /// Where it is in its life.
     pub online: Online,
-    /// Where the guest wants its run states.
-    pub runstate: u64,
+    /// What it has been doing.
+    pub run: RunState,
     /// Where it wants its time for user code.
     pub time_area: u64,
 }
@@ -115,6 +116,8 @@ pub(crate) struct Cpu {
     pub exceptions: AtomicU64,
     /// Its thread, once that runs.
     thread: AtomicU64,
+    /// What the node's kernel knows of that.
+    meter: OnceLock<Meter>,
     /// It waits outside of the guest.
     sleeps: AtomicBool,
     /// Interrupts it: it looks at its events.
@@ -134,6 +137,7 @@ impl Cpu {
             hypercalls: AtomicU64::new(0),
             exceptions: AtomicU64::new(0),
             thread: AtomicU64::new(0),
+            meter: OnceLock::new(),
             sleeps: AtomicBool::new(false),
             interrupt,
         }
@@ -143,6 +147,12 @@ impl Cpu {
     pub(crate) fn interrupt(&self) {
         // It fails only where the counter is full: then it is pending already.
         let _ = self.interrupt.write(1);
+    }
+
+    /// The calling thread will be the vCPU's: from now on its time is accounted
+    /// for. To be called before the thread's filter forbids it.
+    pub(crate) fn measure(&self) {
+        self.meter.get_or_init(Meter::of_this_thread);
     }
 
     /// The calling thread is the vCPU's.
@@ -311,6 +321,7 @@ impl Domain {
             let field = offset_of!(Data, counters) + 8 * i;
             all.push((name, self.part(index).get(field).unwrap_or(0)));
         }
+        all.extend(self.account(index).times());
         all
     }
 
@@ -332,14 +343,55 @@ impl Domain {
         Ok(())
     }
 
-    /// What a vCPU has been doing.
+    /// What a vCPU has been doing until now.
     #[must_use]
-    pub(crate) fn runstate(&self, _index: usize) -> VcpuRunstateInfo {
-        let now = self.time.now();
-        VcpuRunstateInfo {
-            state_entry_time: now,
-            time: [now, 0, 0, 0],
-            ..Default::default()
+    pub(crate) fn account(&self, index: usize) -> RunState {
+        let cpu = &self.cpus[index];
+        let mut state = cpu.state();
+        let same = state.run.state();
+        state.run.enter(same, self.time.now(), cpu.meter.get());
+        state.run.clone()
+    }
+
+    /// The same, as the guest reads it.
+    #[must_use]
+    pub(crate) fn runstate(&self, index: usize) -> VcpuRunstateInfo {
+        let halted = self.part(index).get8(offset_of!(Data, asleep));
+        self.account(index).info(matches!(halted, Ok(1)))
+    }
+
+    /// A vCPU enters a run state, and its guest is told. Only for the vCPU's
+    /// own thread: nobody reads meanwhile who could not see that it changes.
+    pub(crate) fn enter(&self, index: usize, next: State) {
+        let cpu = &self.cpus[index];
+        let mut state = cpu.state();
+        state.run.enter(next, self.time.now(), cpu.meter.get());
+        let RunState { area, marked, .. } = state.run;
+        drop(state);
+        if area != 0 {
+            self.write_runstate(index, area, marked);
+        }
+    }
+
+    /// Tells the guest a vCPU's run state. Others may read it meanwhile: they
+    /// look at the time before and after.
+    fn write_runstate(&self, index: usize, area: u64, marked: bool) {
+        const MARK: u64 = 1 << 63;
+        let info = self.runstate(index);
+        let space = self.space(index);
+        let entry = area.wrapping_add(offset_of!(VcpuRunstateInfo, state_entry_time) as u64);
+        if marked {
+            let _ = space.put(entry, info.state_entry_time | MARK);
+            fence(Ordering::SeqCst);
+            let changing = VcpuRunstateInfo {
+                state_entry_time: info.state_entry_time | MARK,
+                ..info
+            };
+            let _ = space.put(area, changing);
+            fence(Ordering::SeqCst);
+            let _ = space.put(entry, info.state_entry_time);
+        } else {
+            let _ = space.put(area, info);
         }
     }
 

@@ -24,6 +24,7 @@ use super::cpuid::Visible;
 use super::domain::{Begin, Cpu, CpuState, Domain, Online, Trap, wire_interrupts};
 use super::events::{Events, Places};
 use super::parts::Parts;
+use super::runstate::State;
 use super::shim::Area;
 use super::time::Time;
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
@@ -197,7 +198,12 @@ fn start_vcpus(
         .zip(fds)
         .map(|(index, fd)| {
             let processor = Box::new(PvCpu::new(Arc::clone(domain), index.into()));
-            Vcpu::spawn(index, fd, processor, sink.clone(), setup(Class::Vcpu))
+            let (cpus, confine) = (Arc::clone(&domain.cpus), setup(Class::Vcpu));
+            let setup = Box::new(move || {
+                cpus[usize::from(index)].measure();
+                confine()
+            });
+            Vcpu::spawn(index, fd, processor, sink.clone(), setup)
                 .map_err(resource("start a vCPU"))
         })
         .collect()
@@ -271,17 +277,14 @@ impl machine::Machine for Machine {
         };
         let start = self.kernel.build(&domain.ram, SHARED_INFO, ports)?;
         domain.write_wall_clock()?;
-        for (index, cpu) in domain.cpus.iter().enumerate() {
+        for cpu in domain.cpus.iter() {
             *cpu.state() = CpuState {
                 traps: vec![Trap::default(); 256],
-                online: if index == 0 {
-                    Online::Up
-                } else {
-                    Online::Never
-                },
                 ..CpuState::default()
             };
         }
+        domain.cpus[0].state().online = Online::Up;
+        domain.cpus[0].state().run.begin(0, State::Running);
         domain
             .set_kernel_table(0, start.l4.0)
             .map_err(|error| Error::Resource("place the first page table", from_errno(error)))?;

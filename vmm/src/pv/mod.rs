@@ -12,6 +12,7 @@ pub mod machine;
 mod mmu;
 mod parts;
 mod privileged;
+mod runstate;
 mod saved;
 mod shim;
 mod shortcut;

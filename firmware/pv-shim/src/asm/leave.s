@@ -1,5 +1,15 @@
 # Hypercalls that give the processor away: halts, events, returns.
 
+# Tells the others whether this vCPU runs (0) or is blocked (2). The monitor
+# sees to the times. Changes RAX.
+.macro RUNSTATE state
+  mov runstate(%rip), %rax
+  test %rax, %rax
+  jz 79f
+  movl $\state, (%rax)
+79:
+.endm
+
 h_sched_op:
   cmp $1, %edi
   ja slow
@@ -9,6 +19,7 @@ block:
   movb $0, 1(%r11)
   cmpb $0, (%r11)
   jne ok
+  RUNSTATE 2
   mov %rsp, halt_rsp(%rip)
   movb $1, asleep(%rip)
   # On a stack of their own: ring 0's has the frame where user code lands.
@@ -37,9 +48,10 @@ woken_now:
   RAISE_TIMER
 1: mfence                              # asleep is written before flush is read
   cmpb $0, flush(%rip)
-  je ok
+  je 2f
   movb $0, flush(%rip)
   FLUSH
+2: RUNSTATE 0
   jmp ok
 
 h_event_channel_op:

@@ -69,6 +69,7 @@ pv_shim_start:
 .set halt_rsp, data + {halt_rsp}
 .set forget, data + {forget}
 .set forgotten, data + {forgotten}
+.set runstate, data + {runstate}
 .set counters, data + {counters}
 .set hw_frame, data + {hardware}
 

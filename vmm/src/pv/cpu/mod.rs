@@ -21,18 +21,24 @@ use vm_memory::GuestMemoryError;
 
 use super::domain::{Domain, Online};
 use super::hypercall::{Answer, Hypercall};
+use super::runstate::State;
 use super::shim::{Part, label};
 use crate::vcpu::{Counters, Event, Outcome, Processor, complete_access, exits, interrupted};
 
 /// A vCPU that is down looks at its life at least so often.
 const DOWN_CHECK: Duration = Duration::from_secs(1);
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// A guest that leaves often is told its run states no more often than this, in
+/// nanoseconds: it reads them at its ticks.
+const ACCOUNT_EVERY: u64 = 1_000_000;
 
 /// What a vCPU's thread works with.
 pub(crate) struct PvCpu {
     domain: Arc<Domain>,
     index: usize,
     attached: bool,
+    /// The system time at which its guest was told its run states.
+    accounted: u64,
 }
 
 /// Why a guest cannot go on.
@@ -67,6 +73,7 @@ impl PvCpu {
             domain,
             index,
             attached: false,
+            accounted: 0,
         }
     }
 
@@ -83,9 +90,18 @@ impl PvCpu {
         }
         let mut state = cpu.state();
         if state.online != Online::Up {
+            let running = state.run.state() != State::Offline;
             drop(state);
+            if running {
+                self.domain.enter(self.index, State::Offline);
+            }
             cpu.sleep(DOWN_CHECK);
             return Ok(false);
+        }
+        if state.run.state() == State::Offline {
+            drop(state);
+            self.domain.enter(self.index, State::Running);
+            state = cpu.state();
         }
         if let Some(begin) = state.begin.take() {
             drop(state);
@@ -147,6 +163,16 @@ impl PvCpu {
         Ok(())
     }
 
+    /// Tells the guest its run states now and then.
+    fn account(&mut self) {
+        let now = self.domain.time.now();
+        // A guest that starts anew has a new clock.
+        if now.abs_diff(self.accounted) >= ACCOUNT_EVERY {
+            self.accounted = now;
+            self.domain.enter(self.index, State::Running);
+        }
+    }
+
     /// Sets the local APIC's timer if the guest has set its own.
     fn arm(&self, fd: &VcpuFd) -> Step {
         let deadline = {
@@ -182,6 +208,7 @@ impl Processor for PvCpu {
             in_guest.store(true, Ordering::SeqCst);
             let exit = fd.run();
             in_guest.store(false, Ordering::SeqCst);
+            self.account();
             let port = match exit {
                 Ok(VcpuExit::IoOut(port, _)) => port,
                 Ok(VcpuExit::Intr) => return Ok(interrupted(counters)),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{Answer, Hypercall, Result};
 use crate::pv::abi::Errno;
 use crate::pv::events::MAX_POLLED;
+use crate::pv::runstate::State;
 use crate::vcpu::Event;
 
 const YIELD: u64 = 0;
@@ -56,7 +57,9 @@ impl Hypercall<'_> {
                 0 => POLL_MOST,
                 until => Duration::from_nanos(until.saturating_sub(self.domain.time.now())),
             };
+            self.domain.enter(self.index, State::Blocked);
             self.domain.cpus[self.index].sleep(left.min(POLL_MOST));
+            self.domain.enter(self.index, State::Running);
         }
         events.end_poll(self.index);
         Ok(Answer::Value(0))

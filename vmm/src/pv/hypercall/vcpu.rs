@@ -8,8 +8,9 @@ use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::{Answer, Hypercall, Result};
-use crate::pv::abi::{Errno, PAGE_SIZE, VcpuRunstateInfo};
+use crate::pv::abi::{Errno, PAGE_SIZE};
 use crate::pv::domain::{Cpu, Online, Trap};
+use crate::pv::runstate::State;
 use crate::pv::shim::label;
 use crate::pv::shortcut;
 
@@ -67,13 +68,7 @@ impl Hypercall<'_> {
                 let info = self.domain.runstate(target);
                 self.space().put(argument, info).map(|()| 0)
             }
-            REGISTER_RUNSTATE => {
-                let area: u64 = self.space().get(argument)?;
-                let info: VcpuRunstateInfo = self.domain.runstate(target);
-                self.space().put(area, info)?;
-                self.domain.cpus[target].state().runstate = area;
-                Ok(0)
-            }
+            REGISTER_RUNSTATE => self.register_runstate(target, argument),
             STOP_PERIODIC_TIMER => Ok(0),
             SET_SINGLESHOT_TIMER if target == self.index => {
                 self.set_timer(Some(self.space().get(argument)?))
@@ -163,6 +158,22 @@ impl Hypercall<'_> {
             gs_base: word(context::KERNEL_GS)?,
         });
         state.online = Online::Down;
+        state.run.begin(self.domain.time.now(), State::Offline);
+        Ok(0)
+    }
+
+    /// From now on the guest finds a vCPU's run states at an address of its
+    /// kernel's; 0: nowhere.
+    fn register_runstate(&self, target: usize, argument: u64) -> Result {
+        let area: u64 = self.space().get(argument)?;
+        if area != 0 {
+            self.space().put(area, self.domain.runstate(target))?;
+        }
+        self.domain.cpus[target].state().run.area = area;
+        self.domain
+            .part(target)
+            .set(offset_of!(Data, runstate), area)
+            .map_err(|_| Errno::Fault)?;
         Ok(0)
     }
 

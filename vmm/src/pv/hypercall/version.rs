@@ -78,15 +78,22 @@ impl Hypercall<'_> {
         }
     }
 
-    /// Nothing that can be assisted needs it here.
+    /// Run states can be marked while they are written. What else can be
+    /// assisted needs it not here.
     pub(super) fn vm_assist(&self) -> Result {
-        const MOST: u64 = 6;
+        const ENABLE: u64 = 0;
+        const DISABLE: u64 = 1;
+        const RUNSTATE_UPDATE_FLAG: u64 = 5;
         let [command, kind, ..] = self.arguments;
-        if command <= 1 && kind < MOST {
-            Ok(0)
-        } else {
-            Err(Errno::Inval)
+        if !matches!(command, ENABLE | DISABLE) || kind > RUNSTATE_UPDATE_FLAG {
+            return Err(Errno::Inval);
         }
+        if kind == RUNSTATE_UPDATE_FLAG {
+            for cpu in self.domain.cpus.iter() {
+                cpu.state().run.marked = command == ENABLE;
+            }
+        }
+        Ok(0)
     }
 }
 
