@@ -203,8 +203,7 @@ fn start_vcpus(
                 cpus[usize::from(index)].measure();
                 confine()
             });
-            Vcpu::spawn(index, fd, processor, sink.clone(), setup)
-                .map_err(resource("start a vCPU"))
+            Vcpu::spawn(index, fd, processor, sink.clone(), setup).map_err(resource("start a vCPU"))
         })
         .collect()
 }
