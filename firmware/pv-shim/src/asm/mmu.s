@@ -24,9 +24,17 @@ h_mmu_update:
   or $4, %r10                        # the kernel runs in ring 3
 2: cmp $2, %ecx
   jne 3f
-  mov (%r11, %rax), %rcx
-  and $0x60, %ecx
-  or %rcx, %r10
+  # Another processor may set the accessed and dirty bits at any time.
+  lea (%r11, %rax), %rcx
+  mov (%rcx), %rax
+9: mov %eax, %r8d
+  and $0x60, %r8d
+  or %r10, %r8
+  cmp %rax, %r8
+  je 4f
+  lock cmpxchg %r8, (%rcx)
+  jne 9b
+  jmp 4f
 3: cmpl $1, scratch(%rip)
   je 7f
   mov %r10, (%r11, %rax)
