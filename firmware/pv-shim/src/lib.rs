@@ -178,6 +178,8 @@ labels! {
     IretUser = pv_shim_iret_user;
     /// The return to user code after a system call.
     IretSyscall = pv_shim_iret_syscall;
+    /// The same where user code shares the kernel's view, in ring 3.
+    IretTrusted = pv_shim_iret_trusted;
     /// Loads R11 as page table, then R11, then returns.
     Return = pv_shim_return;
     /// Gate of an event that ends a halt.

@@ -6,16 +6,22 @@
 //!   unchanged, and every process ends well.
 //! - `probe`: whatever a process tries on addresses and instructions that are not its own ends
 //!   in a signal.
+//! - `debug`: breakpoints and watchpoints of the processor stop a process where they should, and
+//!   so do single steps.
+//! - `returns`: a signal's handler that returns to segments and addresses that are none ends its
+//!   process and nothing else.
 //! - `bench`: what system calls, faults, processes and pipes cost.
 //!
 //! The exit status is 0 if all is as it should be.
 
 mod bench;
+mod debug;
 mod memory;
 mod pipeline;
 mod probe;
 mod process;
 mod registers;
+mod returns;
 
 use std::process::ExitCode;
 
@@ -31,10 +37,15 @@ fn main() -> ExitCode {
                 .and_then(|(workers, rounds)| pipeline::run(workers, rounds)),
             [pipeline::STAGE, key] => return pipeline::stage(key.parse().unwrap_or(1)),
             ["probe"] => probe::run(),
+            ["debug"] => debug::run(),
+            ["returns"] => returns::run(),
             ["bench"] => bench::run(),
             [bench::NOTHING] => return ExitCode::SUCCESS,
             _ => {
-                eprintln!("usage: guest-check registers|pipeline WORKERS ROUNDS | probe | bench");
+                eprintln!(
+                    "usage: guest-check registers|pipeline WORKERS ROUNDS | \
+                     probe | debug | returns | bench"
+                );
                 return ExitCode::from(2);
             }
         };

@@ -139,21 +139,37 @@ fn guest_is_sound(guest: &Client, processes: u32, rounds: u32, isolated: bool) -
     probe
 }
 
+/// What debuggers and bad returns from signals do, they do to their own processes. `breakpoints`:
+/// KVM has them.
+fn debuggers_and_bad_returns_disturb_nobody(guest: &Client, breakpoints: bool) {
+    assert_eq!(check(guest, "debug")["breakpoints"], breakpoints);
+    check(guest, "returns");
+    assert_kernel_is_content(guest);
+}
+
 #[test]
 fn registers_processes_and_isolation_hold_natively() {
     natively(
         || native("sound").unwrap(),
         |host| {
             let flags = "--cpus 2 --memory 1G --on-reboot exit";
+            let doctor = host.sh("blanket doctor || true").text().unwrap();
+            let hardware = doctor.contains("auto is hvm");
             let vm = Vm::pv(host, "isolated", "", flags).unwrap();
-            let probe = guest_is_sound(&vm.guest().unwrap(), 250, 500, true);
+            let guest = vm.guest().unwrap();
+            debuggers_and_bad_returns_disturb_nobody(&guest, hardware);
+            let probe = guest_is_sound(&guest, 250, 500, true);
+            drop(guest);
             // QEMU's emulated processor takes any address for FS; this one is real.
             let returned = probe["returned"].as_array().unwrap();
             assert!(!returned.contains(&"wrfsbase".into()), "{returned:?}");
             vm.blanket("rm", "--force").unwrap();
             let trusted = format!("{flags} --trust-guest-user");
             let vm = Vm::pv(host, "trusted", "", &trusted).unwrap();
-            guest_is_sound(&vm.guest().unwrap(), 100, 100, false);
+            let guest = vm.guest().unwrap();
+            debuggers_and_bad_returns_disturb_nobody(&guest, hardware);
+            guest_is_sound(&guest, 100, 100, false);
+            drop(guest);
             let listed = host.sh("blanket ps").text().unwrap();
             assert!(listed.contains("pv, trusts its users"), "{listed}");
             vm.blanket("rm", "--force").unwrap();
@@ -174,6 +190,7 @@ fn registers_processes_and_isolation_hold_under_hardware_virtualization() {
                 guest.sh("cat /sys/hypervisor/type").text().unwrap(),
                 "xen\n"
             );
+            debuggers_and_bad_returns_disturb_nobody(&guest, true);
             guest_is_sound(&guest, 4, 4, true);
             drop(guest);
             assert_stops(&vm);

@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::abi::{PAGE_SIZE, VcpuRunstateInfo};
+use super::abi::{Errno, PAGE_SIZE, VcpuRunstateInfo};
 use super::cpuid::Visible;
+use super::debug::Debug;
 use super::events::Events;
 use super::mmu::Space;
 use super::parts::EarlyConsole;
@@ -74,8 +75,8 @@ pub(crate) struct CpuState {
     pub gdt_entries: u64,
     /// The local descriptor table: address and entries.
     pub ldt: (u64, u64),
-    /// DR0 to DR3, unused, unused, DR6, DR7.
-    pub debug: [u64; 8],
+    /// Breakpoints, and what they met.
+    pub debug: Debug,
     /// CR4 as the guest has set it.
     pub cr4: u64,
     /// The system time at which the timer fires.
@@ -338,7 +339,9 @@ impl Domain {
             })?;
         for (index, cpu) in self.cpus.iter().enumerate() {
             self.write_time(index);
-            cpu.state().rearm = true;
+            let mut state = cpu.state();
+            state.rearm = true;
+            state.debug.reload = true;
         }
         Ok(())
     }
@@ -393,6 +396,22 @@ impl Domain {
         } else {
             let _ = space.put(area, info);
         }
+    }
+
+    /// Sets a debug register of a vCPU.
+    ///
+    /// # Errors
+    /// There is no such register, or it may not have that value; or it would
+    /// set a breakpoint, which KVM without hardware virtualization ignores.
+    pub(crate) fn set_debug(&self, index: usize, register: u64, value: u64) -> Result<(), Errno> {
+        let mut state = self.cpus[index].state();
+        let mut debug = state.debug.clone();
+        debug.set(register, value)?;
+        if debug.has_breakpoints() && !self.hardware {
+            return Err(Errno::Perm);
+        }
+        state.debug = debug;
+        Ok(())
     }
 
     /// Pages that the guest has given back.

@@ -4,6 +4,7 @@ pub mod abi;
 pub mod builder;
 mod cpu;
 pub mod cpuid;
+mod debug;
 mod domain;
 pub mod emulate;
 pub mod events;

@@ -126,13 +126,12 @@ impl Privileged for Registers<'_> {
 
     fn read_dr(&mut self, register: u8) -> Option<u64> {
         let state = self.domain.cpus[self.index].state();
-        state.debug.get(usize::from(register)).copied()
+        state.debug.get(register.into()).ok()
     }
 
     fn write_dr(&mut self, register: u8, value: u64) -> bool {
-        let mut state = self.domain.cpus[self.index].state();
-        let debug = state.debug.get_mut(usize::from(register));
-        debug.map(|debug| *debug = value).is_some()
+        let set = self.domain.set_debug(self.index, register.into(), value);
+        set.is_ok()
     }
 
     /// There are no devices behind ports.

@@ -172,6 +172,8 @@ iret_trusted:
   mov 8(%rsp), %r11
   mov 16(%rsp), %rcx
   lea 32(%rsp), %rsp
+.globl pv_shim_iret_trusted
+pv_shim_iret_trusted:
 iret_trusted_moved:
   iretq
 iret_trusted_end:

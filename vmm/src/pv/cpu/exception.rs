@@ -46,6 +46,17 @@ impl PvCpu {
         let exception = self.read(fd, vector, regs)?;
         let [rip, cs, ..] = exception.frame;
         let offset = rip.wrapping_sub(part_va(self.index));
+        if vector == DEBUG {
+            let mut state = self.domain.cpus[self.index].state();
+            let ring0 = cs as u16 == selector::CODE0;
+            if ring0 || (offset < vcpu::DATA && !exception.user_view) {
+                // The shim has used memory that the guest watches, or makes
+                // single steps for user code, and goes on.
+                state.debug.reload = true;
+                return Ok(());
+            }
+            state.debug.hit(fd.get_debug_regs()?.dr6);
+        }
         if cs as u16 == selector::CODE0 {
             return self.failed_return(&exception, regs);
         }
@@ -53,7 +64,7 @@ impl PvCpu {
             // The way back from a system call: it is where RCX says.
             let mut exception = exception;
             exception.frame[0] = regs.rcx;
-            return self.of_user(fd, &exception, regs);
+            return self.of_user(&exception, regs);
         }
         if offset < vcpu::DATA {
             return self.in_shim(&exception, regs);
@@ -61,7 +72,7 @@ impl PvCpu {
         if self.part().get8(offset_of!(Data, kernel_mode))? != 0 {
             self.of_kernel(fd, &exception, regs)
         } else {
-            self.of_user(fd, &exception, regs)
+            self.of_user(&exception, regs)
         }
     }
 
@@ -203,7 +214,7 @@ impl PvCpu {
         }
     }
 
-    fn of_user(&mut self, fd: &VcpuFd, exception: &Exception, regs: &mut kvm_regs) -> Step {
+    fn of_user(&mut self, exception: &Exception, regs: &mut kvm_regs) -> Step {
         let mut context = Self::context(regs, exception.frame);
         let (mut vector, mut error) = (exception.vector, exception.error);
         if matches!(vector, INVALID_OPCODE | GENERAL_PROTECTION) {
@@ -228,11 +239,6 @@ impl PvCpu {
                     error = Some((u64::from(number) * 8) | IN_TABLE);
                 }
             }
-        }
-        if vector == DEBUG {
-            let debug = fd.get_debug_regs()?;
-            self.domain.cpus[self.index].state().debug[6] = debug.dr6;
-            // Single steps end in the kernel; it looks at DR6.
         }
         self.aim(&mut context, vector, error)?;
         self.deliver(regs, exception.user_view, context)
@@ -265,6 +271,14 @@ impl PvCpu {
             let mut frame = exception.frame;
             frame[0] = label(self.index, Label::Rung);
             return self.go(regs, exception.user_view, frame);
+        }
+        if offset == Label::IretTrusted.offset() {
+            // As where ring 0 returns to user code.
+            let stack = self.domain.space(self.index).get(exception.frame[3]);
+            let frame = stack.map_err(|_| Stop::Broken("its kernel's stack is gone"))?;
+            let mut context = Self::context(regs, frame);
+            self.aim(&mut context, GENERAL_PROTECTION, Some(0))?;
+            return self.deliver(regs, false, context);
         }
         let hypercalls = Label::Entry.offset()..Label::IretHypercall.offset();
         if exception.vector == GENERAL_PROTECTION && hypercalls.contains(&offset) {

@@ -15,10 +15,11 @@ use std::time::Duration;
 
 use blanket_pv_shim::Label;
 use blanket_pv_shim::layout::{self, Call, Data};
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs};
+use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use vm_memory::GuestMemoryError;
 
+use super::debug::Debug;
 use super::domain::{Domain, Online};
 use super::hypercall::{Answer, Hypercall};
 use super::runstate::State;
@@ -173,6 +174,24 @@ impl PvCpu {
         }
     }
 
+    /// Loads the debug registers if the guest has set its own.
+    fn load_debug(&self, fd: &VcpuFd) -> Step {
+        let (db, dr7) = {
+            let mut state = self.domain.cpus[self.index].state();
+            if !std::mem::take(&mut state.debug.reload) {
+                return Ok(());
+            }
+            state.debug.registers()
+        };
+        fd.set_debug_regs(&kvm_debugregs {
+            db,
+            dr6: Debug::CLEAR,
+            dr7,
+            ..Default::default()
+        })?;
+        Ok(())
+    }
+
     /// Sets the local APIC's timer if the guest has set its own.
     fn arm(&self, fd: &VcpuFd) -> Step {
         let deadline = {
@@ -202,6 +221,7 @@ impl Processor for PvCpu {
             }
             // A pause may have moved its clock.
             self.arm(fd)?;
+            self.load_debug(fd)?;
             let cpu = &self.domain.cpus[self.index];
             let in_guest = &cpu.in_guest;
             cpu.entries.fetch_add(1, Ordering::SeqCst);

@@ -162,24 +162,14 @@ impl Hypercall<'_> {
 
     pub(super) fn set_debugreg(&self) -> Result {
         let [register, value, ..] = self.arguments;
-        let mut state = self.domain.cpus[self.index].state();
-        match register {
-            // The hypervisor's area has no breakpoints.
-            0..=3 if value >> 47 == 0x1ffff && value < 0xffff_8800_0000_0000 => Err(Errno::Perm),
-            0..=3 | 6 | 7 => {
-                state.debug[register as usize] = value;
-                Ok(0)
-            }
-            _ => Err(Errno::Inval),
-        }
+        self.domain
+            .set_debug(self.index, register, value)
+            .map(|()| 0)
     }
 
     pub(super) fn get_debugreg(&self) -> Result {
         let state = self.domain.cpus[self.index].state();
-        match self.arguments[0] {
-            register @ (0..=3 | 6 | 7) => Ok(state.debug[register as usize]),
-            _ => Err(Errno::Inval),
-        }
+        state.debug.get(self.arguments[0])
     }
 
     /// What the shim leaves: the user code's GS selector.

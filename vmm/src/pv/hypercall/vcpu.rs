@@ -144,13 +144,14 @@ impl Hypercall<'_> {
             rsp: word(context::RSP)?,
             rflags: word(context::RFLAGS)?,
         };
+        for register in [0, 1, 2, 3, 6, 7] {
+            let value = word(context::DEBUG + register * 8)?;
+            self.domain.set_debug(target, register, value)?;
+        }
         let mut state = cpu.state();
         state.traps = traps;
         state.failsafe = word(context::FAILSAFE)?;
         state.ldt = (word(context::LDT)?, word(context::LDT + 8)?);
-        for (i, register) in (0..).zip(&mut state.debug) {
-            *register = word(context::DEBUG + i * 8)?;
-        }
         state.begin = Some(super::super::domain::Begin {
             regs,
             cr3,
