@@ -295,6 +295,8 @@ pub struct Data {
     pub forgotten: u64,
     /// Where the kernel reads its vCPU's run state; 0: nowhere.
     pub runstate: u64,
+    /// Bases of FS and of user code's GS that the kernel has set last.
+    pub set_bases: [u64; 2],
     /// How often a page table was loaded.
     pub epoch: u64,
     /// Page tables to which a store was slow: see `store` of the shim.

@@ -85,6 +85,7 @@ global_asm!(
     forget = const offset_of!(Data, forget),
     forgotten = const offset_of!(Data, forgotten),
     runstate = const offset_of!(Data, runstate),
+    set_bases = const offset_of!(Data, set_bases),
     counters = const offset_of!(Data, counters),
     epoch = const offset_of!(Data, epoch),
     slow_tables = const offset_of!(Data, slow_tables),

@@ -10,10 +10,12 @@
 //!   so do single steps.
 //! - `returns`: a signal's handler that returns to segments and addresses that are none ends its
 //!   process and nothing else.
+//! - `bases`: bases of FS and GS that a process sets without a system call are no other's.
 //! - `bench`: what system calls, faults, processes and pipes cost.
 //!
 //! The exit status is 0 if all is as it should be.
 
+mod bases;
 mod bench;
 mod debug;
 mod memory;
@@ -39,12 +41,13 @@ fn main() -> ExitCode {
             ["probe"] => probe::run(),
             ["debug"] => debug::run(),
             ["returns"] => returns::run(),
+            ["bases"] => bases::run(),
             ["bench"] => bench::run(),
             [bench::NOTHING] => return ExitCode::SUCCESS,
             _ => {
                 eprintln!(
                     "usage: guest-check registers|pipeline WORKERS ROUNDS | \
-                     probe | debug | returns | bench"
+                     probe | debug | returns | bases | bench"
                 );
                 return ExitCode::from(2);
             }

@@ -30,6 +30,9 @@ const CR0: u64 = 0x8005_0033;
 /// `lfence` serializes.
 const DE_CFG: u64 = 1 << 1;
 
+/// Bases of FS and of user code's GS that the kernel has set.
+const SET_BASES: usize = offset_of!(Data, set_bases);
+
 /// The registers of a vCPU.
 pub(crate) struct Registers<'a> {
     domain: &'a Domain,
@@ -83,13 +86,15 @@ impl Privileged for Registers<'_> {
         match index {
             MSR_FS_BASE => {
                 self.fs_base = Some(value);
-                true
+                self.set(SET_BASES, value)
             }
             MSR_GS_BASE => {
                 self.gs_base = Some(value);
                 self.set(offset_of!(Data, kernel_gs), value)
             }
-            MSR_KERNEL_GS_BASE => self.set(offset_of!(Data, user_gs), value),
+            MSR_KERNEL_GS_BASE => {
+                self.set(offset_of!(Data, user_gs), value) && self.set(SET_BASES + 8, value)
+            }
             // Xen ignores these.
             MSR_EFER..=MSR_SYSCALL_MASK | MSR_PAT | MSR_TSC_AUX | MSR_MICROCODE => true,
             _ => MSR_SYSENTER.contains(&index) || index == MSR_APIC_BASE,

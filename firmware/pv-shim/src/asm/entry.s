@@ -194,8 +194,28 @@ invalid:
   jmp done
 .globl pv_shim_invalid
 .set pv_shim_invalid, invalid
+# Linux calls it at each switch of tasks. User code may have set the bases of FS
+# and GS itself, which the kernel does not know of: with null selectors they are
+# what the kernel has set, or zero, and no next task's.
 h_stack_switch:
   mov %rsi, kernel_sp(%rip)
+  mov %fs, %eax
+  test $~3, %eax
+  jnz 1f
+  rdfsbase %rax
+  test %rax, %rax
+  jz 1f
+  cmp %rax, set_fs(%rip)
+  je 1f
+  xor %eax, %eax
+  wrfsbase %rax
+1: mov %gs, %eax
+  test $~3, %eax
+  jnz ok
+  mov user_gs(%rip), %rax
+  cmp %rax, set_gs(%rip)
+  je ok
+  movq $0, user_gs(%rip)
 ok:
   xor %eax, %eax
 .globl pv_shim_done
@@ -294,8 +314,10 @@ h_set_segment_base:
   movq $0, user_gs(%rip)
   jmp ok
 1: wrfsbase %rsi
+  mov %rsi, set_fs(%rip)
   jmp ok
 2: mov %rsi, user_gs(%rip)
+  mov %rsi, set_gs(%rip)
   jmp ok
 3: wrgsbase %rsi
   mov %rsi, kernel_gs(%rip)

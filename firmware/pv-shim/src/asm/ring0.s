@@ -70,6 +70,8 @@ pv_shim_start:
 .set forget, data + {forget}
 .set forgotten, data + {forgotten}
 .set runstate, data + {runstate}
+.set set_fs, data + {set_bases}
+.set set_gs, set_fs + 8
 .set counters, data + {counters}
 .set hw_frame, data + {hardware}
 
