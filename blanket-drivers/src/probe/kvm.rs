@@ -97,8 +97,11 @@ pub(super) fn machine() -> Finding {
         return Finding::ok("auto is hvm: any kernel; pv runs Linux kernels with Xen PV support")
             .fact("auto", "hvm");
     }
-    Finding::ok("auto is pv: Linux kernels with Xen PV support, as distributions' are")
-        .fact("auto", "pv")
+    Finding::ok(
+        "auto is pv: Linux kernels with Xen PV support, as distributions' are; \
+         no hardware breakpoints in guests",
+    )
+    .fact("auto", "pv")
 }
 
 /// Why `/dev/kvm` cannot be opened, and what helps.

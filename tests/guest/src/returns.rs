@@ -15,8 +15,11 @@ use crate::process::{self, End};
 /// Linux's own segments of a 64-bit process.
 const CODE: u16 = 0x33;
 const DATA: u16 = 0x2b;
-/// Xen's segment of 64-bit code: there it is as good as Linux's.
+/// Xen's segment of 64-bit code: there it is as good as Linux's, whatever is with it.
 const XEN_CODE: u16 = 0xe033;
+/// Those of Linux's kernel: a PV kernel has them in ring 3 as well.
+const KERNEL_CODE: u16 = 0x10;
+const KERNEL_DATA: u16 = 0x18;
 
 /// What a return loads: code segment, stack segment, instruction pointer (0: as it was).
 static CODE_SEGMENT: AtomicU64 = AtomicU64::new(0);
@@ -25,10 +28,34 @@ static INSTRUCTION: AtomicU64 = AtomicU64::new(0);
 
 /// Code segments: none, data, ring 0's, 32-bit code, Xen's, gates, a local one, beyond the table.
 const CODES: [u16; 14] = [
-    0, 3, DATA, 0x10, 0x18, 0x23, XEN_CODE, 0xe008, 0xe010, 0xe02b, 0xe040, 7, 0x43, 0xffff,
+    0,
+    3,
+    DATA,
+    KERNEL_CODE,
+    KERNEL_DATA,
+    0x23,
+    XEN_CODE,
+    0xe008,
+    0xe010,
+    0xe02b,
+    0xe040,
+    7,
+    0x43,
+    0xffff,
 ];
 /// Stack segments: none, code, ring 0's, Xen's, a local one, beyond the table.
-const STACKS: [u16; 10] = [0, 3, CODE, 0x10, 0x18, 0xe033, 0xe010, 0xe040, 7, 0xffff];
+const STACKS: [u16; 10] = [
+    0,
+    3,
+    CODE,
+    KERNEL_CODE,
+    KERNEL_DATA,
+    XEN_CODE,
+    0xe010,
+    0xe040,
+    7,
+    0xffff,
+];
 /// Addresses that are none, and the kernel's.
 const INSTRUCTIONS: [u64; 4] = [
     1 << 47,
@@ -98,17 +125,13 @@ pub(crate) fn run() -> io::Result<Report> {
         }
         Ok(())
     };
-    // A PV kernel's own code is in ring 3 too; KVM that interprets a return takes any segment that
-    // is there for the stack, which means nothing to 64-bit code.
-    let is_there = |stack| [DATA, CODE, 0x10, 0x18, XEN_CODE].contains(&stack);
+    // KVM that interprets a return takes any segment that is there for the stack, which means
+    // nothing to 64-bit code.
+    let is_there = |stack| [DATA, CODE, KERNEL_CODE, KERNEL_DATA, XEN_CODE].contains(&stack);
     for code in CODES {
         for stack in [DATA].into_iter().chain(STACKS) {
-            one(
-                code,
-                stack,
-                0,
-                [XEN_CODE, 0x10].contains(&code) && is_there(stack),
-            )?;
+            let good = code == XEN_CODE || (code == KERNEL_CODE && is_there(stack));
+            one(code, stack, 0, good)?;
         }
     }
     for stack in STACKS {

@@ -150,13 +150,13 @@ fn a_guest_takes_and_gives_back_memory_and_processors_as_it_is_set() {
             };
             memory_follows(&vm, &guest, waits, set);
             processors_follow(&guest, waits, set);
-            assert_eq!(vm.info().unwrap()["target"]["cpus"], 2);
+            assert_eq!(vm.info().unwrap()["vm"]["target"]["cpus"], 2);
             for wrong in ["--memory 1G", "--memory 1M", "--cpus 3", "--cpus 0"] {
                 let output = vm.blanket("set", wrong).unwrap();
                 assert!(!output.status.success(), "{wrong}");
                 assert!(!output.stderr.is_empty(), "{wrong}: no reason");
             }
-            assert_eq!(vm.info().unwrap()["target"]["cpus"], 2, "as it was");
+            assert_eq!(vm.info().unwrap()["vm"]["target"]["cpus"], 2, "as it was");
             let log = guest.sh("dmesg").text().unwrap();
             assert!(!log.contains("Call Trace"), "{log}");
         },
@@ -182,7 +182,7 @@ fn memory_follows(vm: &Vm, guest: &Client, waits: impl Fn(&str), set: impl Fn(&s
     ));
     let after = resident();
     assert!(after + (100 << 20) < before, "{before} -> {after} bytes");
-    assert_eq!(vm.info().unwrap()["target"]["memory"], 256 << 20);
+    assert_eq!(vm.info().unwrap()["vm"]["target"]["memory"], "256M");
     set("--memory 512M");
     waits(&format!(
         "[ $(cat {BALLOON}/info/current_kb) -ge {} ]",

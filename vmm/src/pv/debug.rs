@@ -155,8 +155,10 @@ mod tests {
 
     #[test]
     fn hits_add_up_until_the_guest_clears_them() {
-        let mut debug = Debug::default();
-        debug.reload = false;
+        let mut debug = Debug {
+            reload: false,
+            ..Debug::default()
+        };
         debug.hit(0xffff_0ff1);
         debug.hit(0xffff_4ff0);
         assert_eq!(debug.get(6), Ok(0xffff_4ff1));
