@@ -53,7 +53,9 @@ enum Command {
     Set(set::Args),
     /// Stop VMs' vCPUs where they are.
     Pause(life::Args),
-    /// Let paused VMs run on.
+    /// Have guests suspend themselves (pv machines).
+    Suspend(life::SuspendArgs),
+    /// Let paused and suspended VMs run on.
     Resume(life::Args),
     /// Start VMs again from their kernels, as the reset button does.
     Reset(life::Args),
@@ -79,6 +81,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => logs::logs(&home, &args),
         Command::Set(args) => set::set(&home, &args),
         Command::Pause(args) => life::act(&home, &args, Action::Pause),
+        Command::Suspend(args) => life::suspend(&home, &args),
         Command::Resume(args) => life::act(&home, &args, Action::Resume),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),

@@ -10,7 +10,9 @@
 //!                                       stopped ──▶ the process exits
 //! ```
 //!
-//! `reset()` leads from running or paused to running.
+//! `reset()` leads from running or paused to running. A guest that suspends
+//! itself brings its VM from running to suspended, which is a pause that the
+//! guest knows of; `resume()` leads from there to running too.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -51,6 +53,9 @@ pub enum Error {
     /// The guest cannot be asked for that.
     #[error(transparent)]
     Target(#[from] crate::machine::TargetError),
+    /// The guest cannot be asked to suspend itself.
+    #[error(transparent)]
+    Suspend(#[from] crate::machine::SuspendError),
     /// The monitor cannot be confined.
     #[error("cannot confine the monitor: {0}")]
     Jail(std::io::Error),
@@ -183,17 +188,21 @@ impl Monitor {
                 vm.state = VmState::Paused;
             }
             Action::Resume => {
-                vm.expect(&[VmState::Paused], "be resumed")?;
+                vm.expect(&[VmState::Paused, VmState::Suspended], "be resumed")?;
                 vm.machine.resume()?;
                 vm.state = VmState::Running;
             }
             Action::Reset => {
-                vm.expect(&[VmState::Running, VmState::Paused], "be reset")?;
+                vm.expect(&Vm::STARTED, "be reset")?;
                 vm.reset()?;
             }
             Action::Shutdown => {
                 vm.expect(&[VmState::Running], "shut itself down")?;
                 vm.machine.press_power_button()?;
+            }
+            Action::Suspend => {
+                vm.expect(&[VmState::Running], "suspend itself")?;
+                vm.machine.suspend()?;
             }
             Action::Poweroff => return Ok(Some(self.end(Ending::PowerOff))),
         }
@@ -206,7 +215,7 @@ impl Monitor {
     /// It has not been started, or cannot be asked for that.
     pub fn set_target(&mut self, target: &Target) -> Result<(), Error> {
         let vm = self.vm()?;
-        vm.expect(&[VmState::Running, VmState::Paused], "be asked")?;
+        vm.expect(&Vm::STARTED, "be asked")?;
         Ok(vm.machine.set_target(target)?)
     }
 
@@ -216,6 +225,10 @@ impl Monitor {
         match event {
             Event::PowerOff => Some(self.end(Ending::PowerOff)),
             Event::Failed(message) => Some(self.end(Ending::Failed(message))),
+            Event::Suspended => match vm.suspended() {
+                Ok(()) => None,
+                Err(error) => Some(self.end(Ending::Failed(format!("suspend: {error}")))),
+            },
             Event::Reset if vm.config.on_reboot.unwrap_or_default() == OnReboot::Exit => {
                 Some(self.end(Ending::Reboot))
             }
@@ -276,6 +289,9 @@ impl Monitor {
 }
 
 impl Vm {
+    /// States in which there is a guest.
+    const STARTED: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::Suspended];
+
     fn expect(&self, states: &[VmState], action: &'static str) -> Result<(), Error> {
         if states.contains(&self.state) {
             return Ok(());
@@ -286,8 +302,19 @@ impl Vm {
         })
     }
 
+    /// The guest has suspended itself, if it has not been resumed since.
+    fn suspended(&mut self) -> Result<(), Error> {
+        if self.machine.is_suspended() {
+            if self.state == VmState::Running {
+                self.machine.pause()?;
+            }
+            self.state = VmState::Suspended;
+        }
+        Ok(())
+    }
+
     fn reset(&mut self) -> Result<(), Error> {
-        if self.state != VmState::Paused {
+        if self.state == VmState::Running {
             self.machine.pause()?;
         }
         self.machine.reset()?;

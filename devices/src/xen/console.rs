@@ -111,16 +111,25 @@ impl Console {
     /// # Errors
     /// The page is not in guest memory, or the port cannot be bound.
     pub fn attach(&mut self, page: SharedPage) -> Result<(), Error> {
-        self.detach()?;
-        self.join(State {
-            page: Some(page),
-            broken: false,
-        })?;
+        self.rejoin(page)?;
         if let Some(link) = &self.parked()?.link {
             let cleared = link.input.clear().and_then(|()| link.output.clear());
             cleared.map_err(|e| error(&e))?;
         }
         Ok(())
+    }
+
+    /// Joins the parked console to the page of a guest that goes on in a new
+    /// domain: what is on its way in the page arrives.
+    ///
+    /// # Errors
+    /// The page is not in guest memory, or the port cannot be bound.
+    pub fn rejoin(&mut self, page: SharedPage) -> Result<(), Error> {
+        self.detach()?;
+        self.join(State {
+            page: Some(page),
+            broken: false,
+        })
     }
 
     /// Joins the parked console to a page as it is.

@@ -3,7 +3,6 @@
 //! likes, or never.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::bus::{Domain, Shared, read, write};
 use super::store::{Errno, HOME};
@@ -107,16 +106,6 @@ impl Control {
     pub fn can(&self, how: Shutdown) -> bool {
         let feature = self.get(&format!("control/feature-{}", how.word()));
         feature.as_deref() == Some("1")
-    }
-
-    /// Waits until the guest has taken the last request; false if it has not
-    /// in that time. It may be long until it has done it.
-    #[must_use]
-    pub fn wait_taken(&self, timeout: Duration) -> bool {
-        self.shared.wait(timeout, |inner| {
-            let request = read(&inner.store, HOME, "control/shutdown");
-            request.is_none_or(|request| request.is_empty())
-        })
     }
 
     /// Presses a SysRq key of the guest's.

@@ -76,7 +76,7 @@ fn press_power_button(vm: &VmDir) {
         return;
     };
     if let Ok(client) = vm.client() {
-        if info.state == VmState::Paused {
+        if matches!(info.state, VmState::Paused | VmState::Suspended) {
             let _ = client.act(Action::Resume);
         }
         let _ = client.act(Action::Shutdown);

@@ -63,7 +63,9 @@ fn refused(error: &Error) -> Response {
     let status = match error {
         Error::NoVm => StatusCode::NOT_FOUND,
         Error::Exists | Error::State { .. } => StatusCode::CONFLICT,
-        Error::Config(_) | Error::Build(_) | Error::Target(_) => StatusCode::BAD_REQUEST,
+        Error::Config(_) | Error::Build(_) | Error::Target(_) | Error::Suspend(_) => {
+            StatusCode::BAD_REQUEST
+        }
         Error::Jail(_) | Error::Lifecycle(_) => StatusCode::INTERNAL_SERVER_ERROR,
     };
     (status, Json(Problem::from(error))).into_response()

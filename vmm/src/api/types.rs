@@ -50,6 +50,9 @@ pub enum Action {
     Resume,
     /// Starts the guest again from its kernel, as the reset button does.
     Reset,
+    /// Asks the guest to suspend itself; the VM is [`VmState::Suspended`] once
+    /// it has.
+    Suspend,
     /// Presses the ACPI power button: the guest shuts itself down.
     Shutdown,
     /// Ends the VM at once, without asking the guest.
@@ -58,11 +61,12 @@ pub enum Action {
 
 impl Action {
     /// Every action.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Boot,
         Self::Pause,
         Self::Resume,
         Self::Reset,
+        Self::Suspend,
         Self::Shutdown,
         Self::Poweroff,
     ];
@@ -75,6 +79,7 @@ impl Action {
             Self::Pause => "/vm/pause",
             Self::Resume => "/vm/resume",
             Self::Reset => "/vm/reset",
+            Self::Suspend => "/vm/suspend",
             Self::Shutdown => "/vm/shutdown",
             Self::Poweroff => "/vm/poweroff",
         }
@@ -91,6 +96,8 @@ pub enum VmState {
     Running,
     /// The vCPUs are stopped and the devices at rest.
     Paused,
+    /// The guest has suspended itself; all is at rest, as when paused.
+    Suspended,
     /// The guest is off; the monitor is about to exit.
     Stopped,
 }
@@ -101,6 +108,7 @@ impl fmt::Display for VmState {
             Self::Created => "created",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Suspended => "suspended",
             Self::Stopped => "stopped",
         })
     }

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use blanket_devices::legacy::power::Power;
 use blanket_devices::legacy::serial::Serial;
-use blanket_devices::lifecycle::{self, Lifecycle};
+use blanket_devices::lifecycle::{self, Lifecycle, SavedState};
 use blanket_devices::pci::PciBus;
 use blanket_devices::platform;
 use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci};
 use blanket_devices::virtio::{Device, blk::Block, console::Console, net::Net, rng::Rng};
 use blanket_devices::worker::{STACK, Workers};
 use blanket_memory::GuestRam;
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
@@ -26,8 +27,8 @@ use crate::config::VmConfig;
 use crate::jail::Class;
 use crate::machine::open::{Disk, Interface};
 use crate::machine::{
-    self, Error, TargetError, kvm, lock, map_memory, memory_metrics, named, resource, setup,
-    spawn_workers,
+    self, Error, SuspendError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
+    setup, spawn_workers,
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
 use crate::vcpu::{EventSink, OnBus, Vcpu};
@@ -36,17 +37,22 @@ use crate::vcpu::{EventSink, OnBus, Vcpu};
 ///
 /// Fields are dropped in order: first what runs, then what it runs on.
 pub struct Machine {
-    vcpus: Vec<Vcpu>,
-    bus: Arc<HvmBus>,
-    serial: Serial,
-    virtio: Vec<Arc<Mutex<VirtioPci>>>,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) bus: Arc<HvmBus>,
+    pub(super) serial: Serial,
+    pub(super) virtio: Vec<Arc<Mutex<VirtioPci>>>,
     described: Vec<DeviceInfo>,
     payload: Payload,
     /// Where the kernel starts that has been loaded and has not run.
-    loaded: Option<Entry>,
+    pub(super) loaded: Option<Entry>,
     /// The vCPUs' state after power-on, for resets.
     power_on: Vec<VcpuState>,
-    ram: GuestRam,
+    pub(super) ram: GuestRam,
+    /// What the first vCPU is told by CPUID.
+    pub(super) cpuid: Vec<kvm_cpuid_entry2>,
+    /// The MSRs that make up a vCPU's state.
+    pub(super) msrs: Vec<u32>,
+    pub(super) vm: Arc<VmFd>,
     _workers: Workers,
 }
 
@@ -99,6 +105,8 @@ impl Machine {
             pci: builder.pci,
         });
         let (vcpus, power_on) = make_vcpus(&parts.host, &vm, config.cpus(), &bus, events)?;
+        let mut cpuid = parts.host.cpuid.clone();
+        cpuid::adapt(&mut cpuid, 0, config.cpus(), parts.host.deadline_timer);
         // Last: what maps memory meanwhile would wait for each page's zeroing.
         populate(parts.payload.populate_ahead(&parts.ram))?;
         Ok(Self {
@@ -111,11 +119,14 @@ impl Machine {
             loaded: Some(entry),
             power_on,
             ram: parts.ram,
+            cpuid: cpuid.as_slice().to_vec(),
+            msrs: parts.host.msrs,
+            vm,
             _workers: workers,
         })
     }
 
-    fn power(&self) -> MutexGuard<'_, Power> {
+    pub(super) fn power(&self) -> MutexGuard<'_, Power> {
         lock(&self.bus.power)
     }
 
@@ -205,6 +216,30 @@ impl machine::Machine for Machine {
                 device: "power button".to_owned(),
                 message: error.to_string(),
             })
+    }
+
+    fn suspend(&mut self) -> Result<(), SuspendError> {
+        Err(SuspendError::Hvm)
+    }
+
+    fn is_suspended(&self) -> bool {
+        false
+    }
+
+    fn memory(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    fn save(&self) -> Result<SavedState, lifecycle::Error> {
+        self.saved()
+    }
+
+    fn check(&self, state: &SavedState) -> Result<(), lifecycle::Error> {
+        self.fits(state)
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error> {
+        self.restored(state)
     }
 
     fn set_target(&mut self, _: &Target) -> Result<(), TargetError> {

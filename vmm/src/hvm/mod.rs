@@ -8,6 +8,7 @@ mod kvm;
 pub mod machine;
 mod parts;
 mod registers;
+mod saved;
 mod wiring;
 
 pub use crate::machine::Error;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use blanket_devices::lifecycle;
+use blanket_devices::lifecycle::{self, SavedState};
 use blanket_devices::worker::{ThreadSetup, Worker, Workers};
 use blanket_devices::xen::control;
 use blanket_drivers::probe::Virtualization;
@@ -69,6 +69,43 @@ pub trait Machine: Send {
     /// It cannot be asked.
     fn press_power_button(&mut self) -> Result<(), lifecycle::Error>;
 
+    /// Asks the guest to suspend itself. It does so when it can, and says so
+    /// with [`crate::vcpu::Event::Suspended`].
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    fn suspend(&mut self) -> Result<(), SuspendError>;
+
+    /// Whether the guest has suspended itself: until the machine is resumed,
+    /// which the guest takes for a cancelled suspension.
+    fn is_suspended(&self) -> bool;
+
+    /// All memory that goes with a saved state.
+    fn memory(&self) -> &GuestRam;
+
+    /// The state of a paused machine, but for its memory.
+    ///
+    /// # Errors
+    /// KVM or a device does not tell its own.
+    fn save(&self) -> Result<SavedState, lifecycle::Error>;
+
+    /// Whether [`Machine::restore`] can work here, before anything else is
+    /// moved, stopped or changed for it.
+    ///
+    /// # Errors
+    /// The state is damaged, too new, or of a machine or processor that differs.
+    fn check(&self, state: &SavedState) -> Result<(), lifecycle::Error>;
+
+    /// Takes over a saved state, on an equally configured machine that is paused
+    /// or has not been started, with the saved guest's memory in place. It is
+    /// paused then. A guest that had suspended itself finds itself in a new
+    /// domain when it is resumed.
+    ///
+    /// # Errors
+    /// As for [`Machine::check`]: nothing has been touched then. Or KVM or a
+    /// device refuses its part: the machine must be reset then.
+    fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error>;
+
     /// Asks the guest to use so much of what it has.
     ///
     /// # Errors
@@ -94,6 +131,22 @@ pub enum TargetError {
     )]
     Fixed,
     /// It is out of bounds.
+    #[error(transparent)]
+    Refused(#[from] control::Error),
+}
+
+/// Why a guest is not asked to suspend itself.
+#[derive(Debug, thiserror::Error)]
+pub enum SuspendError {
+    /// Its machine has no way to ask.
+    #[error("the guest of an hvm machine cannot be asked to suspend itself; pause it instead")]
+    Hvm,
+    /// It has not said that it can.
+    #[error(
+        "the guest has not said that it can suspend itself: its drivers are not up yet, or its kernel lacks support for hibernation; wait, or pause it instead"
+    )]
+    Unable,
+    /// The xenstore refuses.
     #[error(transparent)]
     Refused(#[from] control::Error),
 }

@@ -226,6 +226,8 @@ pub(crate) struct Domain {
     pub uuid: Mutex<[u8; 16]>,
     /// KVM has VMX or SVM: ring 0 is real.
     pub hardware: bool,
+    /// The frame of its `start_info`, if the guest has suspended itself.
+    pub suspended: Mutex<Option<u64>>,
 }
 
 impl Domain {
@@ -342,6 +344,10 @@ impl Domain {
             let mut state = cpu.state();
             state.rearm = true;
             state.debug.reload = true;
+            if state.time_area != 0 {
+                // The guest may have taken the page away: that is its loss.
+                let _ = self.space(index).put(state.time_area, self.time.info());
+            }
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use blanket_devices::lifecycle::{self, Lifecycle};
+use blanket_devices::lifecycle::{self, Lifecycle, SavedState};
 use blanket_devices::worker::Workers;
 use blanket_devices::xen::blkif::{self, Block};
 use blanket_devices::xen::bus::{self, Backend, SharedPages, XenBus};
@@ -13,6 +13,7 @@ use blanket_devices::xen::control::Shutdown;
 use blanket_devices::xen::grant::GrantTable;
 use blanket_devices::xen::netif::Netif;
 use blanket_devices::xen::{BACKEND, EventChannels};
+use blanket_memory::GuestRam;
 use blanket_pv_shim::layout;
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
@@ -25,6 +26,7 @@ use super::domain::{Begin, Cpu, CpuState, Domain, Online, Trap, wire_interrupts}
 use super::events::{Events, Places};
 use super::parts::Parts;
 use super::runstate::State;
+use super::saved::Suspension;
 use super::shim::Area;
 use super::time::Time;
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
@@ -32,14 +34,14 @@ use crate::config::{ByteSize, VmConfig};
 use crate::jail::Class;
 use crate::machine::open::{Disk, Interface};
 use crate::machine::{
-    self, Error, TargetError, kvm, map_memory, memory_metrics, named, resource, setup,
-    spawn_workers,
+    self, Error, SuspendError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
+    setup, spawn_workers,
 };
 use crate::vcpu::state::set_cpuid;
 use crate::vcpu::{EventSink, Vcpu};
 
 /// Guest-physical address of `shared_info`.
-const SHARED_INFO: GuestAddress = GuestAddress(layout::GPA + layout::SHARED_INFO);
+pub(super) const SHARED_INFO: GuestAddress = GuestAddress(layout::GPA + layout::SHARED_INFO);
 
 /// A pv machine.
 ///
@@ -145,6 +147,7 @@ impl Machine {
             given: AtomicU64::new(0),
             uuid: Mutex::new(parts.uuid),
             hardware: parts.hardware,
+            suspended: Mutex::default(),
         });
         let vcpus = start_vcpus(fds, &domain, sink)?;
         Ok(Self {
@@ -264,6 +267,7 @@ impl machine::Machine for Machine {
         domain.events.initialize();
         domain.time.restart();
         domain.given.store(0, Ordering::Relaxed);
+        *lock(&domain.suspended) = None;
         let port = || {
             domain
                 .events
@@ -325,6 +329,9 @@ impl machine::Machine for Machine {
     }
 
     fn resume(&mut self) -> Result<(), lifecycle::Error> {
+        if lock(&self.domain.suspended).take().is_some() {
+            self.answer_suspension(Suspension::Cancelled)?;
+        }
         self.domain.resume_clocks()?;
         self.bus.resume()?;
         for vcpu in &self.vcpus {
@@ -351,6 +358,34 @@ impl machine::Machine for Machine {
                 device: "control/shutdown".to_owned(),
                 message: error.to_string(),
             })
+    }
+
+    fn suspend(&mut self) -> Result<(), SuspendError> {
+        let control = self.bus.control();
+        if !control.can(Shutdown::Suspend) {
+            return Err(SuspendError::Unable);
+        }
+        Ok(control.shut_down(Shutdown::Suspend)?)
+    }
+
+    fn is_suspended(&self) -> bool {
+        lock(&self.domain.suspended).is_some()
+    }
+
+    fn memory(&self) -> &GuestRam {
+        &self.domain.ram
+    }
+
+    fn save(&self) -> Result<SavedState, lifecycle::Error> {
+        self.saved()
+    }
+
+    fn check(&self, state: &SavedState) -> Result<(), lifecycle::Error> {
+        self.fits(state)
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error> {
+        self.restored(state)
     }
 
     fn set_target(&mut self, target: &Target) -> Result<(), TargetError> {

@@ -204,12 +204,12 @@ impl Time {
         }
     }
 
-    /// Takes over a saved clock, which stands still until [`Time::resume`].
+    /// Whether a saved clock can go on here.
     ///
     /// # Errors
     /// The time-stamp counter has another frequency: the guest has measured its
     /// delay loops with it.
-    pub fn restore(&self, saved: &SavedTime) -> Result<(), OtherFrequency> {
+    pub fn fits(&self, saved: &SavedTime) -> Result<(), OtherFrequency> {
         // Hosts of one kind differ by as much as they measure their own wrongly.
         const TOLERANCE: u64 = 1000;
         if saved.hz.abs_diff(self.hz) > self.hz / TOLERANCE {
@@ -218,6 +218,15 @@ impl Time {
                 here: self.hz,
             });
         }
+        Ok(())
+    }
+
+    /// Takes over a saved clock, which stands still until [`Time::resume`].
+    ///
+    /// # Errors
+    /// It does not fit ([`Time::fits`]).
+    pub fn restore(&self, saved: &SavedTime) -> Result<(), OtherFrequency> {
+        self.fits(saved)?;
         *self.base() = Base {
             tsc: ticks(),
             system: saved.system,

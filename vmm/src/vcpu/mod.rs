@@ -56,6 +56,9 @@ pub enum Event {
     PowerOff,
     /// It asked for a reset, or ended in a triple fault.
     Reset,
+    /// It has suspended itself: it goes on when the machine does, here or
+    /// elsewhere.
+    Suspended,
     /// The vCPU cannot go on; the message says why.
     Failed(String),
 }

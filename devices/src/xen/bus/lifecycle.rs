@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::domain::{self, SharedPages};
-use super::{Service, State as XenbusState, XenBus, error};
+use super::{Device, Inner, Service, State as XenbusState, XenBus, error};
 use crate::lifecycle::{Error, Lifecycle, SavedState};
 use crate::xen::store::{self, Store, connection};
 
@@ -48,41 +48,75 @@ impl XenBus {
         Ok(())
     }
 
-    /// The guest suspends: its frontends will start anew, as Linux's do when
-    /// it resumes. For the paused bus.
+    /// Takes over the state of a guest that has suspended itself and goes on in
+    /// a new domain: its frontends, its connection and its watches start anew,
+    /// as Linux's do, over the pages that it shares already and these ports of
+    /// [`crate::xen::BACKEND`]'s. What else is in the store stays. Returns the
+    /// pages with their ports. As for [`Lifecycle::restore`], guest memory is
+    /// restored already.
     ///
     /// # Errors
-    /// The bus is not paused.
-    pub fn renew_devices(&mut self) -> Result<(), Error> {
-        if self.running.is_some() {
-            return Err(error(&"it must be paused first"));
+    /// The state is damaged, too new, or of a guest with other devices. The bus
+    /// must be reset then.
+    pub fn restore_renewed(
+        &mut self,
+        saved: &SavedState,
+        store_port: u32,
+        console_port: u32,
+    ) -> Result<SharedPages, Error> {
+        let state: State = saved.unpack(KIND, VERSION)?;
+        let mut pages = state
+            .pages
+            .ok_or_else(|| error(&"the saved guest has no store"))?;
+        pages.store.port = store_port;
+        pages.console.port = console_port;
+        self.reset()?;
+        let mut store = Store::restore(state.store).map_err(|e| error(&e))?;
+        store.forget_client();
+        {
+            let mut inner = self.shared.lock();
+            inner.records(&state.devices)?;
+            inner.store = store;
+            inner.publish().map_err(|e| error(&e))?;
         }
-        self.shared.lock().publish().map_err(|e| error(&e))
+        self.join(pages)?;
+        self.console.rejoin(pages.console)?;
+        Ok(pages)
     }
 
     fn restore_devices(&self, store: Store, records: &[DeviceRecord]) -> Result<(), Error> {
         let mut inner = self.shared.lock();
+        let records = inner.records(records)?;
         inner.store = store;
         let inner = &mut *inner;
-        if records.len() != inner.devices.len() {
-            return Err(error(&format!(
-                "the state has {} devices, the machine {}",
-                records.len(),
-                inner.devices.len()
-            )));
-        }
-        for device in &mut inner.devices {
-            let (kind, index) = (device.backend.kind(), device.backend.index());
-            let record = records
-                .iter()
-                .find(|record| record.kind == kind && record.index == index)
-                .ok_or_else(|| error(&format!("the state has no {kind} {index}")))?;
+        for (device, record) in inner.devices.iter_mut().zip(records) {
             device.backend.restore(&record.backend, &device.context)?;
             device
                 .adopt(&mut inner.store, record.state)
                 .map_err(|e| error(&e))?;
         }
         Ok(())
+    }
+}
+
+impl Inner {
+    /// The devices' records, in their order.
+    fn records<'a>(&self, records: &'a [DeviceRecord]) -> Result<Vec<&'a DeviceRecord>, Error> {
+        if records.len() != self.devices.len() {
+            return Err(error(&format!(
+                "the state has {} devices, the machine {}",
+                records.len(),
+                self.devices.len()
+            )));
+        }
+        let find = |device: &Device| {
+            let (kind, index) = (device.backend.kind(), device.backend.index());
+            records
+                .iter()
+                .find(|record| record.kind == kind && record.index == index)
+                .ok_or_else(|| error(&format!("the state has no {kind} {index}")))
+        };
+        self.devices.iter().map(find).collect()
     }
 }
 

@@ -234,13 +234,18 @@ impl XenBus {
     /// # Errors
     /// A page is not in guest memory, a port cannot be bound, or the bus runs.
     pub fn attach(&mut self, pages: SharedPages) -> Result<(), LifecycleError> {
+        self.join(pages)?;
+        self.console.attach(pages.console)
+    }
+
+    /// Begins a connection of the guest's.
+    fn join(&self, pages: SharedPages) -> Result<(), LifecycleError> {
         let link = self.link(pages, connection::State::default())?;
         link.connection.initialise().map_err(|e| error(&e))?;
         let mut inner = self.shared.lock();
         domain::announce(&mut inner.store, &pages).map_err(|e| error(&e))?;
         inner.link = Some(link);
-        drop(inner);
-        self.console.attach(pages.console)
+        Ok(())
     }
 
     /// The store's end of a guest's connection.

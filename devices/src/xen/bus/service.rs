@@ -1,7 +1,7 @@
 //! What the xenbus thread does: serves the guest's store and takes each
 //! backend where its frontend wants it.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
@@ -72,8 +72,6 @@ pub(in crate::xen) struct Shared {
     inner: Mutex<Inner>,
     /// Has the xenbus thread look again.
     wake: Arc<EventFd>,
-    /// The guest may have changed something.
-    served: Condvar,
 }
 
 impl Shared {
@@ -81,26 +79,11 @@ impl Shared {
         Self {
             inner: Mutex::new(inner),
             wake,
-            served: Condvar::new(),
         }
     }
 
     pub(in crate::xen) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `done`, which is asked after whatever the guest does, or
-    /// the time is up. Returns the last answer.
-    pub(in crate::xen) fn wait(
-        &self,
-        timeout: std::time::Duration,
-        done: impl Fn(&Inner) -> bool,
-    ) -> bool {
-        let (inner, _) = self
-            .served
-            .wait_timeout_while(self.lock(), timeout, |inner| !done(inner))
-            .unwrap_or_else(PoisonError::into_inner);
-        done(&inner)
     }
 
     pub(in crate::xen) fn wake(&self) {
@@ -138,8 +121,6 @@ impl MutEventSubscriber for Service {
         if inner.serve() {
             self.0.wake();
         }
-        drop(inner);
-        self.0.served.notify_all();
     }
 }
 

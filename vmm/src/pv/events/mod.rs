@@ -18,7 +18,7 @@ use blanket_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::abi::{EVENT_CHANNELS, Errno, LEGACY_MAX_VCPUS, PAGE_SIZE, VcpuInfo, virq};
+use super::abi::{EVENT_CHANNELS, Errno, PAGE_SIZE, VcpuInfo, virq};
 use bits::{Bits, place};
 use table::{FREE, Port, Table};
 pub use table::{Invalid, SavedEvents, Status};
@@ -89,17 +89,41 @@ impl Events {
         let _wiring = lock(&self.wiring);
         self.close_all();
         *self.table() = Table::new(self.vcpus, self.bits.places.shared_info);
+        self.forget_all();
+        for vcpu in 0..self.vcpus {
+            if let Some(info) = self.vcpu_info(vcpu) {
+                self.bits
+                    .swap_byte(info.0 + offset_of!(VcpuInfo, evtchn_upcall_mask) as u64, 1);
+            }
+        }
+    }
+
+    /// For a guest that goes on in a new domain: no port is bound, and every one
+    /// is masked. The vCPUs' information stays where it is: the guest says again
+    /// where it wants it.
+    pub fn renew(&self) {
+        let _wiring = lock(&self.wiring);
+        self.close_all();
+        {
+            let mut table = self.table();
+            table.ports.truncate(1);
+            table.kicks.truncate(1);
+        }
+        self.forget_all();
+    }
+
+    /// No port is pending, and every one is masked.
+    fn forget_all(&self) {
         for word in 0..u64::from(EVENT_CHANNELS / 64) {
             self.bits.store(self.bits.pending_word(word), 0);
             self.bits.store(self.bits.mask_word(word), u64::MAX);
         }
-        for vcpu in 0..self.vcpus.min(LEGACY_MAX_VCPUS) {
-            let info = self.bits.places.shared_info.0 + (vcpu * size_of::<VcpuInfo>()) as u64;
-            self.bits
-                .store(info + offset_of!(VcpuInfo, evtchn_pending_sel) as u64, 0);
-            self.bits.swap_byte(info, 0);
-            self.bits
-                .swap_byte(info + offset_of!(VcpuInfo, evtchn_upcall_mask) as u64, 1);
+        for vcpu in 0..self.vcpus {
+            if let Some(info) = self.vcpu_info(vcpu) {
+                self.bits
+                    .store(info.0 + offset_of!(VcpuInfo, evtchn_pending_sel) as u64, 0);
+                self.bits.swap_byte(info.0, 0);
+            }
         }
     }
 

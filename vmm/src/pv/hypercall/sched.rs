@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::{Answer, Hypercall, Result};
-use crate::pv::abi::Errno;
+use crate::machine::lock;
+use crate::pv::abi::{Errno, PAGE_SIZE};
 use crate::pv::events::MAX_POLLED;
 use crate::pv::runstate::State;
 use crate::vcpu::Event;
@@ -13,6 +14,8 @@ const BLOCK: u64 = 1;
 const SHUTDOWN: u64 = 2;
 const POLL: u64 = 3;
 const REMOTE_SHUTDOWN: u64 = 4;
+/// Reason of a shutdown (`SHUTDOWN_suspend`).
+const SUSPEND: u32 = 2;
 const WATCHDOG: u64 = 6;
 /// A vCPU that polls looks up at least so often: its guest asks again.
 const POLL_MOST: Duration = Duration::from_millis(1);
@@ -22,7 +25,10 @@ impl Hypercall<'_> {
         let [command, argument, ..] = self.arguments;
         match command {
             YIELD | BLOCK => Ok(Answer::Value(0)),
-            SHUTDOWN => self.shutdown(self.space().get(argument)?),
+            SHUTDOWN => match self.space().get(argument)? {
+                SUSPEND => self.suspend(),
+                reason => self.shutdown(reason),
+            },
             POLL => self.poll(argument),
             WATCHDOG | REMOTE_SHUTDOWN => Err(Errno::NoSys),
             _ => Err(Errno::NoSys),
@@ -37,6 +43,19 @@ impl Hypercall<'_> {
             4 => Event::Failed("the guest's watchdog has expired".to_owned()),
             _ => return Err(Errno::Inval),
         }))
+    }
+
+    /// Rests until the machine goes on, here or elsewhere; the frame of
+    /// `start_info` is where it is told then what is new. The result is written
+    /// then too.
+    fn suspend(&self) -> Result<Answer> {
+        let frame = self.arguments[2];
+        // Linux has the first vCPU do it, and Xen's tools look at that one.
+        if self.index != 0 || frame >= self.domain.memory / PAGE_SIZE {
+            return Err(Errno::Inval);
+        }
+        *lock(&self.domain.suspended) = Some(frame);
+        Ok(Answer::Event(Event::Suspended))
     }
 
     /// Waits for one of some event channels, up to a time (0: any).

@@ -83,6 +83,7 @@ fn domain(supported: &kvm_bindings::CpuId) -> Option<Domain> {
         console: Box::new(|bytes| assert!(bytes.len() <= 4096)),
         given: AtomicU64::new(0),
         hardware: false,
+        suspended: std::sync::Mutex::default(),
     };
     for index in 0..VCPUS {
         let at = offset_of!(Data, kernel_cr3);

@@ -81,9 +81,12 @@ impl Hypercall<'_> {
             }
             REGISTER_TIME => {
                 let area: u64 = self.space().get(argument)?;
+                // 0: none any more, as before a suspension.
+                if area != 0 {
+                    self.space().put(area, self.domain.time.info())?;
+                }
                 self.domain.cpus[target].state().time_area = area;
-                let info = self.domain.time.info();
-                self.space().put(area, info).map(|()| 0)
+                Ok(0)
             }
             SET_PERIODIC_TIMER | SEND_NMI => Err(Errno::NoSys),
             _ => Err(Errno::NoSys),
