@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{console, doctor, info, life, logs, ps, run, set, stop, supervise};
+use commands::{console, doctor, info, life, logs, ps, run, set, snapshot, stop, supervise};
 
 /// Virtual machines on this node.
 #[derive(Parser)]
@@ -57,6 +57,10 @@ enum Command {
     Suspend(life::SuspendArgs),
     /// Let paused and suspended VMs run on.
     Resume(life::Args),
+    /// Save a VM to a file: its memory and all else but its disks.
+    Snapshot(snapshot::Args),
+    /// Start a VM that goes on where a snapshot was made.
+    Restore(Box<snapshot::RestoreArgs>),
     /// Start VMs again from their kernels, as the reset button does.
     Reset(life::Args),
     /// Tell what this machine can do.
@@ -83,6 +87,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Pause(args) => life::act(&home, &args, Action::Pause),
         Command::Suspend(args) => life::suspend(&home, &args),
         Command::Resume(args) => life::act(&home, &args, Action::Resume),
+        Command::Snapshot(args) => snapshot::snapshot(&home, &args),
+        Command::Restore(args) => snapshot::restore(&home, *args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Supervise(args) => supervise::supervise(&home, &args),

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
+use hyper::client::conn::http1::SendRequest;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -18,7 +19,7 @@ use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::api::types::{
-    Action, METRICS_PATH, Metrics, Problem, TARGET_PATH, Target, VM_PATH, VmInfo,
+    Action, METRICS_PATH, Metrics, Problem, SNAPSHOT_PATH, TARGET_PATH, Target, VM_PATH, VmInfo,
 };
 use crate::config::VmConfig;
 
@@ -63,6 +64,9 @@ pub enum Error {
         /// The reason and the remedy.
         problem: Problem,
     },
+    /// What was asked for cannot be written down.
+    #[error("cannot write the snapshot: {0}")]
+    Output(io::Error),
     /// The client itself could not be set up.
     #[error("cannot set up the client of the monitor's API: {0}")]
     Setup(io::Error),
@@ -147,6 +151,40 @@ impl Client {
         self.request(Method::GET, METRICS_PATH, None::<&()>)
     }
 
+    /// Writes the [snapshot](crate::snapshot) of a paused or suspended VM, but
+    /// for the marks of its disks, to `out`. Each piece has the client's limit
+    /// of time.
+    ///
+    /// # Errors
+    /// The VM is not at rest, or `out` does not take it.
+    pub fn snapshot(&self, out: &mut impl io::Write) -> Result<(), Error> {
+        let request = self.http(Method::GET, SNAPSHOT_PATH, Vec::new())?;
+        self.runtime.block_on(async {
+            let (mut sender, connection) = self.connect().await?;
+            let answer = async move {
+                let answer = self.in_time(sender.send_request(request)).await?;
+                let status = answer.status();
+                let mut body = answer.into_body();
+                if !status.is_success() {
+                    let bytes = self
+                        .in_time(Limited::new(body, MAX_ANSWER).collect())
+                        .await?;
+                    return Err(refused(SNAPSHOT_PATH, status, &bytes.to_bytes()));
+                }
+                while let Some(frame) = self
+                    .in_time(async { body.frame().await.transpose() })
+                    .await?
+                {
+                    if let Ok(piece) = frame.into_data() {
+                        out.write_all(&piece).map_err(Error::Output)?;
+                    }
+                }
+                Ok(())
+            };
+            drive(connection, answer).await
+        })
+    }
+
     fn request<B: Serialize, A: DeserializeOwned>(
         &self,
         method: Method,
@@ -158,46 +196,67 @@ impl Client {
             .transpose()
             .map_err(|error| self.protocol(&error))?
             .unwrap_or_default();
-        let request = Request::builder()
+        let request = self.http(method, path, body)?;
+        let (status, bytes) = self.runtime.block_on(async {
+            tokio::time::timeout(self.timeout, self.exchange(request))
+                .await
+                .unwrap_or_else(|_| Err(self.late()))
+        })?;
+        if status.is_success() {
+            return serde_json::from_slice(&bytes).map_err(|error| self.protocol(&error));
+        }
+        Err(refused(path, status, &bytes))
+    }
+
+    fn http(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<Request<Full<Bytes>>, Error> {
+        Request::builder()
             .method(method)
             .uri(path)
             .header(header::HOST, "localhost")
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
-            .map_err(|error| self.protocol(&error))?;
-        let (status, bytes) = self.runtime.block_on(async {
-            tokio::time::timeout(self.timeout, self.exchange(request))
-                .await
-                .unwrap_or_else(|_| {
-                    Err(Error::Timeout {
-                        socket: self.socket.clone(),
-                        timeout: self.timeout,
-                    })
-                })
-        })?;
-        if status.is_success() {
-            return serde_json::from_slice(&bytes).map_err(|error| self.protocol(&error));
-        }
-        Err(Error::Refused {
-            status: status.as_u16(),
-            problem: serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
-                error: format!("the monitor answered {path} with {status}"),
-                remedy: None,
-            }),
-        })
+            .map_err(|error| self.protocol(&error))
     }
 
-    /// Sends one request over a connection of its own and reads the answer.
-    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), Error> {
+    /// One step of an answer, within the client's limit of time.
+    async fn in_time<T, E: ToString>(
+        &self,
+        step: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Error> {
+        match tokio::time::timeout(self.timeout, step).await {
+            Ok(result) => result.map_err(|error| self.protocol(&error)),
+            Err(_) => Err(self.late()),
+        }
+    }
+
+    fn late(&self) -> Error {
+        Error::Timeout {
+            socket: self.socket.clone(),
+            timeout: self.timeout,
+        }
+    }
+
+    /// A connection of its own for one request, and what moves its bytes.
+    async fn connect(&self) -> Result<(SendRequest<Full<Bytes>>, impl Future), Error> {
         let stream = UnixStream::connect(&self.socket)
             .await
             .map_err(|source| Error::Connect {
                 socket: self.socket.clone(),
                 source,
             })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
-            .map_err(|error| self.protocol(&error))?;
+            .map_err(|error| self.protocol(&error))
+    }
+
+    /// Sends one request over a connection of its own and reads the answer.
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), Error> {
+        let (mut sender, connection) = self.connect().await?;
         let answer = async move {
             let answer = sender
                 .send_request(request)
@@ -218,6 +277,17 @@ impl Client {
             socket: self.socket.clone(),
             message: message.to_string(),
         }
+    }
+}
+
+/// The error of an answer that is none.
+fn refused(path: &str, status: StatusCode, bytes: &[u8]) -> Error {
+    Error::Refused {
+        status: status.as_u16(),
+        problem: serde_json::from_slice(bytes).unwrap_or_else(|_| Problem {
+            error: format!("the monitor answered {path} with {status}"),
+            remedy: None,
+        }),
     }
 }
 

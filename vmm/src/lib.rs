@@ -12,5 +12,6 @@ pub mod log;
 pub mod machine;
 pub mod monitor;
 pub mod pv;
+pub mod snapshot;
 pub mod timeline;
 pub mod vcpu;

@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use blanket_vmm::api::server;
+use blanket_vmm::api::types::Action;
 use blanket_vmm::config::VmConfig;
 use blanket_vmm::jail::privileges::{self, User};
 use blanket_vmm::jail::{Class, seccomp};
 use blanket_vmm::log;
 use blanket_vmm::monitor::{Ending, Monitor};
+use blanket_vmm::snapshot::Snapshot;
 use blanket_vmm::timeline::Timeline;
 use clap::Parser;
 use tokio::net::UnixListener;
@@ -35,6 +37,11 @@ struct Arguments {
     /// The VM's name, for people.
     #[arg(long, value_name = "NAME", default_value = "vm")]
     id: String,
+
+    /// Go on with the guest of this snapshot. Its configuration is the
+    /// snapshot's, unless --config names a file; flags prevail over both.
+    #[arg(long, value_name = "FILE")]
+    restore: Option<PathBuf>,
 
     /// Build the VM but leave its start to the API.
     #[arg(long, requires = "api_socket")]
@@ -80,9 +87,17 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
     seccomp::report_refusals()
         .and_then(|()| seccomp::confine(Class::Setup))
         .context("cannot install the system call filter")?;
-    let config = match &arguments.config {
-        Some(path) => VmConfig::from_file(path)?.overlaid(arguments.vm),
-        None => arguments.vm,
+    let mut snapshot = match &arguments.restore {
+        Some(path) => {
+            let opened = Snapshot::open(path);
+            Some(opened.with_context(|| format!("the snapshot {}", path.display()))?)
+        }
+        None => None,
+    };
+    let config = match (&arguments.config, &snapshot) {
+        (Some(path), _) => VmConfig::from_file(path)?.overlaid(arguments.vm),
+        (None, Some(snapshot)) => snapshot.head().config.clone().overlaid(arguments.vm),
+        (None, None) => arguments.vm,
     };
     anyhow::ensure!(
         config.kernel.is_some() || arguments.api_socket.is_some(),
@@ -101,8 +116,15 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         monitor.timeline().mark("API ready");
         if config.kernel.is_some() {
             monitor.create(config)?;
-            if !arguments.no_boot {
-                monitor.boot()?;
+            match &mut snapshot {
+                Some(snapshot) => {
+                    monitor.restore(snapshot)?;
+                    if !arguments.no_boot {
+                        monitor.act(Action::Resume)?;
+                    }
+                }
+                None if arguments.no_boot => {}
+                None => monitor.boot()?,
             }
         }
         serve(monitor, events, listener).await

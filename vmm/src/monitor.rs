@@ -14,16 +14,18 @@
 //! itself brings its VM from running to suspended, which is a pause that the
 //! guest knows of; `resume()` leads from there to running too.
 
-use std::sync::Arc;
+use std::io::Read;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::api::types::{Action, Metrics, Problem, Target, VmInfo, VmState};
-use crate::config::{OnReboot, VmConfig};
+use crate::api::types::{self, Action, Metrics, Problem, Target, VmInfo, VmState};
+use crate::config::{MachineChoice, OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
 use crate::machine::{Machine, Parts};
+use crate::snapshot::{self, Head, Pieces, Snapshot, Touched};
 use crate::timeline::Timeline;
 use crate::vcpu::{Event, EventSink};
 
@@ -56,6 +58,15 @@ pub enum Error {
     /// The guest cannot be asked to suspend itself.
     #[error(transparent)]
     Suspend(#[from] crate::machine::SuspendError),
+    /// Its snapshot is being written.
+    #[error("the VM's snapshot is being written: wait until it is, or end the command that does")]
+    Saving,
+    /// The snapshot cannot be read.
+    #[error("cannot restore from the snapshot: {0}")]
+    Snapshot(#[from] snapshot::Error),
+    /// The snapshot cannot be written.
+    #[error("cannot make the snapshot: {0}")]
+    Write(std::io::Error),
     /// The monitor cannot be confined.
     #[error("cannot confine the monitor: {0}")]
     Jail(std::io::Error),
@@ -98,6 +109,10 @@ struct Vm {
     machine: Box<dyn Machine>,
     state: VmState,
     booted: Option<Instant>,
+    /// Lives as long as its snapshot is being written.
+    saving: Weak<()>,
+    /// Which pages of its memory have to be looked at.
+    touched: Touched,
 }
 
 impl Monitor {
@@ -132,6 +147,7 @@ impl Monitor {
         }
         config.validate()?;
         let parts = Parts::open(&config)?;
+        let touched = Touched::open();
         self.timeline.mark("resources opened");
         privileges::drop_privileges(self.user).map_err(Error::Jail)?;
         let events = self.events.clone();
@@ -147,6 +163,8 @@ impl Monitor {
             machine,
             state: VmState::Created,
             booted: None,
+            saving: Weak::new(),
+            touched,
         });
         Ok(())
     }
@@ -171,6 +189,40 @@ impl Monitor {
         Ok(())
     }
 
+    /// Puts the saved guest into the machine, which has not been started: it is
+    /// paused then.
+    ///
+    /// # Errors
+    /// The snapshot is damaged, or of a machine or processor that differs.
+    pub fn restore<R: Read>(&mut self, snapshot: &mut Snapshot<R>) -> Result<(), Error> {
+        let vm = self.vm.as_mut().ok_or(Error::NoVm)?;
+        vm.expect(&[VmState::Created], "be restored")?;
+        vm.machine.check(snapshot.state())?;
+        snapshot.load(vm.machine.memory())?;
+        self.timeline.mark("memory restored");
+        vm.machine.restore(snapshot.state())?;
+        self.timeline.mark("machine restored");
+        vm.booted = Some(Instant::now());
+        vm.state = VmState::Paused;
+        Ok(())
+    }
+
+    /// The snapshot of a VM at rest, which does not go on before it is written.
+    ///
+    /// # Errors
+    /// It is not at rest, or its state cannot be had.
+    pub fn snapshot(&mut self) -> Result<Pieces, Error> {
+        let name = self.id.clone();
+        let vm = self.vm()?;
+        vm.expect(&[VmState::Paused, VmState::Suspended], "be saved")?;
+        let head = Head::new(name, vm.settled_config());
+        let state = vm.machine.save()?;
+        let hold = Arc::new(());
+        vm.saving = Arc::downgrade(&hold);
+        let memory = vm.machine.memory().clone();
+        Pieces::new(&head, &state, memory, vm.touched.clone(), hold).map_err(Error::Write)
+    }
+
     /// Carries out an action; the ending, if it ends the VM.
     ///
     /// # Errors
@@ -189,11 +241,13 @@ impl Monitor {
             }
             Action::Resume => {
                 vm.expect(&[VmState::Paused, VmState::Suspended], "be resumed")?;
+                vm.is_not_saved()?;
                 vm.machine.resume()?;
                 vm.state = VmState::Running;
             }
             Action::Reset => {
                 vm.expect(&Vm::STARTED, "be reset")?;
+                vm.is_not_saved()?;
                 vm.reset()?;
             }
             Action::Shutdown => {
@@ -300,6 +354,30 @@ impl Vm {
             state: self.state,
             action,
         })
+    }
+
+    /// Whether the machine may go on.
+    fn is_not_saved(&self) -> Result<(), Error> {
+        match self.saving.strong_count() {
+            0 => Ok(()),
+            _ => Err(Error::Saving),
+        }
+    }
+
+    /// The configuration with what was chosen for it: a guest that goes on
+    /// elsewhere keeps its kind of machine and its addresses.
+    fn settled_config(&self) -> VmConfig {
+        let mut config = self.config.clone();
+        config.machine = Some(match self.machine.kind() {
+            types::Machine::Hvm => MachineChoice::Hvm,
+            types::Machine::Pv => MachineChoice::Pv,
+        });
+        let devices = self.machine.devices();
+        let addresses = devices.iter().filter_map(|device| device.mac);
+        for (net, address) in config.net.iter_mut().zip(addresses) {
+            net.mac = Some(address);
+        }
+        config
     }
 
     /// The guest has suspended itself, if it has not been resumed since.

@@ -214,8 +214,10 @@ impl Stage {
     /// The last round that the guest told of here.
     fn round(&self) -> u32 {
         let text = self.text();
-        let rounds = text.lines().filter_map(|line| line.strip_prefix("round "));
-        rounds.last().map_or(0, |last| last.trim().parse().unwrap())
+        let mut rounds = text.lines().filter_map(|line| line.strip_prefix("round "));
+        rounds
+            .next_back()
+            .map_or(0, |last| last.trim().parse().unwrap())
     }
 
     /// Waits for more rounds.

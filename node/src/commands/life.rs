@@ -42,7 +42,7 @@ pub(crate) fn suspend(home: &Home, args: &SuspendArgs) -> Result<ExitCode> {
 }
 
 /// Asks the guest and waits until it is at rest.
-fn suspend_one(vm: &VmDir, timeout: Duration) -> Result<()> {
+pub(super) fn suspend_one(vm: &VmDir, timeout: Duration) -> Result<()> {
     let client = vm.live_client()?;
     client.act(Action::Suspend)?;
     let deadline = Instant::now() + timeout;

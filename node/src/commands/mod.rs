@@ -8,6 +8,7 @@ pub(crate) mod logs;
 pub(crate) mod ps;
 pub(crate) mod run;
 pub(crate) mod set;
+pub(crate) mod snapshot;
 pub(crate) mod stop;
 pub(crate) mod supervise;
 

@@ -69,26 +69,14 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
             "leave out --attach, or --serial and --console",
         ));
     }
-    let monitor = find_monitor()?;
-    // From here on the name is ours, and everything made is unmade on failure.
-    let (vm, lock) = home.claim(&args.name)?;
-    let launch = Launch {
-        vm: &vm,
+    let start = Start {
         config: &config,
-        monitor: &monitor,
         user: args.user.as_deref(),
         home: home_flag,
         attach: args.attach,
+        snapshot: None,
     };
-    let started = launch.start();
-    let stream = match started {
-        Ok(stream) => stream,
-        Err(error) => {
-            vm.remove()?;
-            return Err(error);
-        }
-    };
-    drop(lock);
+    let (vm, stream) = start.claim_and_start(home, &args.name)?;
     if let Some(why) = why {
         eprintln!("[{}: {why}]", args.name);
     }
@@ -101,7 +89,7 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
 
 /// Makes paths absolute, gives the ports their sockets, and checks whatever
 /// can be checked before anything is made.
-fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
+pub(super) fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
     let own = |socket, log| CharConfig {
         stdio: false,
         socket: Some(socket),
@@ -138,7 +126,7 @@ fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
     Ok(config)
 }
 
-fn check_readable(path: &Path) -> Result<()> {
+pub(super) fn check_readable(path: &Path) -> Result<()> {
     let remedy = match File::open(path).and_then(|file| file.metadata()) {
         Ok(meta) if meta.is_dir() => {
             return Err(failure(
@@ -194,15 +182,49 @@ fn find_monitor() -> Result<PathBuf> {
         })
 }
 
+/// How a VM is started.
+pub(super) struct Start<'a> {
+    /// Its configuration, settled.
+    pub(super) config: &'a VmConfig,
+    /// User that the monitor becomes.
+    pub(super) user: Option<&'a str>,
+    /// The directory that `--home` names.
+    pub(super) home: Option<&'a Path>,
+    /// Connect to the guest's console before it says its first word.
+    pub(super) attach: bool,
+    /// The snapshot whose guest goes on.
+    pub(super) snapshot: Option<&'a Path>,
+}
+
+impl Start<'_> {
+    /// Takes the name and starts the VM; on failure, everything is unmade.
+    pub(super) fn claim_and_start(
+        &self,
+        home: &Home,
+        name: &VmName,
+    ) -> Result<(VmDir, Option<UnixStream>)> {
+        let monitor = find_monitor()?;
+        let (vm, _lock) = home.claim(name)?;
+        let launch = Launch {
+            vm: &vm,
+            monitor: &monitor,
+            how: self,
+        };
+        match launch.start() {
+            Ok(stream) => Ok((vm, stream)),
+            Err(error) => {
+                vm.remove()?;
+                Err(error)
+            }
+        }
+    }
+}
+
 /// The start of one VM whose name is claimed.
 struct Launch<'a> {
     vm: &'a VmDir,
-    config: &'a VmConfig,
     monitor: &'a Path,
-    user: Option<&'a str>,
-    home: Option<&'a Path>,
-    /// Connect to the guest's console before it says its first word.
-    attach: bool,
+    how: &'a Start<'a>,
 }
 
 impl Launch<'_> {
@@ -210,7 +232,7 @@ impl Launch<'_> {
     /// well). Returns the connection to its console, if that was asked for.
     fn start(&self) -> Result<Option<UnixStream>> {
         let vm = self.vm;
-        let text = toml::to_string(self.config).context("cannot write the configuration")?;
+        let text = toml::to_string(self.how.config).context("cannot write the configuration")?;
         vm.write(&vm.config(), text.as_bytes())?;
         let log = File::options()
             .create(true)
@@ -238,17 +260,20 @@ impl Launch<'_> {
         let mut command = Command::new(program);
         command.arg("supervise").arg(vm.name.as_str());
         command.arg("--monitor").arg(self.monitor);
-        if let Some(home) = self.home {
+        if let Some(home) = self.how.home {
             command.arg("--home").arg(std::path::absolute(home)?);
         }
         command.args(["--", "--id", vm.name.as_str()]);
         command.arg("--api-socket").arg(vm.api_socket());
         command.arg("--config").arg(vm.config());
-        if let Some(user) = self.user {
+        if let Some(user) = self.how.user {
             command.args(["--user", user]);
         }
-        if self.attach {
+        if self.how.attach {
             command.arg("--no-boot");
+        }
+        if let Some(snapshot) = self.how.snapshot {
+            command.arg("--restore").arg(std::path::absolute(snapshot)?);
         }
         Ok(command)
     }
@@ -259,7 +284,7 @@ impl Launch<'_> {
         let deadline = Instant::now() + START;
         while Instant::now() < deadline {
             match client.info() {
-                Ok(info) if self.attach && info.state == VmState::Created => {
+                Ok(info) if self.how.attach && info.state == VmState::Created => {
                     let stream = self.connect_console()?;
                     client.act(Action::Boot)?;
                     return Ok(stream);
@@ -286,7 +311,7 @@ impl Launch<'_> {
     }
 
     fn connect_console(&self) -> Result<Option<UnixStream>> {
-        let socket = machine::console(self.config).socket();
+        let socket = machine::console(self.how.config).socket();
         let connect = |socket: &Path| {
             UnixStream::connect(socket)
                 .with_context(|| format!("cannot attach to {}", socket.display()))

@@ -11,12 +11,14 @@
 //! - `returns`: a signal's handler that returns to segments and addresses that are none ends its
 //!   process and nothing else.
 //! - `bases`: bases of FS and GS that a process sets without a system call are no other's.
+//! - `clock SECONDS`: processes and the kernel agree on the time, which never goes back.
 //! - `bench`: what system calls, faults, processes and pipes cost.
 //!
 //! The exit status is 0 if all is as it should be.
 
 mod bases;
 mod bench;
+mod clock;
 mod debug;
 mod memory;
 mod pipeline;
@@ -42,12 +44,16 @@ fn main() -> ExitCode {
             ["debug"] => debug::run(),
             ["returns"] => returns::run(),
             ["bases"] => bases::run(),
+            ["clock", seconds] => seconds
+                .parse()
+                .map_err(std::io::Error::other)
+                .and_then(clock::run),
             ["bench"] => bench::run(),
             [bench::NOTHING] => return ExitCode::SUCCESS,
             _ => {
                 eprintln!(
                     "usage: guest-check registers|pipeline WORKERS ROUNDS | \
-                     probe | debug | returns | bases | bench"
+                     probe | debug | returns | bases | clock SECONDS | bench"
                 );
                 return ExitCode::from(2);
             }

@@ -2,6 +2,9 @@
 //! provider's node.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
+#[path = "pv/saved.rs"]
+mod saved;
+
 use std::time::{Duration, Instant};
 
 use blanket_system_tests::{Vm, native, natively, on_node, payload, provider};

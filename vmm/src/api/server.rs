@@ -1,18 +1,24 @@
 //! The API's server: routes and statuses; [`crate::monitor`] does the work.
 
+use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 
+use axum::body::Body;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
+use hyper::body::{Bytes, Frame};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::types::{Action, METRICS_PATH, Problem, TARGET_PATH, Target, VM_PATH};
+use super::types::{Action, METRICS_PATH, Problem, SNAPSHOT_PATH, TARGET_PATH, Target, VM_PATH};
 use crate::config::VmConfig;
 use crate::monitor::{Ending, Error, Monitor};
+use crate::snapshot::Pieces;
 
 /// A configuration is never longer than this, in bytes.
 const MAX_BODY: usize = 1 << 20;
@@ -36,6 +42,7 @@ pub fn router(monitor: Arc<Mutex<Monitor>>, endings: UnboundedSender<Ending>) ->
     let mut router = Router::new()
         .route(VM_PATH, get(info).put(create))
         .route(TARGET_PATH, put(target))
+        .route(SNAPSHOT_PATH, get(snapshot))
         .route(METRICS_PATH, get(metrics));
     for action in Action::ALL {
         router = router.route(
@@ -62,11 +69,13 @@ fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response 
 fn refused(error: &Error) -> Response {
     let status = match error {
         Error::NoVm => StatusCode::NOT_FOUND,
-        Error::Exists | Error::State { .. } => StatusCode::CONFLICT,
-        Error::Config(_) | Error::Build(_) | Error::Target(_) | Error::Suspend(_) => {
-            StatusCode::BAD_REQUEST
-        }
-        Error::Jail(_) | Error::Lifecycle(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        Error::Exists | Error::State { .. } | Error::Saving => StatusCode::CONFLICT,
+        Error::Config(_)
+        | Error::Build(_)
+        | Error::Target(_)
+        | Error::Suspend(_)
+        | Error::Snapshot(_) => StatusCode::BAD_REQUEST,
+        Error::Jail(_) | Error::Lifecycle(_) | Error::Write(_) => StatusCode::INTERNAL_SERVER_ERROR,
     };
     (status, Json(Problem::from(error))).into_response()
 }
@@ -127,6 +136,29 @@ fn act(shared: &Shared, action: Action) -> Response {
     }
 }
 
+/// The pieces of a snapshot as an answer's body.
+struct Pieced(Pieces);
+
+impl hyper::body::Body for Pieced {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let piece = self.0.next();
+        Poll::Ready(piece.map(|piece| Ok(Frame::data(piece.into()))))
+    }
+}
+
+async fn snapshot(State(shared): State<Shared>) -> Response {
+    match shared.monitor().snapshot() {
+        Ok(pieces) => Body::new(Pieced(pieces)).into_response(),
+        Err(error) => refused(&error),
+    }
+}
+
 async fn metrics(State(shared): State<Shared>) -> Response {
     match shared.monitor().metrics() {
         Ok(metrics) => Json(metrics).into_response(),
@@ -146,6 +178,6 @@ async fn wrong_method() -> Response {
     problem(
         StatusCode::METHOD_NOT_ALLOWED,
         "this path does not take that method".to_owned(),
-        Some("GET or PUT /vm, PUT /vm/target, POST /vm/ACTION, GET /metrics"),
+        Some("GET or PUT /vm, PUT /vm/target, GET /vm/snapshot, POST /vm/ACTION, GET /metrics"),
     )
 }

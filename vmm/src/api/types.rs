@@ -5,6 +5,7 @@
 //! | `PUT /vm` | [`VmConfig`] | [`VmInfo`]: the machine is built, not started |
 //! | `GET /vm` | | [`VmInfo`], or 404 before the machine is built |
 //! | `POST /vm/ACTION` | | [`VmInfo`] after the [`Action`] |
+//! | `GET /vm/snapshot` | | the [snapshot](crate::snapshot) of a paused or suspended VM, but for the marks of its disks |
 //! | `PUT /vm/target` | [`Target`] | [`VmInfo`] with it |
 //! | `GET /metrics` | | [`Metrics`] |
 //!
@@ -26,6 +27,9 @@ pub const METRICS_PATH: &str = "/metrics";
 
 /// Path of what the guest is asked to use: `PUT` changes it.
 pub const TARGET_PATH: &str = "/vm/target";
+
+/// Path of the VM's snapshot.
+pub const SNAPSHOT_PATH: &str = "/vm/snapshot";
 
 /// How much of what it has a guest is asked to use. It follows when it can.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

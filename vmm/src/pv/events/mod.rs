@@ -410,6 +410,10 @@ impl Events {
         }
         let _wiring = lock(&self.wiring);
         self.close_all();
+        // Restored memory has those of backends that are not bound yet.
+        for port in 0..EVENT_CHANNELS {
+            self.bits.ring_for(port, 0);
+        }
         let mut table = self.table();
         table.kicks = ports.iter().map(|_| None).collect();
         table.ports = ports;

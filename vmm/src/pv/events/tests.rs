@@ -305,7 +305,10 @@ fn a_saved_table_is_restored_and_backends_bind_again() {
     let saved = guest.events.save();
 
     let other = super::tests::guest();
+    // The restored memory is that of the other machine.
+    other.events.bits.ring_for(port, BOUND);
     other.events.restore(&saved).unwrap();
+    assert_eq!(other.doorbell(port), 0, "nobody is there to hear it");
     assert_eq!(
         other.events.status(timer),
         Ok((Status::Virq { virq: virq::TIMER }, 1))
@@ -314,6 +317,30 @@ fn a_saved_table_is_restored_and_backends_bind_again() {
     assert_eq!(other.events.status(port), Ok((waits, 0)));
     other.events.bind(port, &kick()).unwrap();
     assert_eq!(other.events.save(), saved);
+}
+
+#[test]
+fn in_a_new_domain_no_port_is_bound_or_pending_and_information_stays_in_place() {
+    let guest = guest();
+    let timer = guest.events.bind_virq(virq::TIMER, 0).unwrap();
+    let port = guest.events.alloc_unbound(BACKEND).unwrap();
+    guest.events.bind(port, &kick()).unwrap();
+    guest.events.set_vcpu_info(0, ELSEWHERE).unwrap();
+    guest.set_upcall_mask(0, 1);
+    guest.events.unmask(timer).unwrap();
+    guest.events.virq(virq::TIMER, 0);
+    guest.events.renew();
+    assert_eq!(guest.events.vcpu_info(0), Some(ELSEWHERE));
+    assert!(guest.wired().is_empty() && guest.doorbell(port) == 0);
+    for port in [timer, port] {
+        assert_eq!(guest.events.status(port), Ok((Status::Closed, 0)));
+        assert!(!guest.is_pending(port) && guest.bit(offset_of!(SharedInfo, evtchn_mask), port));
+    }
+    guest.set_upcall_mask(0, 0);
+    assert!(!guest.events.pending(0));
+    // The first ones are free again.
+    assert_eq!(guest.events.alloc_unbound(BACKEND), Ok(1));
+    assert_eq!(guest.events.bind_virq(virq::TIMER, 0), Ok(2));
 }
 
 #[test]

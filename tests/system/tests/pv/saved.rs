@@ -1,0 +1,142 @@
+//! Guests that are saved to a file and go on in other processes, and guests that suspend
+//! themselves.
+
+use std::time::{Duration, Instant};
+
+use blanket_system_tests::{Vm, natively};
+use blanket_testbed::{Client, Host};
+
+use super::{LONG, assert_kernel_is_content, assert_stops, loaded, with_workloads};
+
+/// A load that writes to its disk and compares, and reads its clocks; [`ends_load`] ends it.
+fn begins_load(guest: &Client) {
+    guest
+        .sh(
+            "n=0; while [ ! -e /run/stop ]; do n=$((n + 1)); at=$((n % 8)); \
+             seq $n $((n + 200000)) | head -c 1048576 > /run/x; \
+             dd if=/run/x of=/dev/xvdb bs=1M seek=$at conv=fsync,notrunc || exit 1; \
+             echo 3 > /proc/sys/vm/drop_caches; \
+             dd if=/dev/xvdb bs=1M skip=$at count=1 | cmp - /run/x || exit 1; \
+             echo $n > /run/rounds; done; touch /run/stopped",
+        )
+        .spawn("/run/load.log")
+        .unwrap();
+    guest
+        .sh("until [ -e /run/stop ]; do guest-check clock 1 || touch /run/wrong-clock; done")
+        .spawn("/run/clock.log")
+        .unwrap();
+}
+
+fn rounds(guest: &Client) -> u32 {
+    let rounds = guest.sh("cat /run/rounds 2>/dev/null || echo 0");
+    rounds.text().unwrap().trim().parse().unwrap()
+}
+
+/// The guest does more rounds.
+fn load_goes_on(guest: &Client) {
+    let goal = rounds(guest) + 2;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while rounds(guest) < goal {
+        let log = || guest.sh("cat /run/load.log").text().unwrap();
+        assert!(Instant::now() < deadline, "{}", log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Nothing that was written was lost or changed, and no clock went back.
+fn ends_load(guest: &Client) {
+    let end = "touch /run/stop; for i in $(seq 300); do [ -e /run/stopped ] && break; sleep 0.1; \
+               done; [ -e /run/stopped ] || { cat /run/load.log; exit 1; }; \
+               [ ! -e /run/wrong-clock ] || { cat /run/clock.log; exit 1; }";
+    let ended = guest.sh(end).timeout(LONG).run().unwrap();
+    assert!(ended.status.success(), "{ended}");
+    assert_kernel_is_content(guest);
+}
+
+#[test]
+fn a_guest_under_load_is_saved_and_goes_on_in_new_processes() {
+    natively(
+        || with_workloads("saved"),
+        |host| {
+            let flags = "--cpus 2 --memory 512M";
+            let (vm, guest) = loaded(host, "saved", flags);
+            let boot_id = "cat /proc/sys/kernel/random/boot_id";
+            let id = guest.sh(boot_id).text().unwrap();
+            begins_load(&guest);
+            let mut guest = guest;
+            for flags in ["--stop", "--suspend --stop", "--stop", "--suspend --stop"] {
+                load_goes_on(&guest);
+                let saved = vm.blanket("snapshot", &format!("/run/snapshot {flags}"));
+                let saved = saved.unwrap();
+                assert!(saved.status.success(), "{saved}");
+                drop(guest);
+                assert!(vm.ended().unwrap().contains("powered off"));
+                vm.blanket("rm", "").unwrap();
+                let restored = host.sh("blanket restore /run/snapshot").run().unwrap();
+                assert!(restored.status.success(), "{restored}");
+                guest = vm.guest().unwrap();
+                host.sh("ping -c 1 -W 10 10.9.0.2").text().unwrap();
+            }
+            load_goes_on(&guest);
+            assert_eq!(guest.sh(boot_id).text().unwrap(), id);
+            assert_eq!(guest.command("nproc").text().unwrap(), "2\n");
+            // One that is suspended where it is goes on as it was.
+            for _ in 0..3 {
+                let suspended = vm.blanket("suspend", "").unwrap();
+                assert!(suspended.status.success(), "{suspended}");
+                assert_eq!(vm.info().unwrap()["state"], "suspended");
+                assert!(vm.blanket("resume", "").unwrap().status.success());
+                load_goes_on(&guest);
+            }
+            ends_load(&guest);
+            snapshots_of_a_vm_that_goes_on(host, &vm, &guest);
+            drop(guest);
+            assert_stops(&vm);
+        },
+    );
+}
+
+/// The disks belong to the VM that goes on, and so they are not the snapshot's any more.
+fn snapshots_of_a_vm_that_goes_on(host: &Host, vm: &Vm, guest: &Client) {
+    let saved = vm.blanket("snapshot", "/run/later").unwrap();
+    assert!(saved.status.success(), "{saved}");
+    assert_eq!(vm.info().unwrap()["state"], "running");
+    let size: u64 = host
+        .sh("stat -c %s /run/later")
+        .text()
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    let resident = vm.info().unwrap()["metrics"]["memory"]["guest_resident"]
+        .as_u64()
+        .unwrap();
+    assert!(size < resident + (8 << 20), "{size} bytes of {resident}");
+    guest
+        .sh("dd if=/dev/zero of=/dev/xvdb bs=4k count=1 conv=fsync,notrunc")
+        .text()
+        .unwrap();
+    let refused = |command: &str, why: &str| {
+        let output = host.sh(command).run().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains(why), "{error}");
+    };
+    refused(
+        "blanket restore /run/later --name other",
+        "has changed since",
+    );
+    refused(
+        "blanket restore /run/later --name other --changed-disks --memory 256M",
+        "other memory",
+    );
+    refused(
+        "head -c 1000000 /run/later > /run/cut; blanket restore /run/cut --name other --changed-disks",
+        "cut off",
+    );
+    assert_eq!(
+        host.sh("blanket ps -a --json | grep -c '\"name\"'")
+            .text()
+            .unwrap(),
+        "1\n"
+    );
+}
