@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use blanket_system_tests::{Vm, natively};
+use blanket_system_tests::{Vm, natively, on_node, provider};
 use blanket_testbed::{Client, Host};
 
 use super::{LONG, assert_kernel_is_content, assert_stops, loaded, with_workloads};
@@ -134,4 +134,57 @@ fn refuses(host: &Host) {
     refused("/payload/guest/vmlinuz", "no snapshot");
     let listed = host.sh("blanket ps -a --json").text().unwrap();
     assert_eq!(listed.trim(), "[]");
+}
+
+#[test]
+fn guests_of_both_machines_are_saved_and_go_on_under_hardware_virtualization() {
+    on_node(
+        || provider("saved").unwrap(),
+        |node| {
+            let flags = "--cpus 2 --memory 256M --on-reboot exit --disk /run/disk \
+                         --net tap,host_ip=10.9.0.1/24";
+            node.sh("truncate -s 16M /run/disk").text().unwrap();
+            let address = "blanket.ip=10.9.0.2/24";
+            let vm = Vm::linux(node, "hvm", address, flags).unwrap();
+            goes_on(node, &vm, "/dev/vda", &["--stop", "--stop"]);
+            let refused = vm.blanket("suspend", "").unwrap();
+            let error = String::from_utf8_lossy(&refused.stderr);
+            assert!(error.contains("pause it instead"), "{error}");
+            vm.blanket("rm", "--force").unwrap();
+            let vm = Vm::pv(node, "pv", address, flags).unwrap();
+            goes_on(node, &vm, "/dev/xvda", &["--stop", "--suspend --stop"]);
+        },
+    );
+}
+
+/// The guest is saved and goes on: with what it had in memory, its disk and its network, on both
+/// its processors, and at the right speed of its clock.
+fn goes_on(node: &Client, vm: &Vm, disk: &str, ways: &[&str]) {
+    let mut guest = vm.guest().unwrap();
+    let boot_id = "cat /proc/sys/kernel/random/boot_id";
+    let id = guest.sh(boot_id).text().unwrap();
+    guest
+        .sh("head -c 300000 /dev/urandom > /run/x")
+        .text()
+        .unwrap();
+    for flags in ways {
+        let flags = format!("/run/snapshot {flags} --timeout 120");
+        let saved = vm.blanket("snapshot", &flags).unwrap();
+        assert!(saved.status.success(), "{saved}");
+        drop(guest);
+        assert!(vm.ended().unwrap().contains("powered off"));
+        vm.blanket("rm", "").unwrap();
+        let restored = node.sh("blanket restore /run/snapshot").run().unwrap();
+        assert!(restored.status.success(), "{restored}");
+        guest = vm.guest().unwrap();
+        assert_eq!(guest.sh(boot_id).text().unwrap(), id);
+        let works = format!(
+            "sleep 0.5; dd if=/run/x of={disk} conv=fsync,notrunc && \
+             echo 3 > /proc/sys/vm/drop_caches && head -c 300000 {disk} | cmp - /run/x && \
+             taskset 1 guest-check clock 1 && taskset 2 guest-check clock 1"
+        );
+        guest.sh(works).timeout(LONG).text().unwrap();
+        node.sh("ping -c 1 -W 20 10.9.0.2").text().unwrap();
+        assert_kernel_is_content(&guest);
+    }
 }
