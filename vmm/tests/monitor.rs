@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use blanket_vmm::api::types::{Action, VmState};
+use blanket_vmm::api::types::{Action, SNAPSHOT_PATH, VmState};
 use blanket_vmm::client::Client;
 use blanket_vmm::config::VmConfig;
 
@@ -62,7 +64,7 @@ impl Drop for Running {
 /// A client of the API at `socket`, once it is there.
 fn client(socket: &Path) -> Client {
     let deadline = Instant::now() + LIMIT;
-    while std::os::unix::net::UnixStream::connect(socket).is_err() {
+    while UnixStream::connect(socket).is_err() {
         assert!(Instant::now() < deadline, "no API at {}", socket.display());
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -181,6 +183,73 @@ fn a_guest_is_reset_paused_and_ended_from_outside() {
     }
     assert_eq!(api.act(Action::Poweroff).unwrap().state, VmState::Stopped);
     assert!(running.wait().success());
+}
+
+#[test]
+fn a_vm_whose_snapshot_is_being_written_stays_at_rest_and_goes_on_in_another_process() {
+    let Some(kernel) = payload("idle") else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (socket, snapshot) = (path("api"), path("snapshot"));
+    // More than a socket's buffer takes.
+    fs::write(path("initrd"), vec![0x55; 8 << 20]).unwrap();
+    let running = Running::start(
+        monitor()
+            .args(["--memory", "64M", "--serial", "off", "--cpus", "2"])
+            .arg("--initrd")
+            .arg(path("initrd"))
+            .args(["--machine", "hvm", "--kernel"])
+            .arg(kernel)
+            .arg("--api-socket")
+            .arg(&socket),
+    );
+    let api = client(&socket);
+    let error = api.snapshot(&mut Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("running"), "{error}");
+    api.act(Action::Pause).unwrap();
+    // Somebody begins to read it and does not go on.
+    let mut reader = UnixStream::connect(&socket).unwrap();
+    let request = format!("GET {SNAPSHOT_PATH} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    reader.write_all(request.as_bytes()).unwrap();
+    reader.read_exact(&mut [0; 64]).unwrap();
+    for action in [Action::Resume, Action::Reset] {
+        let error = api.act(action).unwrap_err().to_string();
+        assert!(error.contains("is being written"), "{error}");
+    }
+    drop(reader);
+    let mut bytes = Vec::new();
+    api.snapshot(&mut bytes).unwrap();
+    fs::write(&snapshot, &bytes).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while api.act(Action::Resume).is_err() {
+        assert!(Instant::now() < deadline, "it is never free again");
+    }
+    api.act(Action::Poweroff).unwrap();
+    assert!(running.wait().success());
+
+    let socket = path("other");
+    let restored = |snapshot: &Path| {
+        let mut command = monitor();
+        command.arg("--restore").arg(snapshot);
+        command.arg("--api-socket").arg(&socket);
+        command
+    };
+    let running = Running::start(&mut restored(&snapshot));
+    let api = client(&socket);
+    let info = api.info().unwrap();
+    assert_eq!(info.state, VmState::Running);
+    assert_eq!(info.config.cpus, Some(2));
+    // From its kernel, which the snapshot names.
+    api.act(Action::Reset).unwrap();
+    api.act(Action::Poweroff).unwrap();
+    assert!(running.wait().success());
+    bytes.truncate(bytes.len() - 1);
+    fs::write(&snapshot, &bytes).unwrap();
+    let output = restored(&snapshot).output().unwrap();
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("cut off"), "{output:?}");
 }
 
 /// Every thread of a process with a field of its status.

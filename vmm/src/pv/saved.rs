@@ -161,7 +161,6 @@ impl Machine {
         for cpu in domain.cpus.iter() {
             let mut state = cpu.state();
             state.deadline = None;
-            state.runstate = 0;
             state.time_area = 0;
         }
         let pages = self.bus.restore_renewed(bus, store, console)?;

@@ -94,6 +94,64 @@ fn domain(supported: &kvm_bindings::CpuId) -> Option<Domain> {
     Some(domain)
 }
 
+/// What a hypercall of vCPU `index` with a word at [`ARENA`] comes to.
+fn ask(domain: &Domain, index: usize, number: u64, arguments: [u64; 6], word: u64) -> Answer {
+    let at = GuestAddress(ARENA);
+    domain.ram.write_obj(word, at).unwrap();
+    let call = Hypercall {
+        domain,
+        index,
+        number,
+        arguments,
+    };
+    call.call()
+}
+
+#[test]
+fn the_first_vcpu_suspends_its_guest_and_nobody_else() {
+    const SUSPEND: u64 = 2;
+    const FRAME: u64 = 5;
+    let Some((_, supported)) = vm() else { return };
+    let domain = domain(supported).unwrap();
+    let suspend = |index, frame| {
+        let arguments = [2, ARENA, frame, 0, 0, 0];
+        ask(&domain, index, number::SCHED_OP, arguments, SUSPEND)
+    };
+    let refused = Answer::Value(Errno::Inval.rax());
+    for (index, frame) in [(1, FRAME), (0, MEMORY >> 12), (0, u64::MAX)] {
+        assert_eq!(suspend(index, frame), refused);
+        assert_eq!(*domain.suspended.lock().unwrap(), None);
+    }
+    assert_eq!(suspend(0, FRAME), Answer::Event(Event::Suspended));
+    assert_eq!(*domain.suspended.lock().unwrap(), Some(FRAME));
+}
+
+#[test]
+fn the_clock_of_user_code_follows_a_pause_as_long_as_the_guest_wants_it() {
+    const REGISTER_TIME: u64 = 13;
+    const AREA: u64 = ARENA + 0x100;
+    let Some((_, supported)) = vm() else { return };
+    let domain = domain(supported).unwrap();
+    let register = |area| {
+        let arguments = [REGISTER_TIME, 0, ARENA, 0, 0, 0];
+        ask(&domain, 0, number::VCPU_OP, arguments, area)
+    };
+    let version = || domain.ram.read_obj::<u32>(GuestAddress(AREA)).unwrap();
+    let pause = || {
+        domain.time.pause();
+        domain.resume_clocks().unwrap();
+    };
+    assert_eq!(register(AREA), Answer::Value(0));
+    let first = version();
+    pause();
+    assert_ne!(version(), first, "it is stale");
+    // None any more, as before a suspension.
+    assert_eq!(register(0), Answer::Value(0));
+    let last = version();
+    pause();
+    assert_eq!(version(), last);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Call(bool, u64, [u64; 6]),
