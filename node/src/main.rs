@@ -63,6 +63,8 @@ enum Command {
     Restore(Box<snapshot::RestoreArgs>),
     /// Start VMs again from their kernels, as the reset button does.
     Reset(life::Args),
+    /// Press a SysRq key of a guest's kernel (pv machines).
+    Sysrq(life::SysRqArgs),
     /// Tell what this machine can do.
     Doctor(doctor::Args),
     #[command(hide = true)]
@@ -87,6 +89,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Pause(args) => life::act(&home, &args, Action::Pause),
         Command::Suspend(args) => life::suspend(&home, &args),
         Command::Resume(args) => life::act(&home, &args, Action::Resume),
+        Command::Sysrq(args) => life::sysrq(&home, &args),
         Command::Snapshot(args) => snapshot::snapshot(&home, &args),
         Command::Restore(args) => snapshot::restore(&home, *args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),

@@ -19,7 +19,8 @@ use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::api::types::{
-    Action, METRICS_PATH, Metrics, Problem, SNAPSHOT_PATH, TARGET_PATH, Target, VM_PATH, VmInfo,
+    Action, METRICS_PATH, Metrics, Problem, SNAPSHOT_PATH, SYSRQ_PATH, SysRq, TARGET_PATH, Target,
+    VM_PATH, VmInfo,
 };
 use crate::config::VmConfig;
 
@@ -133,6 +134,14 @@ impl Client {
     /// It has not been started, or cannot be asked for that.
     pub fn set_target(&self, target: &Target) -> Result<VmInfo, Error> {
         self.request(Method::PUT, TARGET_PATH, Some(target))
+    }
+
+    /// Presses a SysRq key of the guest's.
+    ///
+    /// # Errors
+    /// The guest does not run, or there is no such key.
+    pub fn press_sysrq(&self, key: char) -> Result<VmInfo, Error> {
+        self.request(Method::PUT, SYSRQ_PATH, Some(&SysRq { key }))
     }
 
     /// Describes the VM.

@@ -55,9 +55,9 @@ pub enum Error {
     /// The guest cannot be asked for that.
     #[error(transparent)]
     Target(#[from] crate::machine::TargetError),
-    /// The guest cannot be asked to suspend itself.
+    /// The guest cannot be asked for that.
     #[error(transparent)]
-    Suspend(#[from] crate::machine::SuspendError),
+    Request(#[from] crate::machine::RequestError),
     /// Its snapshot is being written.
     #[error("the VM's snapshot is being written: wait until it is, or end the command that does")]
     Saving,
@@ -271,6 +271,16 @@ impl Monitor {
         let vm = self.vm()?;
         vm.expect(&Vm::STARTED, "be asked")?;
         Ok(vm.machine.set_target(target)?)
+    }
+
+    /// Presses a SysRq key of the guest's.
+    ///
+    /// # Errors
+    /// It does not run, or there is no such key.
+    pub fn press_sysrq(&mut self, key: char) -> Result<(), Error> {
+        let vm = self.vm()?;
+        vm.expect(&[VmState::Running], "take keys")?;
+        Ok(vm.machine.press_sysrq(key)?)
     }
 
     /// Handles what a vCPU's guest did; the ending, if it ends the VM.

@@ -1,4 +1,4 @@
-//! `blanket pause`, `suspend`, `resume` and `reset`.
+//! `blanket pause`, `suspend`, `resume`, `reset` and `sysrq`.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -63,4 +63,19 @@ pub(super) fn suspend_one(vm: &VmDir, timeout: Duration) -> Result<()> {
             vm.name, vm.name
         ),
     ))
+}
+
+#[derive(clap::Args)]
+pub(crate) struct SysRqArgs {
+    /// The VM.
+    name: VmName,
+
+    /// The key: a letter or digit, like `t` for all tasks.
+    key: char,
+}
+
+pub(crate) fn sysrq(home: &Home, args: &SysRqArgs) -> Result<ExitCode> {
+    let client = home.existing(&args.name)?.live_client()?;
+    client.press_sysrq(args.key)?;
+    Ok(ExitCode::SUCCESS)
 }

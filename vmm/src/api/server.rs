@@ -15,7 +15,9 @@ use axum::{Json, Router};
 use hyper::body::{Bytes, Frame};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::types::{Action, METRICS_PATH, Problem, SNAPSHOT_PATH, TARGET_PATH, Target, VM_PATH};
+use super::types::{
+    Action, METRICS_PATH, Problem, SNAPSHOT_PATH, SYSRQ_PATH, SysRq, TARGET_PATH, Target, VM_PATH,
+};
 use crate::config::VmConfig;
 use crate::monitor::{Ending, Error, Monitor};
 use crate::snapshot::Pieces;
@@ -42,6 +44,7 @@ pub fn router(monitor: Arc<Mutex<Monitor>>, endings: UnboundedSender<Ending>) ->
     let mut router = Router::new()
         .route(VM_PATH, get(info).put(create))
         .route(TARGET_PATH, put(target))
+        .route(SYSRQ_PATH, put(sysrq))
         .route(SNAPSHOT_PATH, get(snapshot))
         .route(METRICS_PATH, get(metrics));
     for action in Action::ALL {
@@ -73,7 +76,7 @@ fn refused(error: &Error) -> Response {
         Error::Config(_)
         | Error::Build(_)
         | Error::Target(_)
-        | Error::Suspend(_)
+        | Error::Request(_)
         | Error::Snapshot(_) => StatusCode::BAD_REQUEST,
         Error::Jail(_) | Error::Lifecycle(_) | Error::Write(_) => StatusCode::INTERNAL_SERVER_ERROR,
     };
@@ -91,34 +94,46 @@ async fn info(State(shared): State<Shared>) -> Response {
     info_of(&mut shared.monitor())
 }
 
+/// Does `one` with the body of a request, if it is one.
+fn with_body<T>(
+    shared: &Shared,
+    body: Result<Json<T>, JsonRejection>,
+    one: impl FnOnce(&mut Monitor, T) -> Result<(), Error>,
+) -> Response {
+    let body = match body {
+        Ok(Json(body)) => body,
+        Err(rejection) => return problem(rejection.status(), rejection.body_text(), None),
+    };
+    let mut monitor = shared.monitor();
+    match one(&mut monitor, body) {
+        Ok(()) => info_of(&mut monitor),
+        Err(error) => refused(&error),
+    }
+}
+
 async fn create(
     State(shared): State<Shared>,
     config: Result<Json<VmConfig>, JsonRejection>,
 ) -> Response {
-    let config = match config {
-        Ok(Json(config)) => config,
-        Err(rejection) => return problem(rejection.status(), rejection.body_text(), None),
-    };
-    let mut monitor = shared.monitor();
-    match monitor.create(config) {
-        Ok(()) => info_of(&mut monitor),
-        Err(error) => refused(&error),
-    }
+    with_body(&shared, config, Monitor::create)
 }
 
 async fn target(
     State(shared): State<Shared>,
     target: Result<Json<Target>, JsonRejection>,
 ) -> Response {
-    let target = match target {
-        Ok(Json(target)) => target,
-        Err(rejection) => return problem(rejection.status(), rejection.body_text(), None),
-    };
-    let mut monitor = shared.monitor();
-    match monitor.set_target(&target) {
-        Ok(()) => info_of(&mut monitor),
-        Err(error) => refused(&error),
-    }
+    with_body(&shared, target, |monitor, target| {
+        monitor.set_target(&target)
+    })
+}
+
+async fn sysrq(
+    State(shared): State<Shared>,
+    sysrq: Result<Json<SysRq>, JsonRejection>,
+) -> Response {
+    with_body(&shared, sysrq, |monitor, sysrq| {
+        monitor.press_sysrq(sysrq.key)
+    })
 }
 
 fn act(shared: &Shared, action: Action) -> Response {
@@ -178,6 +193,8 @@ async fn wrong_method() -> Response {
     problem(
         StatusCode::METHOD_NOT_ALLOWED,
         "this path does not take that method".to_owned(),
-        Some("GET or PUT /vm, PUT /vm/target, GET /vm/snapshot, POST /vm/ACTION, GET /metrics"),
+        Some(
+            "GET or PUT /vm, PUT /vm/target, PUT /vm/sysrq, GET /vm/snapshot, POST /vm/ACTION, GET /metrics",
+        ),
     )
 }

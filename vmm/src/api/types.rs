@@ -7,6 +7,7 @@
 //! | `POST /vm/ACTION` | | [`VmInfo`] after the [`Action`] |
 //! | `GET /vm/snapshot` | | the [snapshot](crate::snapshot) of a paused or suspended VM, but for the marks of its disks |
 //! | `PUT /vm/target` | [`Target`] | [`VmInfo`] with it |
+//! | `PUT /vm/sysrq` | [`SysRq`] | [`VmInfo`] after the key |
 //! | `GET /metrics` | | [`Metrics`] |
 //!
 //! Whatever fails is answered with a 4xx or 5xx status and a [`Problem`].
@@ -30,6 +31,17 @@ pub const TARGET_PATH: &str = "/vm/target";
 
 /// Path of the VM's snapshot.
 pub const SNAPSHOT_PATH: &str = "/vm/snapshot";
+
+/// Path of the guest's SysRq key: `PUT` presses it.
+pub const SYSRQ_PATH: &str = "/vm/sysrq";
+
+/// A SysRq key of the guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SysRq {
+    /// The letter or digit.
+    pub key: char,
+}
 
 /// How much of what it has a guest is asked to use. It follows when it can.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -27,7 +27,7 @@ use crate::config::VmConfig;
 use crate::jail::Class;
 use crate::machine::open::{Disk, Interface};
 use crate::machine::{
-    self, Error, SuspendError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
+    self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
     setup, spawn_workers,
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
@@ -218,8 +218,12 @@ impl machine::Machine for Machine {
             })
     }
 
-    fn suspend(&mut self) -> Result<(), SuspendError> {
-        Err(SuspendError::Hvm)
+    fn suspend(&mut self) -> Result<(), RequestError> {
+        Err(RequestError::NoSuspension)
+    }
+
+    fn press_sysrq(&mut self, _: char) -> Result<(), RequestError> {
+        Err(RequestError::NoSysRq)
     }
 
     fn is_suspended(&self) -> bool {

@@ -74,7 +74,13 @@ pub trait Machine: Send {
     ///
     /// # Errors
     /// It cannot be asked.
-    fn suspend(&mut self) -> Result<(), SuspendError>;
+    fn suspend(&mut self) -> Result<(), RequestError>;
+
+    /// Presses a SysRq key of the guest's.
+    ///
+    /// # Errors
+    /// There is no such key.
+    fn press_sysrq(&mut self, key: char) -> Result<(), RequestError>;
 
     /// Whether the guest has suspended itself: until the machine is resumed,
     /// which the guest takes for a cancelled suspension.
@@ -135,18 +141,23 @@ pub enum TargetError {
     Refused(#[from] control::Error),
 }
 
-/// Why a guest is not asked to suspend itself.
+/// Why a guest is not asked for something.
 #[derive(Debug, thiserror::Error)]
-pub enum SuspendError {
+pub enum RequestError {
     /// Its machine has no way to ask.
     #[error("the guest of an hvm machine cannot be asked to suspend itself; pause it instead")]
-    Hvm,
+    NoSuspension,
+    /// Its machine has no such key.
+    #[error(
+        "an hvm machine has no SysRq key; write the letter to /proc/sysrq-trigger in the guest"
+    )]
+    NoSysRq,
     /// It has not said that it can.
     #[error(
         "the guest has not said that it can suspend itself: its drivers are not up yet, or its kernel lacks support for hibernation; wait, or pause it instead"
     )]
     Unable,
-    /// The xenstore refuses.
+    /// There is no such key, or the xenstore refuses.
     #[error(transparent)]
     Refused(#[from] control::Error),
 }

@@ -34,7 +34,7 @@ use crate::config::{ByteSize, VmConfig};
 use crate::jail::Class;
 use crate::machine::open::{Disk, Interface};
 use crate::machine::{
-    self, Error, SuspendError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
+    self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
     setup, spawn_workers,
 };
 use crate::vcpu::state::set_cpuid;
@@ -360,12 +360,16 @@ impl machine::Machine for Machine {
             })
     }
 
-    fn suspend(&mut self) -> Result<(), SuspendError> {
+    fn suspend(&mut self) -> Result<(), RequestError> {
         let control = self.bus.control();
         if !control.can(Shutdown::Suspend) {
-            return Err(SuspendError::Unable);
+            return Err(RequestError::Unable);
         }
         Ok(control.shut_down(Shutdown::Suspend)?)
+    }
+
+    fn press_sysrq(&mut self, key: char) -> Result<(), RequestError> {
+        Ok(self.bus.control().sysrq(key)?)
     }
 
     fn is_suspended(&self) -> bool {

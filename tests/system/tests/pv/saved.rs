@@ -89,6 +89,11 @@ fn a_guest_under_load_is_saved_and_goes_on_in_new_processes() {
                 load_goes_on(&guest);
             }
             ends_load(&guest);
+            assert!(vm.blanket("sysrq", "h").unwrap().status.success());
+            let help = "until dmesg | grep -q 'sysrq: HELP'; do sleep 0.1; done";
+            guest.sh(help).text().unwrap();
+            let refused = vm.blanket("sysrq", "/").unwrap();
+            assert!(!refused.status.success(), "{refused}");
             saves_while_it_goes_on(host, &vm, &guest);
             drop(guest);
             assert_stops(&vm);
