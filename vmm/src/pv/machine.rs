@@ -324,6 +324,7 @@ impl machine::Machine for Machine {
 
     fn pause(&mut self) -> Result<(), lifecycle::Error> {
         self.stop_vcpus();
+        self.pass_traps();
         self.domain.time.pause();
         self.bus.pause()
     }

@@ -12,6 +12,7 @@
 
 use std::mem::offset_of;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use blanket_devices::lifecycle::{self, Lifecycle, SavedState};
 use blanket_devices::xen::BACKEND;
@@ -27,8 +28,10 @@ use super::cpuid::Visible;
 use super::domain::CpuState;
 use super::events::SavedEvents;
 use super::machine::{Machine, SHARED_INFO};
+use super::mmu::Space;
 use super::time::SavedTime;
 use crate::machine::lock;
+use crate::vcpu::Vcpu;
 use crate::vcpu::state::VcpuState;
 
 const KIND: &str = "pv-machine";
@@ -108,6 +111,51 @@ impl Machine {
             bus: self.bus.save()?,
         };
         SavedState::pack(KIND, VERSION, &saved)
+    }
+
+    /// Has vCPUs at rest go on a little that wait for a breakpoint's exception.
+    ///
+    /// KVM does not tell of such an exception, because it is raised again by the
+    /// instruction where that is executed again. KVM without hardware has gone
+    /// past it already: whoever goes on from the saved registers would never see
+    /// it. The shim's ways into ring 0 are such instructions.
+    pub(super) fn pass_traps(&self) {
+        const TRIES: usize = 500;
+        const SLICE: Duration = Duration::from_micros(50);
+        for _ in 0..TRIES {
+            let waits = |vcpu: &&Vcpu| self.is_behind_trap(vcpu);
+            let waiting: Vec<_> = self.vcpus.iter().filter(waits).collect();
+            if waiting.is_empty() {
+                return;
+            }
+            for vcpu in &waiting {
+                vcpu.resume();
+            }
+            std::thread::sleep(SLICE);
+            for vcpu in waiting {
+                vcpu.pause();
+                vcpu.wait_paused();
+            }
+        }
+        // A guest that does nothing else; it can be paused, and saved at its risk.
+        tracing::warn!("a vCPU meets nothing but breakpoints");
+    }
+
+    /// Whether the instruction before a vCPU's next one is a breakpoint.
+    fn is_behind_trap(&self, vcpu: &Vcpu) -> bool {
+        const BREAKPOINT: u8 = 0xcc;
+        let domain = &self.domain;
+        let fd = vcpu.paused_fd();
+        let (Ok(registers), Ok(special)) = (fd.get_regs(), fd.get_sregs()) else {
+            return false;
+        };
+        if domain.hardware || special.cs.dpl != 3 {
+            return false;
+        }
+        let before = registers.rip.wrapping_sub(1);
+        let mut byte = [0];
+        let space = Space::new(&domain.ram, special.cr3);
+        space.read(before, &mut byte).is_ok() && byte[0] == BREAKPOINT
     }
 
     /// See [`crate::machine::Machine::check`].
