@@ -198,7 +198,7 @@ impl Monitor {
         let vm = self.vm.as_mut().ok_or(Error::NoVm)?;
         vm.expect(&[VmState::Created], "be restored")?;
         vm.machine.check(snapshot.state())?;
-        snapshot.load(vm.machine.memory())?;
+        snapshot.load(vm.machine.memory(), vm.touched.clone())?;
         self.timeline.mark("memory restored");
         vm.machine.restore(snapshot.state())?;
         self.timeline.mark("machine restored");

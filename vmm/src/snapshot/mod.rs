@@ -30,7 +30,10 @@ use blanket_devices::lifecycle::SavedState;
 use blanket_memory::GuestRam;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 use crate::config::VmConfig;
 
@@ -182,6 +185,12 @@ impl Touched {
         }
     }
 
+    /// Whether a page of a region can be other than all zeros. (What others
+    /// write to a file is not this process's.)
+    fn must_read(&mut self, region: &GuestRegionMmap, offset: u64) -> bool {
+        region.file_offset().is_some() || self.has(region.as_ptr() as u64 + offset)
+    }
+
     /// Whether the page at `address` was: it is in memory, or swapped out.
     fn has(&mut self, address: u64) -> bool {
         const BATCH: usize = 1 << 12;
@@ -253,10 +262,8 @@ impl Pieces {
         while let Some(region) = self.ram.iter().nth(self.region) {
             while self.offset < region.len() && payload.len() < MOST_MEMORY {
                 let at = MemoryRegionAddress(self.offset);
-                let host = region.as_ptr() as u64 + self.offset;
-                // What others write to a file is not this process's.
-                let read = (region.file_offset().is_some() || self.touched.has(host))
-                    // Regions are whole pages: it cannot fail.
+                // Regions are whole pages: reading cannot fail.
+                let read = self.touched.must_read(region, self.offset)
                     && region.read_slice(&mut page, at).is_ok();
                 if read && page != [0; PAGE] {
                     if payload.is_empty() {
@@ -356,11 +363,20 @@ impl<R: Read> Snapshot<R> {
         &self.state
     }
 
-    /// Fills memory that is all zeros.
+    /// Fills memory. What is in it (a kernel may be) goes.
     ///
     /// # Errors
     /// It cannot be read, is damaged, or does not fit.
-    pub fn load(&mut self, ram: &GuestRam) -> Result<(), Error> {
+    pub fn load(&mut self, ram: &GuestRam, mut touched: Touched) -> Result<(), Error> {
+        for region in ram.iter() {
+            for offset in (0..region.len()).step_by(PAGE) {
+                if touched.must_read(region, offset) {
+                    let at = MemoryRegionAddress(offset);
+                    let cleared = region.write_slice(&[0; PAGE], at);
+                    cleared.map_err(|_| Error::Memory)?;
+                }
+            }
+        }
         let mut chunks = 0;
         loop {
             let (kind, payload) = next(&mut self.input)?;

@@ -63,7 +63,9 @@ fn content(ram: &GuestRam) -> Vec<u8> {
 fn read(bytes: &[u8]) -> Result<GuestRam, Error> {
     let mut snapshot = Snapshot::new(bytes)?;
     let ram = ram();
-    snapshot.load(&ram)?;
+    // What a kernel that was loaded has left.
+    ram.write_obj(1u64, GuestAddress(0x9000)).unwrap();
+    snapshot.load(&ram, Touched::open())?;
     Ok(ram)
 }
 
@@ -132,7 +134,10 @@ fn what_does_not_fit_or_is_something_else_is_refused() {
     let (bytes, _) = written();
     let small = GuestRam::from_ranges(&[(GuestAddress(0), SIZE)]).unwrap();
     let mut snapshot = Snapshot::new(bytes.as_slice()).unwrap();
-    assert!(matches!(snapshot.load(&small), Err(Error::Memory)));
+    assert!(matches!(
+        snapshot.load(&small, Touched::default()),
+        Err(Error::Memory)
+    ));
     for other in [&b""[..], b"blanket", b"a file of another kind"] {
         assert!(matches!(read(other), Err(Error::NotOne)));
     }
