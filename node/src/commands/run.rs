@@ -23,7 +23,7 @@ use crate::vm::{Exit, last_line};
 
 /// How long a monitor may take until its guest runs. Reserving much memory in
 /// huge pages takes its time.
-const START: Duration = Duration::from_secs(120);
+const START: Duration = Duration::from_secs(90);
 
 #[derive(clap::Args)]
 #[command(

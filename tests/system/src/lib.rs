@@ -99,11 +99,7 @@ pub fn natively(describe: impl FnOnce() -> HostBuilder, test: impl FnOnce(&Host)
         Err(error) => panic!("no native guests: {error:?}"),
     };
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(&host))) {
-        let tell = "blanket ps -a; for vm in $(ls /var/lib/blanket/vms); do \
-                    echo \"$vm, its monitor:\"; blanket logs --monitor $vm; blanket info $vm; done";
-        if let Ok(output) = host.sh(tell).run() {
-            println!("{output}");
-        }
+        tell_of_monitors(&host);
         resume_unwind(panic);
     }
 }
@@ -134,8 +130,22 @@ pub fn on_node(describe: impl Fn() -> NodeBuilder, test: impl Fn(&Node)) {
             Err(_) if attempt < TRIES && !node.is_running() => {
                 println!("the emulated machine of the provider ended: once more");
             }
-            Err(panic) => resume_unwind(panic),
+            Err(panic) => {
+                tell_of_monitors(&node);
+                resume_unwind(panic)
+            }
         }
+    }
+}
+
+/// Prints what the monitors on a node were about when a test failed, if that still answers.
+fn tell_of_monitors(node: &Client) {
+    let tell = "set +e; blanket ps -a; for vm in $(ls /var/lib/blanket/vms); do echo \"$vm, its monitor:\"; \
+                blanket logs --monitor $vm | tail -n 20; timeout 10 blanket info $vm; done; \
+                for task in $(ls -d $(pgrep blanket | sed 's,.*,/proc/&/task/*,')); do \
+                echo \"$task $(cat $task/comm) $(grep State $task/status)\"; cat $task/stack; done";
+    if let Ok(output) = node.sh(tell).timeout(Duration::from_secs(60)).run() {
+        println!("{output}");
     }
 }
 
