@@ -140,10 +140,13 @@ pub fn on_node(describe: impl Fn() -> NodeBuilder, test: impl Fn(&Node)) {
 
 /// Prints what the monitors on a node were about when a test failed, if that still answers.
 fn tell_of_monitors(node: &Client) {
-    let tell = "set +e; blanket ps -a; for vm in $(ls /var/lib/blanket/vms); do echo \"$vm, its monitor:\"; \
-                blanket logs --monitor $vm | tail -n 20; timeout 10 blanket info $vm; done; \
-                for task in $(ls -d $(pgrep blanket | sed 's,.*,/proc/&/task/*,')); do \
-                echo \"$task $(cat $task/comm) $(grep State $task/status)\"; cat $task/stack; done";
+    let tell = "set +e; blanket ps -a; for vm in $(ls /var/lib/blanket/vms); do \
+                echo \"$vm, its monitor:\"; blanket logs --monitor $vm | tail -n 20; \
+                timeout 10 blanket info --json $vm; done; \
+                for task in $(grep -ls blanket /proc/[0-9]*/comm); do \
+                for task in ${task%/comm}/task/*; do \
+                echo \"$task $(cat $task/comm) $(grep State $task/status)\"; cat $task/stack; \
+                done; done";
     if let Ok(output) = node.sh(tell).timeout(Duration::from_secs(60)).run() {
         println!("{output}");
     }

@@ -145,7 +145,9 @@ impl Client {
             inner.send(0, Message::Hello)?;
             let left = deadline.saturating_duration_since(Instant::now());
             match ready.recv_timeout(HELLO_EVERY.min(left)) {
-                Ok(_) => break,
+                Ok(Message::Ready) => break,
+                // An echo of a terminal that is not raw yet.
+                Ok(_) => thread::sleep(HELLO_EVERY),
                 Err(RecvTimeoutError::Timeout) if left.is_zero() => {
                     return Err(Error::NoAnswer(timeout));
                 }

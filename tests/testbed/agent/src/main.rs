@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use blanket_testbed_agent::client::Client;
 use blanket_testbed_agent::server;
+use rustix::fs::OFlags;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -67,7 +69,13 @@ fn serve(device: &Path) -> io::Result<ExitCode> {
 }
 
 fn serve_once(device: &Path) -> io::Result<()> {
-    let port = File::options().read(true).write(true).open(device)?;
+    // Not as the controlling terminal: what waits there may look like ^C until it is raw, and end
+    // this process again and again.
+    let port = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NOCTTY.bits().cast_signed())
+        .open(device)?;
     if port.is_terminal() {
         let mut settings = tcgetattr(&port)?;
         settings.make_raw();

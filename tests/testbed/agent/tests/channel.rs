@@ -2,12 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 use std::fs;
+use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::time::Duration;
 
 use blanket_testbed_agent::client::{Client, Error, Status};
 use blanket_testbed_agent::server;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -240,4 +244,28 @@ fn nobody_there_is_an_error_in_time() {
         Client::connect_socket(lone, LONG),
         Err(Error::Closed(_))
     ));
+}
+
+/// What comes in before the terminal is raw may look like ^C.
+#[test]
+fn a_terminal_is_served_by_a_session_that_it_does_not_control() {
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let mut agent = Command::new("setsid")
+        .args([env!("CARGO_BIN_EXE_blanket-agent"), "serve"])
+        .arg(std::ffi::OsStr::from_bytes(name.to_bytes()))
+        .spawn()
+        .unwrap();
+    let terminal = File::from(terminal);
+    let client = Client::connect(terminal.try_clone().unwrap(), terminal, LONG).unwrap();
+    assert_eq!(client.sh("echo here").text().unwrap(), "here\n");
+    let stat = fs::read_to_string(format!("/proc/{}/stat", agent.id())).unwrap();
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split(' ').collect();
+    let (session, terminal) = (fields[4], fields[5]);
+    assert_eq!(session, agent.id().to_string(), "{stat}");
+    assert_eq!(terminal, "0", "{stat}");
+    agent.kill().unwrap();
+    agent.wait().unwrap();
 }
