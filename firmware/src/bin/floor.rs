@@ -14,14 +14,15 @@
 //!
 //! | address | U | K | what |
 //! |---|---|---|---|
-//! | 0 | - | yes | page tables: 0x1000 and 0xa000 the kernel's, 0x5000 and 0xb000 the user code's, 0xd000 third and 0xe000 second level of the windows, 0x9000 and 0xc000 their first level; from 0x10000 on five empty pages |
+//! | 0 | - | yes | page tables: 0x1000 and 0xa000 the kernel's, 0x5000 and 0xb000 the user code's, 0xd000 third, 0xe000 second and 0x9000 first level of the first window; from 0x10000 on eleven empty pages |
 //! | 0x200000 | yes | yes | user code and, from 0x210000 on, its results |
 //! | 0x400000 | s | yes | descriptors and stacks of ring 0: other memory in U and in K |
 //! | 0x800000 | - | yes | those of U |
 //! | 0xa00000 | s | yes | code of ring 0 |
 //! | 0xc00000 | - | yes | the kernel, and its stack |
 //! | 0xe00000 | yes | - | where `syscall` arrives |
-//! | 1 << 39 | yes | yes | two windows of 2 MiB: no pages, and the second no table |
+//! | 1 << 39 | yes | yes | a window of 2 MiB: no pages |
+//! | 1 << 40 | yes | yes | another: no tables either |
 //!
 //! On the pages at 0x400000: the interrupt descriptors, at 0x8000 the stacks.
 //! The first (top 0x8400) takes `int3`, the second (0x8600) the page faults of
@@ -55,6 +56,7 @@ global_asm!(
 .set BACK, 0x87d8
 .set STACK, 0xd00000
 .set WINDOW, 1 << 39
+.set DISTANT, 1 << 40
 
 # ---- User code.
 .section .floor.user, "ax"
@@ -101,7 +103,7 @@ page_faults:
     add $4096, %r15
     END page_faults
 one_page:
-    movabs $WINDOW + 0x200000, %r15
+    movabs $DISTANT, %r15
     START
     CALL 0
     movb $1, (%r15)
@@ -119,6 +121,7 @@ address_space:
     START
     CALL 4
     movb $1, (%r15)
+    movb $1, (%r15, %r15)
     CALL 5
     END address_space
 
@@ -204,8 +207,11 @@ call_reset:
     rep stosq
     jmp call_nothing
 call_unmap:
-    movq $0, 0xc000
-    movq $0, 0xe008
+    movq $0, 0x1a000
+    movq $0, 0x19000
+    movq $0, 0x18000
+    movq $0, 0x1010
+    movq $0, 0x5010
     jmp call_nothing
 call_switch:
     mov kernel_cr3, %rax
@@ -213,7 +219,7 @@ call_switch:
     mov user_cr3, %rdi
     xor $0x5000 ^ 0xb000, %rdi
     jmp switch
-# Top table of user code and kernel, and three levels below for the window.
+# Top table of user code and kernel, and three levels below for each window.
 call_build:
     mov 0x5000, %rax
     mov %rax, 0x10000
@@ -224,6 +230,11 @@ call_build:
     movq $0x12067, 0x11000
     movq $0x13067, 0x12000
     movq $0x1800067, 0x13000
+    movq $0x15067, 0x10010
+    movq $0x15067, 0x14010
+    movq $0x16067, 0x15000
+    movq $0x17067, 0x16000
+    movq $0x1800067, 0x17000
     mov $0x14000, %eax
     mov $0x10000, %edi
     jmp switch
@@ -233,6 +244,11 @@ call_drop:
     movq $0, 0x11000
     movq $0, 0x10008
     movq $0, 0x14008
+    movq $0, 0x17000
+    movq $0, 0x16000
+    movq $0, 0x15000
+    movq $0, 0x10010
+    movq $0, 0x14010
     mov $0x1000, %eax
     mov $0x5000, %edi
 switch:
@@ -259,8 +275,8 @@ kernel_fault:
     push %rdi
     mov %r11, %rax
     shr $12, %rax
-    bt $9, %rax
-    jc second_window
+    bt $28, %rax
+    jc distant
     and $511, %eax
     lea 0x9000(, %rax, 8), %rdi
     shl $12, %rax
@@ -268,9 +284,12 @@ kernel_fault:
     mov $2, %eax
     HYPERCALL
     jmp 3f
-second_window:
-    movq $0x1800067, 0xc000
-    movq $0xc067, 0xe008
+distant:
+    movq $0x1800067, 0x1a000
+    movq $0x1a067, 0x19000
+    movq $0x19067, 0x18000
+    movq $0x18067, 0x5010
+    movq $0x18067, 0x1010
 3:  mov $1, %eax
     HYPERCALL
 

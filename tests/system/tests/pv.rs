@@ -70,7 +70,7 @@ fn boots(node: &Client, kernel: &str, initrd: &str, release: &str, cpus: usize) 
             .find(|line| line.trim_end().ends_with(&format!("timer{cpu}")));
         let count = line
             .and_then(|line| line.split_ascii_whitespace().nth(cpu + 1))
-            .unwrap();
+            .unwrap_or_else(|| panic!("no timer{cpu}: {timers}"));
         assert!(count.parse::<u32>().unwrap() > 0, "{timers}");
     }
     // Linux's early code disables interrupts thousands of times: once is enough.

@@ -8,7 +8,30 @@ use blanket_testbed::{Client, Host};
 
 use super::{LONG, assert_kernel_is_content, assert_stops, loaded, with_workloads};
 
-/// A load that writes to its disk and compares, and reads its clocks; [`ends_load`] ends it.
+/// Checks registers of every kind, vectors among them, until `/run/stop` is there.
+fn watches_registers(guest: &Client) {
+    guest
+        .sh(
+            "until [ -e /run/stop ]; do guest-check registers 1 4 || touch /run/wrong-registers; \
+             done; touch /run/watched",
+        )
+        .spawn("/run/registers.log")
+        .unwrap();
+}
+
+/// No register had another's value.
+fn registers_were_right(guest: &Client) {
+    let check = "touch /run/stop; for i in $(seq 300); do [ -e /run/watched ] && break; \
+                 sleep 0.1; done; cat /run/registers.log; \
+                 [ -e /run/watched ] && [ ! -e /run/wrong-registers ]";
+    let checked = guest.sh(check).timeout(LONG).run().unwrap();
+    assert!(checked.status.success(), "{checked}");
+    let log = String::from_utf8_lossy(&checked.stdout);
+    assert!(log.contains("\"bad\":0"), "{log}");
+}
+
+/// A load that writes to its disk and compares, checks registers and reads its clocks;
+/// [`ends_load`] ends it.
 fn begins_load(guest: &Client) {
     guest
         .sh(
@@ -25,6 +48,7 @@ fn begins_load(guest: &Client) {
         .sh("until [ -e /run/stop ]; do guest-check clock 1 || touch /run/wrong-clock; done")
         .spawn("/run/clock.log")
         .unwrap();
+    watches_registers(guest);
 }
 
 fn rounds(guest: &Client) -> u32 {
@@ -50,6 +74,7 @@ fn ends_load(guest: &Client) {
                [ ! -e /run/wrong-clock ] || { cat /run/clock.log; exit 1; }";
     let ended = guest.sh(end).timeout(LONG).run().unwrap();
     assert!(ended.status.success(), "{ended}");
+    registers_were_right(guest);
     assert_kernel_is_content(guest);
 }
 
@@ -162,8 +187,8 @@ fn guests_of_both_machines_are_saved_and_go_on_under_hardware_virtualization() {
     );
 }
 
-/// The guest is saved and goes on: with what it had in memory, its disk and its network, on both
-/// its processors, and at the right speed of its clock.
+/// The guest is saved and goes on: with what it had in memory and registers, its disk and its
+/// network, on both its processors, and at the right speed of its clock.
 fn goes_on(node: &Client, vm: &Vm, disk: &str, ways: &[&str]) {
     let mut guest = vm.guest().unwrap();
     let boot_id = "cat /proc/sys/kernel/random/boot_id";
@@ -172,6 +197,7 @@ fn goes_on(node: &Client, vm: &Vm, disk: &str, ways: &[&str]) {
         .sh("head -c 300000 /dev/urandom > /run/x")
         .text()
         .unwrap();
+    watches_registers(&guest);
     for flags in ways {
         let flags = format!("/run/snapshot {flags} --timeout 120");
         let saved = vm.blanket("snapshot", &flags).unwrap();
@@ -192,4 +218,5 @@ fn goes_on(node: &Client, vm: &Vm, disk: &str, ways: &[&str]) {
         node.sh("ping -c 1 -W 20 10.9.0.2").text().unwrap();
         assert_kernel_is_content(&guest);
     }
+    registers_were_right(&guest);
 }

@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -61,6 +61,14 @@ pub enum Error {
         command: String,
         /// Status and what it had written.
         output: Output,
+    },
+    /// Somebody else wrote to the channel, or it loses bytes.
+    #[error("{received} of {sent} bytes of output arrived: what came instead is on standard error")]
+    Lost {
+        /// Bytes that arrived.
+        received: u64,
+        /// Bytes that the agent sent.
+        sent: u64,
     },
     /// The request is too long.
     #[error(transparent)]
@@ -246,6 +254,7 @@ impl Client {
             inner: Arc::clone(&self.0),
             credit,
             deadline,
+            received: AtomicU64::new(0),
         });
         request.send(message)?;
         Ok((request, messages))
@@ -274,7 +283,7 @@ impl Inner {
         match frame.message {
             Message::Credit(bytes) => open.credit.add(bytes as usize),
             message => {
-                if matches!(message, Message::Done(_)) {
+                if matches!(message, Message::Done(..)) {
                     // Whoever still sends input stops.
                     open.credit.close();
                 }
@@ -312,6 +321,10 @@ fn receive(mut reader: impl Read, session: u32, mut take: impl FnMut(Frame) -> b
                         return "closed".to_owned();
                     }
                 }
+                if let Some(garbage) = decoder.garbage() {
+                    let shown = &garbage[..garbage.len().min(400)];
+                    eprintln!("agent: this is no frame: {}", shown.escape_ascii());
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return error.to_string(),
@@ -325,6 +338,8 @@ struct Request {
     inner: Arc<Inner>,
     credit: Arc<Credit>,
     deadline: Instant,
+    /// Bytes of both outputs so far.
+    received: AtomicU64,
 }
 
 impl Request {
@@ -358,9 +373,15 @@ impl Request {
             Ok(message) => {
                 if let Message::Stdout(bytes) | Message::Stderr(bytes) = &message {
                     self.send(Message::Credit(bytes.len() as u32))?;
+                    self.received
+                        .fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 }
-                if let Message::Done(_) = &message {
+                if let Message::Done(_, sent) = message {
                     self.forget();
+                    let received = self.received.load(Ordering::Relaxed);
+                    if received != sent {
+                        return Err(Error::Lost { received, sent });
+                    }
                 }
                 Ok(Some(message))
             }

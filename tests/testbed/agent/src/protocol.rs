@@ -67,8 +67,8 @@ pub enum Message {
     Credit(u32),
     /// Client: end the request; a command is killed with its process group.
     Cancel,
-    /// Server: the request has ended. Nothing follows.
-    Done(Outcome),
+    /// Server: the request has ended, after this many bytes of both outputs. Nothing follows.
+    Done(Outcome, u64),
 }
 
 /// A command to run.
@@ -148,6 +148,8 @@ pub struct Decoder {
     pending: Vec<u8>,
     /// The pending bytes are longer than any frame: skip to the next delimiter.
     skipping: bool,
+    /// The last bytes that were no frame.
+    garbage: Option<Vec<u8>>,
 }
 
 impl Decoder {
@@ -165,12 +167,21 @@ impl Decoder {
                 self.pending.extend_from_slice(piece);
             }
             if pieces.peek().is_some() {
-                frames.extend(decode(&self.pending));
+                match decode(&self.pending) {
+                    Some(frame) => frames.push(frame),
+                    None if self.pending.is_empty() => {}
+                    None => self.garbage = Some(self.pending.clone()),
+                }
                 self.pending.clear();
                 self.skipping = false;
             }
         }
         frames
+    }
+
+    /// The last bytes that were no frame, once: a damaged frame, or what somebody else wrote.
+    pub fn garbage(&mut self) -> Option<Vec<u8>> {
+        self.garbage.take()
     }
 }
 
@@ -213,7 +224,8 @@ mod tests {
                     ..Exec::default()
                 })
             ),
-            ".*".prop_map(|text| Message::Done(Outcome::Failed(text))),
+            (".*", any::<u64>())
+                .prop_map(|(text, sent)| Message::Done(Outcome::Failed(text), sent)),
         ]
     }
 
@@ -258,8 +270,10 @@ mod tests {
             let at = 1 + at.index(wire.len() - 2);
             wire[at] ^= 1 << bit;
             wire.extend(encode(&second).unwrap());
-            let got = Decoder::default().push(&wire);
+            let mut decoder = Decoder::default();
+            let got = decoder.push(&wire);
             prop_assert_eq!(got, vec![second]);
+            prop_assert!(decoder.garbage().is_some());
         }
     }
 

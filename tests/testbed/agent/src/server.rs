@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -77,10 +77,15 @@ struct Reply {
     shared: Arc<Shared>,
     session: u32,
     request: u32,
+    /// Bytes of both outputs so far.
+    sent: Arc<AtomicU64>,
 }
 
 impl Reply {
     fn send(&self, message: Message) {
+        if let Message::Stdout(bytes) | Message::Stderr(bytes) = &message {
+            self.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
         let frame = Frame {
             session: self.session,
             request: self.request,
@@ -95,7 +100,8 @@ impl Reply {
     /// Sends the outcome and forgets the request.
     fn done(&self, outcome: Outcome) {
         lock(&self.shared.jobs).remove(&self.request);
-        self.send(Message::Done(outcome));
+        let sent = self.sent.load(Ordering::Relaxed);
+        self.send(Message::Done(outcome, sent));
     }
 
     /// Copies `from` to the client until its end or until the request is cancelled.
@@ -188,6 +194,7 @@ fn handle(shared: &Arc<Shared>, frame: Frame) {
         shared: Arc::clone(shared),
         session,
         request,
+        sent: Arc::default(),
     };
     if message == Message::Hello {
         if session != current {

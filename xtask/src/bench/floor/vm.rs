@@ -60,12 +60,13 @@ pub(super) enum Operation {
     SystemCall = 0,
     /// The first access to a page.
     PageFault = 1,
-    /// Two system calls, between them a page with its page table: map, touch,
+    /// Two system calls, between them a page with its page tables: map, touch,
     /// unmap.
     OnePage = 2,
     /// To another process and back, with two system calls each.
     TwoProcesses = 3,
-    /// A new address space, a page of it touched, its end: two system calls.
+    /// A new address space with page tables for two regions, a page of each
+    /// touched, its end: two system calls.
     AddressSpace = 4,
 }
 

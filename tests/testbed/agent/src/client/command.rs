@@ -139,8 +139,8 @@ impl<'a> Command<'a> {
         let line = self.line();
         let (request, messages) = self.client.request(Message::Exec(self.exec), Some(GRACE))?;
         match request.next(&messages)? {
-            Some(Message::Done(Outcome::Spawned(pid))) => Ok(pid),
-            Some(Message::Done(other)) => Err(refused(line, other)),
+            Some(Message::Done(Outcome::Spawned(pid), _)) => Ok(pid),
+            Some(Message::Done(other, _)) => Err(refused(line, other)),
             _ => Err(Error::NoAnswer(GRACE)),
         }
     }
@@ -177,7 +177,7 @@ fn gather(
         match request.next(messages)? {
             Some(Message::Stdout(bytes)) => output.truncated |= !keep(&mut output.stdout, &bytes),
             Some(Message::Stderr(bytes)) => output.truncated |= !keep(&mut output.stderr, &bytes),
-            Some(Message::Done(outcome)) => return Ok(Some(outcome)),
+            Some(Message::Done(outcome, _)) => return Ok(Some(outcome)),
             Some(_) => {}
             None => return Ok(None),
         }
@@ -319,10 +319,10 @@ impl Read for StreamOutput {
                 .map_err(io::Error::other)?
             {
                 Some(Message::Stdout(bytes)) => self.rest = io::Cursor::new(bytes),
-                Some(Message::Done(Outcome::Failed(reason))) => {
+                Some(Message::Done(Outcome::Failed(reason), _)) => {
                     return Err(io::Error::other(reason));
                 }
-                Some(Message::Done(_)) | None => return Ok(0),
+                Some(Message::Done(_, _)) | None => return Ok(0),
                 Some(_) => {}
             }
         }

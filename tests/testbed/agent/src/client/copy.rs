@@ -21,8 +21,8 @@ pub(super) fn put(client: &Client, path: &str, mode: u32, from: impl Read) -> Re
     let (request, messages) = client.request(message, Some(LIMIT))?;
     request.feed(from)?;
     match request.next(&messages)? {
-        Some(Message::Done(Outcome::Copied)) => Ok(()),
-        Some(Message::Done(other)) => Err(refused(what, other)),
+        Some(Message::Done(Outcome::Copied, _)) => Ok(()),
+        Some(Message::Done(other, _)) => Err(refused(what, other)),
         _ => Err(Error::NoAnswer(LIMIT)),
     }
 }
@@ -51,8 +51,8 @@ pub(super) fn get(client: &Client, path: &str, to: &mut impl Write) -> Result<()
                 what: format!("cannot store {path}"),
                 source,
             })?,
-            Some(Message::Done(Outcome::Copied)) => return Ok(()),
-            Some(Message::Done(other)) => return Err(refused(what, other)),
+            Some(Message::Done(Outcome::Copied, _)) => return Ok(()),
+            Some(Message::Done(other, _)) => return Err(refused(what, other)),
             Some(_) => {}
             None => return Err(Error::NoAnswer(LIMIT)),
         }
