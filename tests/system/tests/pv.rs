@@ -77,12 +77,12 @@ fn boots(node: &Client, kernel: &str, initrd: &str, release: &str, cpus: usize) 
     let first = vm.info().unwrap()["metrics"]["vcpus"][0].clone();
     let exceptions = first["monitor_exceptions"].as_u64().unwrap();
     assert!((1..3000).contains(&exceptions), "{first}");
-    // Hypercalls jump to the shim, but for those of the start.
+    // Hypercalls jump to the shim, but for those of the first vCPU's start.
     let metrics = vm.info().unwrap()["metrics"]["vcpus"].clone();
-    for vcpu in metrics.as_array().unwrap() {
+    for (vcpu, most) in metrics.as_array().unwrap().iter().zip([2, 0, 0, 0]) {
         let count = |name: &str| vcpu[name].as_u64().unwrap();
         let by_syscall = count("hypercalls_by_syscall");
-        assert!(count("hypercalls") > 4 * by_syscall, "{metrics}");
+        assert!(count("hypercalls") * most >= 4 * by_syscall, "{metrics}");
     }
     assert_kernel_is_content(&guest);
     drop(guest);

@@ -322,7 +322,7 @@ fn receive(mut reader: impl Read, session: u32, mut take: impl FnMut(Frame) -> b
                     }
                 }
                 if let Some(garbage) = decoder.garbage() {
-                    let shown = &garbage[..garbage.len().min(400)];
+                    let shown = &garbage[..garbage.len().min(CHUNK)];
                     eprintln!("agent: this is no frame: {}", shown.escape_ascii());
                 }
             }

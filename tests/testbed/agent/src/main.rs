@@ -20,7 +20,7 @@ use std::time::Duration;
 use blanket_testbed_agent::client::Client;
 use blanket_testbed_agent::server;
 use rustix::fs::OFlags;
-use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// Time for the other end of a socket to answer.
@@ -80,9 +80,24 @@ fn serve_once(device: &Path) -> io::Result<()> {
         let mut settings = tcgetattr(&port)?;
         settings.make_raw();
         tcsetattr(&port, OptionalActions::Now, &settings)?;
+        flush_echoes(&port)?;
     }
     let writer = port.try_clone()?;
     server::serve(port, writer)
+}
+
+/// Has the terminal put out what it still has to echo.
+///
+/// What arrived before it was raw is echoed, and echoes that find no room (a console's driver
+/// takes 256 bytes at a time) wait: they would come out in the middle of a frame. They go first at
+/// each write, as far as there is room. Twice 4096 bytes can wait.
+fn flush_echoes(mut port: &File) -> io::Result<()> {
+    const DELIMITER: [u8; 1] = [0];
+    for _ in 0..64 {
+        port.write_all(&DELIMITER)?;
+        tcdrain(port)?;
+    }
+    Ok(())
 }
 
 /// Serves standard input and output, until the input ends.
