@@ -55,8 +55,9 @@ fn watch_signals() {
             end_all();
             std::process::exit(130);
         });
-        if let Err(error) = installed {
-            eprintln!("testbed: does not clean up on signals: {error}");
+        match installed {
+            Ok(()) | Err(ctrlc::Error::MultipleHandlers) => {}
+            Err(error) => eprintln!("testbed: does not clean up on signals: {error}"),
         }
     });
 }
