@@ -151,11 +151,16 @@ pub(super) fn figures(near: &mut dyn Uplink, far: &mut dyn Uplink) -> io::Result
     let bulk = stream(near, far, payload, segments, STREAM)?;
     let small = stream(near, far, SMALL.min(payload), 1, STREAM)?;
     Ok(Figures {
-        bulk_gbps: bulk.bytes as f64 * 8.0 / bulk.seconds / 1e9,
-        cpu_s_per_gb: bulk.cpu / (bulk.bytes as f64 / 1e9),
-        small_kpps: small.datagrams as f64 / small.seconds / 1e3,
-        round_trip_us,
+        bulk_gbps: rounded(bulk.bytes as f64 * 8.0 / bulk.seconds / 1e9),
+        cpu_s_per_gb: rounded(bulk.cpu / (bulk.bytes.max(1) as f64 / 1e9)),
+        small_kpps: rounded(small.datagrams as f64 / small.seconds / 1e3),
+        round_trip_us: rounded(round_trip_us),
     })
+}
+
+/// As many digits as a measurement is worth.
+fn rounded(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
 }
 
 /// One datagram there and back; false: it, or its answer, was lost.
@@ -309,7 +314,7 @@ pub(super) fn judge(mut kinds: Vec<Measured>) -> Report {
         let product = share(it.bulk_gbps, bulk)
             * share(it.small_kpps, small)
             * share(1.0 / it.round_trip_us.max(0.001), quick);
-        kind.score = product.cbrt();
+        kind.score = rounded(product.cbrt());
     }
     // Of equal ones the first, which is the preferred one.
     let winner = kinds

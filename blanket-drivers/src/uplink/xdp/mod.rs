@@ -297,19 +297,18 @@ impl AfXdp {
             .attach(interface.index)
             .map_err(|e| setup.error("attach an XDP program", e))?;
         let poll = epoll().map_err(|e| setup.error("make an epoll", e))?;
-        let mut queues = Vec::new();
-        for queue in 0..count {
-            let opened = Queue::open(interface, queue, &setup)?;
+        let queues = open_queues(interface, count, &setup)?;
+        for (queue, opened) in (0..).zip(&queues) {
             program
                 .feed(queue, opened.fd())
                 .and_then(|()| watch(&poll, opened.fd()))
                 .map_err(|e| setup.error("feed an XDP socket", e))?;
-            queues.push(opened);
         }
         watch(&poll, station.kernel.fd()).map_err(|e| setup.error("watch a socket", e))?;
         let zero_copy = queues.iter().all(|queue| queue.zero_copy);
         let place = if attached.native { "native" } else { "generic" };
         let copies = if zero_copy { "zero-copy" } else { "copy" };
+        let count = queues.len();
         let s = if count == 1 { "" } else { "s" };
         Ok(Self {
             description: Description {
@@ -412,6 +411,24 @@ impl Uplink for AfXdp {
     fn counters(&self) -> Counters {
         self.station.counters
     }
+}
+
+/// The sockets of an interface's queues, `count` at most: it may have been made
+/// with more queues than it uses.
+fn open_queues(interface: &Interface, count: u32, setup: &Setup<'_>) -> Result<Vec<Queue>, Error> {
+    let mut queues = Vec::new();
+    for queue in 0..count {
+        match Queue::open(interface, queue, setup) {
+            Ok(opened) => queues.push(opened),
+            Err(Error::Missing { source, .. })
+                if queue > 0 && source.raw_os_error() == Some(libc::EINVAL) =>
+            {
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(queues)
 }
 
 /// A descriptor that is readable when one of those that it watches is.
