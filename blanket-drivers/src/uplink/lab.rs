@@ -25,7 +25,7 @@ pub(super) struct Lab {
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Netlink { what, source }
+    move |source| Error::Lab { what, source }
 }
 
 impl Lab {

@@ -398,6 +398,14 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// There is nothing to measure on.
+    #[error("cannot make a {what} to measure on: {source}; run as root")]
+    Lab {
+        /// What could not be made.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
     /// Not one uplink of a set works.
     #[error("no uplink works: {0}")]
     None(String),
