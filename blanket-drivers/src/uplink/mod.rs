@@ -268,6 +268,23 @@ pub struct Counters {
 /// A way for datagrams to other nodes. It belongs to one thread.
 ///
 /// Neither call blocks, and neither allocates memory for a packet.
+///
+/// ```no_run
+/// use blanket_drivers::uplink::{Kind, RX_BUFFER, RxBuffer, Spec, TxPacket, open};
+///
+/// let mut uplink = open(Kind::Udp, &Spec::new("eth0", "10.0.0.5:4789".parse()?))?;
+/// // 40 datagrams of 1400 bytes, as one train.
+/// let peer = "10.0.0.6:4789".parse()?;
+/// uplink.tx(&[TxPacket::train(peer, &[0; 56_000], 1400)])?;
+/// let mut room = vec![0; RX_BUFFER];
+/// let mut buffers = [RxBuffer::new(&mut room)];
+/// if uplink.rx(&mut buffers)? > 0 {
+///     for datagram in buffers[0].packet().iter() {
+///         println!("{} bytes from {}", datagram.len(), buffers[0].from);
+///     }
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Uplink: Send {
     /// What it is.
     fn description(&self) -> &Description;
@@ -451,14 +468,11 @@ impl Setup<'_> {
 /// The interface is missing, dead or without the address, or this kernel, this
 /// user or this interface cannot do that kind; the text says which.
 pub fn open(kind: Kind, spec: &Spec) -> Result<Box<dyn Uplink>, Error> {
-    if kind == Kind::Tap {
-        return Ok(Box::new(tap::TapUplink::open(spec)?));
-    }
-    let interface = netlink::usable(&spec.interface, spec.local.ip())?;
+    let interface = || netlink::usable(&spec.interface, spec.local.ip());
     Ok(match kind {
-        Kind::Udp => Box::new(udp::Udp::open(spec, &interface, udp::Use::Uplink)?),
-        Kind::AfPacket => Box::new(packet::AfPacket::open(spec, &interface)?),
-        Kind::AfXdp => Box::new(xdp::AfXdp::open(spec, &interface)?),
+        Kind::Udp => Box::new(udp::Udp::open(spec, &interface()?, udp::Use::Full)?),
+        Kind::AfPacket => Box::new(packet::AfPacket::open(spec, &interface()?)?),
+        Kind::AfXdp => Box::new(xdp::AfXdp::open(spec, &interface()?)?),
         Kind::Tap => Box::new(tap::TapUplink::open(spec)?),
     })
 }

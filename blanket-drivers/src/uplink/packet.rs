@@ -80,19 +80,27 @@ impl AfPacket {
     /// Sends `packet` in one frame for each datagram: this kernel or interface
     /// does not cut trains up. False: later.
     fn send_one_by_one(&mut self, packet: &TxPacket<'_>) -> io::Result<bool> {
-        for (index, bytes) in packet.iter().enumerate() {
-            let single = TxPacket::new(packet.to, bytes);
-            match self.send_frames(std::slice::from_ref(&single))? {
-                1 => (),
-                // It is too late to take back what has gone.
-                _ if index > 0 => {
-                    let lost = packet.datagrams() - index;
-                    self.station.counters.tx_refused += lost as u64;
+        let total = packet.datagrams();
+        let mut done = 0;
+        while done < total {
+            let mut singles = [*packet; BATCH];
+            let mut count = 0;
+            for (single, bytes) in singles.iter_mut().zip(packet.iter().skip(done)) {
+                *single = TxPacket::new(packet.to, bytes);
+                count += 1;
+            }
+            match self.send_frames(&singles[..count]) {
+                Ok(sent) if sent > 0 => done += sent,
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ if done == 0 => return Ok(false),
+                // What has gone cannot be taken back.
+                _ => {
+                    self.station.counters.refuse(total - done, Fate::Later);
                     return Ok(true);
                 }
-                _ => return Ok(false),
             }
         }
+        self.station.counters.tx.trains += u64::from(packet.is_train());
         Ok(true)
     }
 
@@ -144,7 +152,8 @@ impl AfPacket {
         match fate(error)? {
             Fate::Later => Err(io::ErrorKind::WouldBlock.into()),
             fate => {
-                self.station.drop_packet(&packets[0], fate);
+                let datagrams = packets[0].datagrams();
+                self.station.counters.refuse(datagrams, fate);
                 Ok(1)
             }
         }
@@ -154,11 +163,15 @@ impl AfPacket {
     fn send_first(&mut self, packet: &TxPacket<'_>) -> io::Result<bool> {
         match self.station.way(packet, Instant::now()) {
             Way::TooBig => {
-                self.station.drop_packet(packet, Fate::TooBig);
+                self.station
+                    .counters
+                    .refuse(packet.datagrams(), Fate::TooBig);
                 Ok(true)
             }
             Way::Refused => {
-                self.station.drop_packet(packet, Fate::Refused);
+                self.station
+                    .counters
+                    .refuse(packet.datagrams(), Fate::Refused);
                 Ok(true)
             }
             Way::Kernel => self.station.send_by_kernel(packet),
@@ -326,4 +339,39 @@ pub(super) fn filter(local: SocketAddr) -> Vec<libc::sock_filter> {
     program.push(insn(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX));
     program.push(insn(libc::BPF_RET | libc::BPF_K, 0, 0, 0));
     program
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::Lab;
+    use super::super::tests::{acquaint, end, in_lab, receive, send};
+    use super::*;
+
+    #[test]
+    fn where_the_kernel_takes_no_trains_they_go_frame_by_frame() {
+        in_lab(1500, 1, |lab| {
+            lab.enter(0).unwrap();
+            let name = Lab::name(0, 0);
+            let interface = super::super::netlink::interface(&name).unwrap();
+            let local = (Lab::address(0, 0, false), 4789).into();
+            let mut near = match AfPacket::open(&Spec::new(&name, local), &interface) {
+                Ok(near) => near,
+                Err(error) => return println!("skipped, because {error}"),
+            };
+            let mut far = end(lab, Kind::Udp, 0, 1, false).unwrap();
+            acquaint(&mut near, &mut *far);
+            near.description.capabilities.segmentation = false;
+            let content: Vec<u8> = (0..1000 * 50 + 1).map(|at| (at / 5) as u8).collect();
+            let train = TxPacket::train(far.description().local, &content, 1000);
+            let before = near.counters();
+            send(&mut near, &[train]);
+            let got = receive(&mut *far, 51);
+            let joined: Vec<u8> = got.into_iter().flat_map(|(bytes, _)| bytes).collect();
+            assert!(joined == content);
+            let after = near.counters();
+            assert_eq!(after.tx.datagrams - before.tx.datagrams, 51);
+            assert_eq!(after.tx.trains - before.tx.trains, 1);
+            assert_eq!(after.tx_kernel, before.tx_kernel);
+        });
+    }
 }

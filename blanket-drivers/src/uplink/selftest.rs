@@ -69,6 +69,14 @@ pub struct Report {
     pub reason: String,
 }
 
+impl Report {
+    /// Whether anything could be measured.
+    #[must_use]
+    pub fn is_measured(&self) -> bool {
+        self.kinds.iter().any(|kind| kind.figures.is_some())
+    }
+}
+
 /// Tries and measures every kind of uplink for the interface's address.
 ///
 /// # Errors

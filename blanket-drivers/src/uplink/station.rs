@@ -42,6 +42,16 @@ pub(super) fn fate(error: io::Error) -> io::Result<Fate> {
     }
 }
 
+impl Counters {
+    /// Counts datagrams that are not sent.
+    pub(super) fn refuse(&mut self, datagrams: usize, fate: Fate) {
+        match fate {
+            Fate::TooBig => self.tx_too_big += datagrams as u64,
+            Fate::Refused | Fate::Later => self.tx_refused += datagrams as u64,
+        }
+    }
+}
+
 /// How a packet is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
@@ -120,15 +130,6 @@ impl Station {
                 verified: false, ..
             } => NextHop::Kernel,
             hop => hop,
-        }
-    }
-
-    /// Counts a packet that is not sent.
-    pub(super) fn drop_packet(&mut self, packet: &TxPacket<'_>, fate: Fate) {
-        let datagrams = packet.datagrams() as u64;
-        match fate {
-            Fate::TooBig => self.counters.tx_too_big += datagrams,
-            Fate::Refused | Fate::Later => self.counters.tx_refused += datagrams,
         }
     }
 

@@ -94,7 +94,7 @@ impl TapUplink {
         let from = end(self.mac, self.description.local);
         let to = end(self.node, packet.to);
         let Some(headers) = Headers::new(from, to, packet.bytes, Checksum::Partial) else {
-            self.counters.tx_refused += packet.datagrams() as u64;
+            self.counters.refuse(packet.datagrams(), Fate::Refused);
             return Ok(true);
         };
         // A train's datagrams are shorter than the MTU, which is 16 bits.
@@ -112,8 +112,7 @@ impl TapUplink {
             Ok(_) => self.counters.tx.add(packet),
             Err(error) => match fate(error)? {
                 Fate::Later => return Ok(false),
-                Fate::TooBig => self.counters.tx_too_big += packet.datagrams() as u64,
-                Fate::Refused => self.counters.tx_refused += packet.datagrams() as u64,
+                fate => self.counters.refuse(packet.datagrams(), fate),
             },
         }
         Ok(true)
@@ -184,7 +183,7 @@ impl Uplink for TapUplink {
         let payload = self.description.capabilities.payload;
         for (done, packet) in packets.iter().enumerate() {
             if !fits(packet, payload) {
-                self.counters.tx_too_big += packet.datagrams() as u64;
+                self.counters.refuse(packet.datagrams(), Fate::TooBig);
                 continue;
             }
             if !packet.is_train() || self.description.capabilities.segmentation {
@@ -196,7 +195,7 @@ impl Uplink for TapUplink {
             for bytes in packet.iter() {
                 // A TAP takes what the node has memory for: there is no later.
                 if !self.send(&TxPacket::new(packet.to, bytes))? {
-                    self.counters.tx_refused += 1;
+                    self.counters.refuse(1, Fate::Refused);
                 }
             }
         }

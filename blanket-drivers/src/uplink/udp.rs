@@ -21,11 +21,10 @@ const PROBE: libc::c_int = libc::IP_PMTUDISC_PROBE;
 /// What a socket is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
-    /// It is the uplink.
-    Uplink,
-    /// It sends for a raw uplink and takes what that one leaves.
-    Rest,
-    /// The same for one that sees all packets itself: it takes none.
+    /// It sends and receives: the uplink, or what a raw one leaves to the
+    /// kernel.
+    Full,
+    /// It only sends, for a raw uplink that sees all packets itself.
     Mute,
 }
 
@@ -93,66 +92,68 @@ impl Udp {
         })
     }
 
-    /// Puts `packet` into the batch, cut up if the kernel does not do that;
-    /// returns how many of its bytes are in.
-    fn push<'a>(&self, batch: &mut Outgoing<'a>, packet: &TxPacket<'a>, done: usize) -> usize {
-        let size = packet.size();
-        if packet.is_train() && self.description.capabilities.segmentation {
-            // A train's datagrams are shorter than the MTU, which is 16 bits.
-            batch.push(Some(packet.to), &[packet.bytes], Some(size as u16));
-            return packet.bytes.len();
-        }
-        let end = (done + size).min(packet.bytes.len());
-        batch.push(Some(packet.to), &[&packet.bytes[done..end]], None);
-        end
+    /// Puts a datagram, or a train to be cut up by the kernel, into a batch.
+    fn push<'a>(batch: &mut Outgoing<'a>, packet: &TxPacket<'a>) {
+        // A train's datagrams are shorter than the MTU, which is 16 bits.
+        let segment = packet.is_train().then_some(packet.size() as u16);
+        batch.push(Some(packet.to), &[packet.bytes], segment);
     }
 
     /// Sends `packet` alone, whatever the kernel's answer is; false: later.
     fn send_one(&mut self, packet: &TxPacket<'_>) -> io::Result<bool> {
-        let mut done = 0;
-        loop {
+        if packet.is_train() && self.description.capabilities.segmentation {
             let mut batch = Outgoing::new();
-            let mut end = done;
-            loop {
-                end = self.push(&mut batch, packet, end);
-                if end == packet.bytes.len() || batch.is_full() {
-                    break;
-                }
-            }
-            let error = match batch.send(self.socket.as_fd()) {
-                Ok(sent) if sent == batch.len() => {
-                    done = end;
-                    if done == packet.bytes.len() {
-                        self.counters.tx.add(packet);
-                        return Ok(true);
-                    }
-                    continue;
-                }
-                // A part of the train is out; the rest counts as lost.
+            Self::push(&mut batch, packet);
+            match batch.send(self.socket.as_fd()) {
                 Ok(_) => {
-                    self.counters.tx_refused += 1;
+                    self.counters.tx.add(packet);
                     return Ok(true);
                 }
-                Err(error) => error,
-            };
-            // Interfaces that cannot checksum do not segment (EIO).
-            let segments = packet.is_train() && self.description.capabilities.segmentation;
-            if segments && matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) {
-                self.description.capabilities.segmentation = false;
-                continue;
+                // Interfaces that cannot checksum do not segment (EIO).
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => {
+                    self.description.capabilities.segmentation = false;
+                }
+                Err(error) => match fate(error)? {
+                    Fate::Later => return Ok(false),
+                    fate => {
+                        self.counters.refuse(packet.datagrams(), fate);
+                        return Ok(true);
+                    }
+                },
             }
-            return match fate(error)? {
-                Fate::Later if done == 0 => Ok(false),
-                Fate::TooBig => {
-                    self.counters.tx_too_big += packet.datagrams() as u64;
-                    Ok(true)
-                }
-                Fate::Later | Fate::Refused => {
-                    self.counters.tx_refused += packet.datagrams() as u64;
-                    Ok(true)
-                }
-            };
         }
+        self.send_singles(packet)
+    }
+
+    /// Sends a packet's datagrams one by one; false: later.
+    fn send_singles(&mut self, packet: &TxPacket<'_>) -> io::Result<bool> {
+        let total = packet.datagrams();
+        let mut done = 0;
+        while done < total {
+            let mut batch = Outgoing::new();
+            for bytes in packet.iter().skip(done).take(message::BATCH) {
+                Self::push(&mut batch, &TxPacket::new(packet.to, bytes));
+            }
+            match batch.send(self.socket.as_fd()) {
+                Ok(sent) => {
+                    for bytes in packet.iter().skip(done).take(sent) {
+                        let single = TxPacket::new(packet.to, bytes);
+                        self.counters.tx.add(&single);
+                    }
+                    done += sent;
+                }
+                Err(error) => match fate(error)? {
+                    Fate::Later if done == 0 => return Ok(false),
+                    // What has gone cannot be taken back.
+                    fate => {
+                        self.counters.refuse(total - done, fate);
+                        return Ok(true);
+                    }
+                },
+            }
+        }
+        self.counters.tx.trains += u64::from(packet.is_train());
+        Ok(true)
     }
 
     /// Sends what fits in one system call, if no packet needs more; returns
@@ -164,7 +165,7 @@ impl Udp {
             if batch.is_full() || !whole || !self.fits(packet) {
                 break;
             }
-            self.push(&mut batch, packet, 0);
+            Self::push(&mut batch, packet);
         }
         if batch.len() == 0 {
             return Ok(0);
@@ -231,7 +232,7 @@ impl Uplink for Udp {
         let mut done = 0;
         while let Some(packet) = packets.get(done) {
             if !self.fits(packet) {
-                self.counters.tx_too_big += packet.datagrams() as u64;
+                self.counters.refuse(packet.datagrams(), Fate::TooBig);
                 done += 1;
                 continue;
             }
@@ -309,5 +310,34 @@ pub(super) fn with_port(spec: &Spec, local: SocketAddr) -> Spec {
     Spec {
         local: SocketAddr::new(spec.local.ip(), local.port()),
         ..spec.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Kind;
+    use super::super::lab::Lab;
+    use super::super::tests::{end, in_lab, receive, send};
+    use super::*;
+
+    #[test]
+    fn where_the_kernel_does_not_cut_trains_up_they_go_one_by_one() {
+        in_lab(1500, 1, |lab| {
+            lab.enter(0).unwrap();
+            let name = Lab::name(0, 0);
+            let interface = super::super::netlink::interface(&name).unwrap();
+            let local = (Lab::address(0, 0, false), 0).into();
+            let mut near = Udp::open(&Spec::new(&name, local), &interface, Use::Full).unwrap();
+            near.description.capabilities.segmentation = false;
+            let mut far = end(lab, Kind::Udp, 0, 1, false).unwrap();
+            let content: Vec<u8> = (0..1000 * 50 + 1).map(|at| (at / 5) as u8).collect();
+            let train = TxPacket::train(far.description().local, &content, 1000);
+            send(&mut near, &[train]);
+            let got = receive(&mut *far, 51);
+            let joined: Vec<u8> = got.into_iter().flat_map(|(bytes, _)| bytes).collect();
+            assert!(joined == content);
+            let tx = near.counters().tx;
+            assert_eq!((tx.datagrams, tx.bytes, tx.trains), (51, 50_001, 1));
+        });
     }
 }

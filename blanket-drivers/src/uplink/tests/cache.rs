@@ -82,6 +82,12 @@ fn a_self_test_is_kept_until_something_changes_and_the_users_wish_longer() {
         assert!(!known);
         assert_eq!(new.wanted, Some(Kind::AfPacket));
 
+        // As if the user before had not been permitted to measure.
+        record = new;
+        record.report = judge(vec![measured(Kind::Udp, None)]);
+        cache.store(&record).unwrap();
+        assert!(!cache.record("up0", address, false).unwrap().1);
+
         fs::write(path.join("uplinks/up0.json"), "{\"key\": 1").unwrap();
         assert!(cache.load("up0").is_none());
         assert!(!cache.record("up0", address, false).unwrap().1);

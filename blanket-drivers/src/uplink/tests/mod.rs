@@ -29,7 +29,7 @@ pub(in crate::uplink) fn in_own_network(test: impl FnOnce() + Send + 'static) {
 }
 
 /// Runs a test with a lab; says so where there cannot be one.
-fn in_lab(mtu: u32, cables: u8, test: impl FnOnce(&Lab) + Send + 'static) {
+pub(in crate::uplink) fn in_lab(mtu: u32, cables: u8, test: impl FnOnce(&Lab) + Send + 'static) {
     in_own_network(move || match Lab::new(mtu, cables) {
         Ok(lab) => test(&lab),
         Err(error) => println!("skipped, because there is no veth pair: {error}"),
@@ -37,7 +37,13 @@ fn in_lab(mtu: u32, cables: u8, test: impl FnOnce(&Lab) + Send + 'static) {
 }
 
 /// An uplink at an end of a cable, if this kernel has it.
-fn end(lab: &Lab, kind: Kind, cable: u8, end: usize, v6: bool) -> Option<Box<dyn Uplink>> {
+pub(in crate::uplink) fn end(
+    lab: &Lab,
+    kind: Kind,
+    cable: u8,
+    end: usize,
+    v6: bool,
+) -> Option<Box<dyn Uplink>> {
     match lab.open(kind, cable, end, v6) {
         Ok(uplink) => Some(uplink),
         Err(error @ (Error::Missing { .. } | Error::Denied { .. })) => {
@@ -49,7 +55,10 @@ fn end(lab: &Lab, kind: Kind, cable: u8, end: usize, v6: bool) -> Option<Box<dyn
 }
 
 /// All datagrams that come until there are `count`.
-fn receive(uplink: &mut dyn Uplink, count: usize) -> Vec<(Vec<u8>, SocketAddr)> {
+pub(in crate::uplink) fn receive(
+    uplink: &mut dyn Uplink,
+    count: usize,
+) -> Vec<(Vec<u8>, SocketAddr)> {
     let deadline = Instant::now() + LIMIT;
     let mut room = vec![0; RX_BUFFER * 8];
     let mut got = Vec::new();
@@ -90,7 +99,7 @@ fn silent(uplink: &mut dyn Uplink) -> bool {
 }
 
 /// Sends all of it.
-fn send(uplink: &mut dyn Uplink, packets: &[TxPacket<'_>]) {
+pub(in crate::uplink) fn send(uplink: &mut dyn Uplink, packets: &[TxPacket<'_>]) {
     let deadline = Instant::now() + LIMIT;
     let mut done = 0;
     while done < packets.len() {
@@ -100,7 +109,7 @@ fn send(uplink: &mut dyn Uplink, packets: &[TxPacket<'_>]) {
 }
 
 /// Has both ends find each other, so that nothing goes by the kernel any more.
-fn acquaint(near: &mut dyn Uplink, far: &mut dyn Uplink) {
+pub(in crate::uplink) fn acquaint(near: &mut dyn Uplink, far: &mut dyn Uplink) {
     let (here, there) = (near.description().local, far.description().local);
     let deadline = Instant::now() + LIMIT;
     loop {

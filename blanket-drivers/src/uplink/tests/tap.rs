@@ -27,7 +27,7 @@ fn datagrams_and_trains_cross_a_tap_both_ways() {
         let here = uplink.description().local;
         let node = netlink::interface("t0").unwrap();
         let bound = Spec::new("t0", "198.51.100.1:4789".parse().unwrap());
-        let mut node = udp::Udp::open(&bound, &node, udp::Use::Uplink).unwrap();
+        let mut node = udp::Udp::open(&bound, &node, udp::Use::Full).unwrap();
         let there = node.description().local;
         let content: Vec<u8> = (0..1400 * 20 + 5).map(|at| (at / 7) as u8).collect();
         for _ in 0..2 {

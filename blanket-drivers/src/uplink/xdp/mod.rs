@@ -285,7 +285,7 @@ impl AfXdp {
             interface: &spec.interface,
             capabilities: CAPABILITIES,
         };
-        let mut station = Station::open(spec, interface, Use::Rest)?;
+        let mut station = Station::open(spec, interface, Use::Full)?;
         let local = station.end.address;
         let room = FRAME - HEADROOM - 14 - wire::overhead(local.ip());
         station.payload = station.payload.min(room);
@@ -337,11 +337,15 @@ impl AfXdp {
             Way::Frame(mac) => mac,
             Way::Kernel => return self.station.send_by_kernel(packet),
             Way::TooBig => {
-                self.station.drop_packet(packet, Fate::TooBig);
+                self.station
+                    .counters
+                    .refuse(packet.datagrams(), Fate::TooBig);
                 return Ok(true);
             }
             Way::Refused => {
-                self.station.drop_packet(packet, Fate::Refused);
+                self.station
+                    .counters
+                    .refuse(packet.datagrams(), Fate::Refused);
                 return Ok(true);
             }
         };
@@ -359,7 +363,7 @@ impl AfXdp {
             if sent {
                 self.station.counters.tx.add(&single);
             } else {
-                self.station.drop_packet(&single, Fate::Refused);
+                self.station.counters.refuse(1, Fate::Refused);
             }
         }
         self.station.counters.tx.trains += u64::from(packet.is_train());
