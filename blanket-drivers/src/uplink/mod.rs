@@ -263,6 +263,9 @@ pub struct Counters {
     pub rx_checksum: u64,
     /// Not taken: longer than the caller's buffer.
     pub rx_truncated: u64,
+    /// Dropped by the kernel (packets, not datagrams): there was no room,
+    /// because [`Uplink::rx`] was not called in time.
+    pub rx_overrun: u64,
 }
 
 /// A way for datagrams to other nodes. It belongs to one thread.
@@ -307,7 +310,7 @@ pub trait Uplink: Send {
     /// Becomes readable when something has come.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// What it has done.
+    /// What it has done. It asks the kernel: not for each packet.
     fn counters(&self) -> Counters;
 }
 
@@ -499,6 +502,22 @@ fn set_option<T>(
     let result =
         unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const *value).cast(), len) };
     check(result).map(drop)
+}
+
+/// Reads a socket's option of `N` words; what the kernel does not fill is 0.
+fn option<const N: usize>(
+    fd: BorrowedFd<'_>,
+    level: libc::c_int,
+    name: libc::c_int,
+) -> io::Result<[u32; N]> {
+    use std::os::fd::AsRawFd;
+    let mut words = [0; N];
+    let mut len = size_of_val(&words) as libc::socklen_t;
+    let value = words.as_mut_ptr().cast();
+    // SAFETY: the kernel writes `len` bytes at most, which `words` has, and
+    // the length; both outlive the call.
+    let result = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value, &raw mut len) };
+    check(result).map(|_| words)
 }
 
 #[cfg(test)]

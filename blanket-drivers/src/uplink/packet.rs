@@ -4,6 +4,7 @@
 //! Out by `sendmmsg` rather than a ring: a message can be a whole train with
 //! its virtio header, which a ring's slots would have to be 64 KiB large for.
 
+use std::cell::Cell;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -17,8 +18,11 @@ use super::udp::{Use, attach_filter};
 use super::wire::{Checksum, Headers, VIRTIO_HEADER, VirtioHeader};
 use super::{
     Capabilities, Counters, Description, Error, Kind, RxBuffer, Setup, Spec, TxPacket, Uplink,
-    check, set_option,
+    check, option, set_option,
 };
+
+/// `linux/if_packet.h`; not in libc.
+const PACKET_STATISTICS: libc::c_int = 6;
 
 /// See the module.
 pub(super) struct AfPacket {
@@ -27,6 +31,8 @@ pub(super) struct AfPacket {
     socket: OwnedFd,
     station: Station,
     description: Description,
+    /// Packets that the kernel had no room for, up to the last question.
+    overrun: Cell<u64>,
     /// What is in front of the packets of a batch.
     fronts: Box<[(Headers, [u8; VIRTIO_HEADER]); BATCH]>,
 }
@@ -71,6 +77,7 @@ impl AfPacket {
                 mode: "TPACKET_V3, GSO".to_owned(),
             },
             fronts: Box::new([(Headers::empty(), [0; VIRTIO_HEADER]); BATCH]),
+            overrun: Cell::new(0),
             ring,
             socket,
             station,
@@ -239,27 +246,24 @@ impl Uplink for AfPacket {
     }
 
     fn counters(&self) -> Counters {
-        self.station.counters
+        // Packets, drops, times that the ring was full; reading sets them to 0.
+        let now = option::<3>(self.socket.as_fd(), libc::SOL_PACKET, PACKET_STATISTICS);
+        let drops = now.map_or(0, |words| words[1]);
+        self.overrun.update(|total| total + u64::from(drops));
+        Counters {
+            rx_overrun: self.overrun.get(),
+            ..self.station.counters
+        }
     }
 }
 
 /// What happened to the interface, which a ring does not tell.
 fn socket_error(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut error: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the kernel writes one int and its length, which outlive the call.
-    check(unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ERROR,
-            (&raw mut error).cast(),
-            &raw mut len,
-        )
-    })?;
+    let [error] = option::<1>(fd, libc::SOL_SOCKET, libc::SO_ERROR)?;
     if error == 0 {
         return Ok(());
     }
+    let error = error.cast_signed();
     fate(io::Error::from_raw_os_error(error)).map(drop)
 }
 

@@ -135,9 +135,9 @@ impl Station {
 
     /// Has the kernel send `packet`; false: later.
     pub(super) fn send_by_kernel(&mut self, packet: &TxPacket<'_>) -> io::Result<bool> {
-        let before = self.kernel.counters();
+        let before = self.kernel.tally();
         let done = self.kernel.tx(std::slice::from_ref(packet))?;
-        let after = self.kernel.counters();
+        let after = self.kernel.tally();
         let sent = after.tx.datagrams - before.tx.datagrams;
         if sent > 0 {
             self.counters.tx.add(packet);
@@ -156,9 +156,9 @@ impl Station {
         if buffers.is_empty() {
             return Ok(0);
         }
-        let before = self.kernel.counters();
+        let before = self.kernel.tally();
         let got = self.kernel.rx(buffers)?;
-        let after = self.kernel.counters();
+        let after = self.kernel.tally();
         self.counters.rx_truncated += after.rx_truncated - before.rx_truncated;
         for buffer in &buffers[..got] {
             self.counters.rx.add(&buffer.packet());

@@ -9,7 +9,7 @@ use super::netlink::Interface;
 use super::station::{Fate, fate};
 use super::{
     Capabilities, Counters, Description, Error, Kind, MAX_SEGMENTS, MAX_TRAIN, RxBuffer, Setup,
-    Spec, TxPacket, Uplink, check, set_option, wire,
+    Spec, TxPacket, Uplink, check, option, set_option, wire,
 };
 
 /// Bytes that wait in a socket's queues. root may exceed the system's limit.
@@ -17,6 +17,9 @@ const QUEUE: libc::c_int = 8 << 20;
 
 /// `IP_PMTUDISC_PROBE`: never fragment, and leave the path's MTU to the tunnel.
 const PROBE: libc::c_int = libc::IP_PMTUDISC_PROBE;
+
+/// What a socket's buffers hold (`asm-generic/socket.h`; not in libc).
+const SO_MEMINFO: libc::c_int = 55;
 
 /// What a socket is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +93,11 @@ impl Udp {
             socket,
             counters: Counters::default(),
         })
+    }
+
+    /// What it has sent and received, without asking the kernel.
+    pub(super) fn tally(&self) -> Counters {
+        self.counters
     }
 
     /// Puts a datagram, or a train to be cut up by the kernel, into a batch.
@@ -253,7 +261,12 @@ impl Uplink for Udp {
     }
 
     fn counters(&self) -> Counters {
-        self.counters
+        let memory = option::<9>(self.fd(), libc::SOL_SOCKET, SO_MEMINFO);
+        let drops = memory.map_or(0, |words| words[libc::SK_MEMINFO_DROPS as usize]);
+        Counters {
+            rx_overrun: drops.into(),
+            ..self.counters
+        }
     }
 }
 

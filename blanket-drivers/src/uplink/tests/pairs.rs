@@ -285,6 +285,32 @@ fn an_interface_that_goes_is_an_error_and_not_a_hang() {
     }
 }
 
+#[test]
+fn what_nobody_takes_in_time_is_counted_as_an_overrun() {
+    for kind in KINDS {
+        in_lab(1500, 1, move |lab| {
+            let (Some(mut near), Some(mut far)) = (
+                end(lab, Kind::Udp, 0, 0, false),
+                end(lab, kind, 0, 1, false),
+            ) else {
+                return;
+            };
+            acquaint(&mut *near, &mut *far);
+            let to = far.description().local;
+            let content = vec![3; 1400 * 40];
+            let packets = [TxPacket::train(to, &content, 1400); 32];
+            let before = far.counters().rx_overrun;
+            // 36 MB, with 8 MB of room.
+            for _ in 0..20 {
+                send(&mut *near, &packets);
+            }
+            let counters = far.counters();
+            assert!(counters.rx_overrun > before, "{kind}: {counters:?}");
+            assert_eq!(far.counters().rx_overrun, counters.rx_overrun);
+        });
+    }
+}
+
 /// Whether `what` does not come within a moment.
 fn silent_of(uplink: &mut dyn Uplink, what: &[u8]) -> bool {
     let mut room = vec![0; RX_BUFFER];

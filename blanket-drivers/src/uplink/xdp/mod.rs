@@ -21,7 +21,7 @@ use super::udp::Use;
 use super::wire::{self, Checksum};
 use super::{
     Capabilities, Counters, Description, Error, Kind, MAX_SEGMENTS, RxBuffer, Setup, Spec,
-    TxPacket, Uplink, check,
+    TxPacket, Uplink, check, option,
 };
 
 mod program;
@@ -253,19 +253,10 @@ fn cause(error: ::xdp::socket::SocketError) -> io::Error {
 
 /// Whether a bound socket shares its memory with the driver.
 fn zero_copy(socket: &XdpSocket) -> bool {
-    let mut options = libc::xdp_options { flags: 0 };
-    let mut len = size_of_val(&options) as libc::socklen_t;
-    // SAFETY: the kernel writes as many bytes as are there.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_XDP,
-            libc::XDP_OPTIONS,
-            (&raw mut options).cast(),
-            &raw mut len,
-        )
-    };
-    result == 0 && options.flags & libc::XDP_OPTIONS_ZEROCOPY != 0
+    // SAFETY: the socket owns the descriptor and outlives the borrow.
+    let fd = unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) };
+    let options = option::<1>(fd, libc::SOL_XDP, libc::XDP_OPTIONS);
+    options.is_ok_and(|[flags]| flags & libc::XDP_OPTIONS_ZEROCOPY != 0)
 }
 
 /// See the module.
@@ -413,7 +404,16 @@ impl Uplink for AfXdp {
     }
 
     fn counters(&self) -> Counters {
-        self.station.counters
+        let statistics = self
+            .queues
+            .iter()
+            .filter_map(|it| it.socket.statistics().ok());
+        // An empty fill ring is counted in the first too.
+        let drops = statistics.map(|it| it.rx_dropped + it.rx_ring_full);
+        Counters {
+            rx_overrun: drops.sum(),
+            ..self.station.counters
+        }
     }
 }
 
