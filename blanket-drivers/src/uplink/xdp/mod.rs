@@ -39,6 +39,9 @@ const FRAME: usize = 4096;
 /// Queues that get a socket, each with its memory; packets of further ones
 /// come by the kernel's socket.
 const MAX_QUEUES: u32 = 16;
+/// How many times the rings are asked until the kernel's socket is, while they
+/// have something each time.
+const KERNEL_TURN: usize = 16;
 /// What root or these may.
 const CAPABILITIES: &str = "CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF";
 
@@ -267,6 +270,8 @@ pub(super) struct AfXdp {
     station: Station,
     description: Description,
     poll: OwnedFd,
+    /// Counts the calls that receive.
+    turn: usize,
 }
 
 impl AfXdp {
@@ -318,6 +323,7 @@ impl AfXdp {
             queues,
             station,
             poll,
+            turn: 0,
         })
     }
 
@@ -368,8 +374,15 @@ impl Uplink for AfXdp {
     }
 
     fn rx(&mut self, buffers: &mut [RxBuffer<'_>]) -> io::Result<usize> {
+        self.turn = self.turn.wrapping_add(1);
         let mut kept = 0;
-        for queue in &mut self.queues {
+        if self.turn.is_multiple_of(KERNEL_TURN) {
+            kept += self.station.receive_from_kernel(buffers)?;
+        }
+        // Each time another queue is the first, so that none is starved.
+        let count = self.queues.len();
+        for step in 0..count {
+            let queue = &mut self.queues[(self.turn + step) % count];
             queue.reclaim();
             kept += queue.rx(&mut self.station, &mut buffers[kept..]);
         }
