@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::netlink::Netlink;
 use super::xdp::{epoll, watch};
-use super::{Description, Error, Kind, RxBuffer, Spec, TxPacket, Uplink, interfaces};
+use super::{Cache, Description, Error, Kind, RxBuffer, Spec, TxPacket, Uplink, interfaces};
 
 /// How often interfaces are looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -51,7 +51,7 @@ struct Member {
 /// them as long as that one works.
 pub struct Uplinks {
     members: Vec<Member>,
-    refused: Vec<(Spec, Error)>,
+    refused: Vec<(Kind, Spec, Error)>,
     netlink: Netlink,
     poll: OwnedFd,
     looked: Instant,
@@ -60,7 +60,29 @@ pub struct Uplinks {
 }
 
 impl Uplinks {
-    /// Opens those that can be; the others are in [`Self::refused`].
+    /// Opens an uplink at `port` of every interface that is up and has an
+    /// address, of the kind that the self-test chose or the user wants. What
+    /// has not been measured is measured now: two seconds each.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub fn start(cache: &Cache, port: u16) -> Result<Self, Error> {
+        let mut specs = Vec::new();
+        for interface in interfaces()? {
+            let Some(address) = interface.addresses.first().copied() else {
+                continue;
+            };
+            let kind = cache.record(&interface.name, address, false);
+            // One that is dead is named by `open`.
+            let kind = kind.map_or(Kind::Udp, |(record, _)| record.kind());
+            specs.push((kind, Spec::new(&interface.name, (address, port).into())));
+        }
+        Self::open(&specs)
+    }
+
+    /// Opens those that can be; the others are in [`Self::refused`]. Where a
+    /// raw one is refused but the interface works, a UDP socket takes its
+    /// place.
     ///
     /// # Errors
     /// None of them can.
@@ -68,13 +90,32 @@ impl Uplinks {
         let mut uplinks = Vec::new();
         let mut refused = Vec::new();
         for (kind, spec) in specs {
-            match super::open(*kind, spec) {
-                Ok(uplink) => uplinks.push(uplink),
-                Err(error) => refused.push((spec.clone(), error)),
+            let kinds = [*kind, Kind::Udp];
+            // A UDP socket has no substitute.
+            let kinds = if *kind == Kind::Udp {
+                &kinds[1..]
+            } else {
+                &kinds
+            };
+            for kind in kinds {
+                match super::open(*kind, spec) {
+                    Ok(uplink) => {
+                        uplinks.push(uplink);
+                        break;
+                    }
+                    Err(error) => {
+                        let substitute = is_of_kind(&error);
+                        refused.push((*kind, spec.clone(), error));
+                        if !substitute {
+                            break;
+                        }
+                    }
+                }
             }
         }
         if uplinks.is_empty() {
-            let reasons: Vec<_> = refused.iter().map(|(_, error)| error.to_string()).collect();
+            let reasons = refused.iter().map(|(_, _, error)| error.to_string());
+            let reasons: Vec<_> = reasons.collect();
             let reasons = reasons.join("; ");
             return Err(Error::None(if reasons.is_empty() {
                 "none is configured".to_owned()
@@ -85,7 +126,10 @@ impl Uplinks {
         Self::new(uplinks, refused)
     }
 
-    fn new(uplinks: Vec<Box<dyn Uplink>>, refused: Vec<(Spec, Error)>) -> Result<Self, Error> {
+    fn new(
+        uplinks: Vec<Box<dyn Uplink>>,
+        refused: Vec<(Kind, Spec, Error)>,
+    ) -> Result<Self, Error> {
         let interfaces = interfaces()?;
         let now = Instant::now();
         let watched = || {
@@ -123,7 +167,7 @@ impl Uplinks {
 
     /// What could not be opened, and why.
     #[must_use]
-    pub fn refused(&self) -> &[(Spec, Error)] {
+    pub fn refused(&self) -> &[(Kind, Spec, Error)] {
         &self.refused
     }
 
@@ -215,6 +259,14 @@ impl Uplinks {
             .map(|(member, _)| (member.uplink.description().clone(), member.health.clone()))
             .collect()
     }
+}
+
+/// Whether an error is about the kind of uplink, not about the interface.
+fn is_of_kind(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Missing { .. } | Error::Denied { .. } | Error::Busy { .. } | Error::NotEthernet(_)
+    )
 }
 
 impl Member {

@@ -75,7 +75,7 @@ fn of_two_nics_the_dead_one_is_named_and_the_other_carries_all() {
         lab.enter(0).unwrap();
         let mut set = Uplinks::open(&specs(2, 0)).unwrap();
         assert_eq!(set.members().count(), 1);
-        let (spec, error) = &set.refused()[0];
+        let (_, spec, error) = &set.refused()[0];
         assert_eq!(spec.interface, "up0x1");
         assert!(error.to_string().contains("without a carrier"), "{error}");
         let to = SocketAddr::new(Lab::address(0, 1, false), lab::PORT);
@@ -154,5 +154,49 @@ fn without_any_uplink_the_error_has_every_reason() {
         let told = Uplinks::open(&specs).err().unwrap().to_string();
         assert!(told.contains("eth7"), "{told}");
         assert!(Uplinks::open(&[]).is_err());
+    });
+}
+
+#[test]
+fn what_starts_is_what_was_measured_or_wanted_and_udp_where_that_cannot_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_owned();
+    in_lab(1500, 2, move |lab| {
+        lab.enter(0).unwrap();
+        let cache = Cache::new(&path);
+        let wanted = [Kind::AfPacket, Kind::AfXdp];
+        for (cable, wanted) in (0..).zip(wanted) {
+            let address = Lab::address(cable, 0, false);
+            let record = cache.record(&Lab::name(cable, 0), address, false);
+            let (mut record, _) = record.unwrap();
+            record.wanted = Some(wanted);
+            cache.store(&record).unwrap();
+        }
+        // An interface takes one XDP program: the second uplink is refused.
+        let Some(_holder) = end(lab, Kind::AfXdp, 1, 0, false) else {
+            return;
+        };
+        lab.enter(0).unwrap();
+        let set = Uplinks::start(&cache, 7).unwrap();
+        let mut kinds: Vec<_> = set
+            .members()
+            .map(|(uplink, _)| {
+                (
+                    uplink.description().interface.clone(),
+                    uplink.description().kind,
+                )
+            })
+            .collect();
+        kinds.sort();
+        assert_eq!(
+            kinds,
+            [
+                ("up0".to_owned(), Kind::AfPacket),
+                ("up0x1".to_owned(), Kind::Udp)
+            ]
+        );
+        let (kind, spec, error) = &set.refused()[0];
+        assert_eq!((*kind, spec.interface.as_str()), (Kind::AfXdp, "up0x1"));
+        assert!(matches!(error, Error::Busy { .. }), "{error}");
     });
 }
