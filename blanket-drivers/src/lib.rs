@@ -4,3 +4,4 @@ pub mod mac;
 pub mod probe;
 pub mod store;
 pub mod tap;
+pub mod uplink;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! STATE/vms/NAME/   config.toml, record.json, exit.json, *.log
+//! STATE/uplinks/    the self-test of each interface
 //! RUN/NAME/         api.sock, serial.sock, console.sock
 //! ```
 //!
@@ -81,6 +82,11 @@ impl Home {
                 .map_or_else(|| state.join("run"), |run| run.join("blanket")),
             state: state.join("vms"),
         })
+    }
+
+    /// Where the uplinks' self-tests are kept.
+    pub(crate) fn uplinks(&self) -> PathBuf {
+        self.state.with_file_name("uplinks")
     }
 
     /// The directories of `name`, which need not exist.

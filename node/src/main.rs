@@ -15,7 +15,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{console, doctor, info, life, logs, ps, run, set, snapshot, stop, supervise};
+use commands::{
+    console, doctor, info, life, logs, ps, run, set, snapshot, stop, supervise, uplink,
+};
 
 /// Virtual machines on this node.
 #[derive(Parser)]
@@ -67,6 +69,8 @@ enum Command {
     Sysrq(life::SysRqArgs),
     /// Tell what this machine can do.
     Doctor(doctor::Args),
+    /// Tell which ways to other nodes there are, and what each carries.
+    Uplink(uplink::Args),
     #[command(hide = true)]
     Supervise(supervise::Args),
 }
@@ -94,6 +98,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Restore(args) => snapshot::restore(&home, *args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
+        Command::Uplink(args) => uplink::uplink(&home, &args),
         Command::Supervise(args) => supervise::supervise(&home, &args),
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod set;
 pub(crate) mod snapshot;
 pub(crate) mod stop;
 pub(crate) mod supervise;
+pub(crate) mod uplink;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -4,6 +4,7 @@ mod boot;
 pub mod floor;
 mod pv;
 pub mod row;
+mod uplink;
 
 use std::process::ExitCode;
 
@@ -42,6 +43,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "pv",
         about: "guests in pv machines: boot, system calls, faults, processes, disk, network",
         run: pv::run,
+    },
+    Benchmark {
+        name: "uplink",
+        about: "datagrams between two network namespaces by each kind of uplink, against iperf3",
+        run: uplink::run,
     },
 ];
 
