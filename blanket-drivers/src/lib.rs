@@ -2,6 +2,7 @@
 
 pub mod mac;
 pub mod probe;
+pub mod provider;
 pub mod store;
 pub mod tap;
 pub mod uplink;

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    console, doctor, info, life, logs, ps, run, set, snapshot, stop, supervise, uplink,
+    console, doctor, info, life, logs, provider, ps, run, set, snapshot, stop, supervise, uplink,
 };
 
 /// Virtual machines on this node.
@@ -71,14 +71,19 @@ enum Command {
     Doctor(doctor::Args),
     /// Tell which ways to other nodes there are, and what each carries.
     Uplink(uplink::Args),
+    /// Tell who provides this machine, and what they say about it.
+    Provider(provider::Args),
     #[command(hide = true)]
     Supervise(supervise::Args),
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     use blanket_vmm::api::types::Action;
-    if let Command::Doctor(args) = &cli.command {
-        return doctor::doctor(args);
+    // These need no home.
+    match &cli.command {
+        Command::Doctor(args) => return doctor::doctor(args),
+        Command::Provider(args) => return provider::provider(args),
+        _ => {}
     }
     let home = home::Home::locate(cli.home.as_deref())?;
     match cli.command {
@@ -99,6 +104,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),
+        Command::Provider(args) => provider::provider(&args),
         Command::Supervise(args) => supervise::supervise(&home, &args),
     }
 }
