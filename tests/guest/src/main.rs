@@ -2,6 +2,7 @@
 //!
 //! - `registers WORKERS ROUNDS`: registers of every kind keep their values across page faults,
 //!   copies on write, system calls and switches between processes.
+//! - `hold SECONDS`: they keep them while the machine is stopped and goes on elsewhere.
 //! - `pipeline WORKERS ROUNDS`: data that passes through pipelines of new processes arrives
 //!   unchanged, and every process ends well.
 //! - `probe`: whatever a process tries on addresses and instructions that are not its own ends
@@ -36,6 +37,10 @@ fn main() -> ExitCode {
         match args.as_slice() {
             ["registers", workers, rounds] => numbers(workers, rounds)
                 .and_then(|(workers, rounds)| registers::run(workers, rounds)),
+            ["hold", seconds] => seconds
+                .parse()
+                .map_err(std::io::Error::other)
+                .map(registers::hold),
             [registers::CHILD, seed] => return registers::child(seed.parse().unwrap_or(1)),
             ["pipeline", workers, rounds] => numbers(workers, rounds)
                 .and_then(|(workers, rounds)| pipeline::run(workers, rounds)),
@@ -52,7 +57,7 @@ fn main() -> ExitCode {
             [bench::NOTHING] => return ExitCode::SUCCESS,
             _ => {
                 eprintln!(
-                    "usage: guest-check registers|pipeline WORKERS ROUNDS | \
+                    "usage: guest-check registers|pipeline WORKERS ROUNDS | hold SECONDS | \
                      probe | debug | returns | bases | clock SECONDS | bench"
                 );
                 return ExitCode::from(2);

@@ -9,6 +9,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -41,6 +42,9 @@ const COPIED: usize = 2 * PAGE;
 
 /// How long the loop turns: longer than some time slices, all repetitions together.
 const TURNS: u64 = 400_000;
+
+/// The same for [`hold`]: most of a time slice and more.
+const LONG_TURNS: u64 = 100 * TURNS;
 
 /// Vector registers that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -235,11 +239,7 @@ impl Checker {
                 |state| state.general[RSI] = loaded as u64,
                 |state| state.general[RAX] = 0,
             );
-            self.check(
-                Action::Loop,
-                |state| state.general[RCX] = TURNS,
-                |state| state.general[RCX] = 0,
-            );
+            self.turn(TURNS);
             self.check(
                 Action::Yield,
                 |state| state.general[RAX] = libc::SYS_sched_yield as u64,
@@ -250,6 +250,15 @@ impl Checker {
             self.copy()?;
         }
         Ok(())
+    }
+
+    /// A loop that does nothing else.
+    fn turn(&mut self, turns: u64) {
+        self.check(
+            Action::Loop,
+            |state| state.general[RCX] = turns,
+            |state| state.general[RCX] = 0,
+        );
     }
 
     /// A store, read back.
@@ -355,6 +364,26 @@ pub(crate) fn child(seed: u64) -> ExitCode {
         return ExitCode::from(2);
     }
     ExitCode::from(u8::from(checker.wrong > 0))
+}
+
+/// Holds values in all registers for most of the time, for so many seconds: what stops the
+/// processor and lets it go on will find them there.
+pub(crate) fn hold(seconds: u64) -> Report {
+    let level = Level::of_this_processor();
+    let mut checker = Checker {
+        level,
+        seed: u64::from(std::process::id()) | 1,
+        wrong: 0,
+    };
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while Instant::now() < end {
+        checker.turn(LONG_TURNS);
+    }
+    let json = json!({ "bad": checker.wrong, "vectors": format!("{level:?}") });
+    Report {
+        good: checker.wrong == 0,
+        json,
+    }
 }
 
 /// Runs `rounds` new processes in each of `workers` at once.

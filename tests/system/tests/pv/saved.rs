@@ -8,22 +8,23 @@ use blanket_testbed::{Client, Host};
 
 use super::{LONG, assert_kernel_is_content, assert_stops, loaded, with_workloads};
 
-/// Checks registers of every kind, vectors among them, until `/run/stop` is there.
+/// Holds values in registers of every kind, vectors among them, until `/run/stop` is there.
 fn watches_registers(guest: &Client) {
-    guest
-        .sh(
-            "until [ -e /run/stop ]; do guest-check registers 1 4 || touch /run/wrong-registers; \
-             done; touch /run/watched",
-        )
-        .spawn("/run/registers.log")
-        .unwrap();
+    for processor in [0, 1] {
+        let watch = format!(
+            "until [ -e /run/stop ]; do taskset $((1 << {processor})) guest-check hold 3 || \
+             touch /run/wrong-registers; done; touch /run/watched-{processor}"
+        );
+        guest.sh(watch).spawn("/run/registers.log").unwrap();
+    }
 }
 
 /// No register had another's value.
 fn registers_were_right(guest: &Client) {
-    let check = "touch /run/stop; for i in $(seq 300); do [ -e /run/watched ] && break; \
+    let check = "touch /run/stop; \
+                 for i in $(seq 300); do [ -e /run/watched-0 -a -e /run/watched-1 ] && break; \
                  sleep 0.1; done; cat /run/registers.log; \
-                 [ -e /run/watched ] && [ ! -e /run/wrong-registers ]";
+                 [ -e /run/watched-0 -a -e /run/watched-1 -a ! -e /run/wrong-registers ]";
     let checked = guest.sh(check).timeout(LONG).run().unwrap();
     assert!(checked.status.success(), "{checked}");
     let log = String::from_utf8_lossy(&checked.stdout);
