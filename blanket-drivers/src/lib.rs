@@ -2,5 +2,6 @@
 
 pub mod mac;
 pub mod probe;
+pub mod provider;
 pub mod store;
 pub mod tap;

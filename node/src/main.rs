@@ -15,7 +15,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{console, doctor, info, life, logs, ps, run, set, snapshot, stop, supervise};
+use commands::{
+    console, doctor, info, life, logs, provider, ps, run, set, snapshot, stop, supervise,
+};
 
 /// Virtual machines on this node.
 #[derive(Parser)]
@@ -67,14 +69,19 @@ enum Command {
     Sysrq(life::SysRqArgs),
     /// Tell what this machine can do.
     Doctor(doctor::Args),
+    /// Tell who provides this machine, and what they say about it.
+    Provider(provider::Args),
     #[command(hide = true)]
     Supervise(supervise::Args),
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     use blanket_vmm::api::types::Action;
-    if let Command::Doctor(args) = &cli.command {
-        return doctor::doctor(args);
+    // These need no home.
+    match &cli.command {
+        Command::Doctor(args) => return doctor::doctor(args),
+        Command::Provider(args) => return provider::provider(args),
+        _ => {}
     }
     let home = home::Home::locate(cli.home.as_deref())?;
     match cli.command {
@@ -94,6 +101,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Restore(args) => snapshot::restore(&home, *args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
+        Command::Provider(args) => provider::provider(&args),
         Command::Supervise(args) => supervise::supervise(&home, &args),
     }
 }

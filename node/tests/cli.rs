@@ -344,6 +344,32 @@ fn a_missing_monitor_program_is_named() {
 }
 
 #[test]
+fn provider_tells_the_same_in_text_and_json_without_asking_anybody() {
+    let node = Node::new();
+    let json = node.json(&["provider", "--json", "--no-metadata"]);
+    assert_eq!(json["metadata"]["state"], "not-asked");
+    let (provider, platform) = (&json["provider"], &json["platform"]);
+    let text = node.ok(&["provider", "--no-metadata"]);
+    let line = |key: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(key))
+            .unwrap()
+    };
+    assert!(
+        line("provider:")
+            .trim()
+            .starts_with(provider.as_str().unwrap())
+    );
+    assert_eq!(line("platform:").trim(), platform.as_str().unwrap());
+    let doctor = node.blanket(&["doctor", "--json"]);
+    let doctor: Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let mut checks = doctor["checks"].as_array().unwrap().iter();
+    let check = checks.find(|check| check["name"] == "provider").unwrap();
+    assert_eq!(&check["facts"]["provider"], provider);
+    assert_eq!(&check["facts"]["platform"], platform);
+}
+
+#[test]
 fn doctor_answers_in_text_and_json_and_fails_only_without_kvm() {
     let node = Node::new();
     let output = node.blanket(&["doctor", "--json"]);

@@ -1,14 +1,7 @@
 //! The processor, the memory and the provider underneath.
 
-use std::arch::x86_64::__cpuid;
-
 use super::{Finding, read};
-
-/// Leaf with the hypervisor's signature (in EBX, ECX, EDX).
-const HYPERVISOR_LEAF: u32 = 0x4000_0000;
-
-/// "Running under a hypervisor": bit 31 of ECX of leaf 1.
-const HYPERVISOR_BIT: u32 = 1 << 31;
+use crate::provider::{self, Facts, Machine, Source};
 
 /// Value of a `key : value` line of `/proc/cpuinfo` (the first processor's).
 fn cpuinfo_value<'a>(cpuinfo: &'a str, key: &str) -> Option<&'a str> {
@@ -55,54 +48,29 @@ pub(super) fn memory() -> Finding {
     .fact("available_bytes", available)
 }
 
-/// The name behind a hypervisor's signature.
-fn hypervisor_name(signature: &str) -> &str {
-    match signature {
-        "KVMKVMKVM" => "KVM",
-        "TCGTCGTCGTCG" => "QEMU TCG",
-        "Microsoft Hv" => "Hyper-V",
-        "VMwareVMware" => "VMware",
-        "XenVMMXenVMM" => "Xen",
-        "bhyve bhyve" => "bhyve",
-        "ACRNACRNACRN" => "ACRN",
-        other => other,
-    }
-}
-
-/// The signature as text, from the three registers.
-fn signature(registers: [u32; 3]) -> String {
-    let bytes = registers.map(u32::to_le_bytes).concat();
-    let text: String = bytes.into_iter().map(char::from).collect();
-    text.chars()
-        .filter(|c| c.is_ascii_graphic() || *c == ' ')
-        .collect::<String>()
-        .trim()
-        .to_owned()
-}
-
+/// Who provides the machine, without asking them.
 pub(super) fn provider() -> Finding {
-    let product = ["sys_vendor", "product_name"]
-        .into_iter()
-        .filter_map(|name| read(&format!("/sys/class/dmi/id/{name}")))
-        .collect::<Vec<_>>()
-        .join(" ");
-    let leaf = |leaf| __cpuid(leaf);
-    let finding = if leaf(1).ecx & HYPERVISOR_BIT == 0 {
-        Finding::ok("bare metal").fact("hypervisor", "none")
+    let facts = Facts::read(&Machine::this());
+    let found = provider::report_of(facts.clone());
+    let title = found.title.to_ascii_lowercase();
+    let text = if title.ends_with(found.platform) {
+        found.title.to_owned()
     } else {
-        let found = leaf(HYPERVISOR_LEAF);
-        let signature = signature([found.ebx, found.ecx, found.edx]);
-        let name = hypervisor_name(&signature);
-        let name = if name.is_empty() { "unnamed" } else { name };
-        Finding::ok(format!("a virtual machine (hypervisor: {name})"))
-            .fact("hypervisor", name)
-            .fact("signature", signature.clone())
+        format!("{} ({})", found.title, found.platform)
     };
-    if product.is_empty() {
-        finding
-    } else {
-        finding.fact("product", product)
+    let mut finding = Finding::ok(format!("{text}; `blanket provider` tells more"))
+        .fact("provider", found.provider)
+        .fact("platform", found.platform);
+    for (name, source, field) in [
+        ("maker", Source::Smbios, "sys_vendor"),
+        ("product", Source::Smbios, "product_name"),
+        ("signature", Source::Cpuid, "signature"),
+    ] {
+        if let Some(value) = facts.get(source, field) {
+            finding = finding.fact(name, value);
+        }
     }
+    finding
 }
 
 #[cfg(test)]
@@ -130,15 +98,10 @@ mod tests {
     }
 
     #[test]
-    fn signatures_are_read_from_registers() {
-        let registers = [*b"KVMK", *b"VMKV", *b"M\0\0\0"].map(u32::from_le_bytes);
-        assert_eq!(hypervisor_name(&signature(registers)), "KVM");
-        assert_eq!(signature([0, 0x0100_0001, u32::MAX]), "");
-    }
-
-    #[test]
     fn this_machine_has_a_processor_and_a_provider() {
         assert_ne!(cpu().facts["cores"], Fact::Number(0));
-        assert_eq!(provider().level, Level::Ok);
+        let provider = provider();
+        assert_eq!(provider.level, Level::Ok);
+        assert!(provider.facts.contains_key("platform"));
     }
 }

@@ -3,6 +3,8 @@
 //! Each check asks the kernel itself (by a system call or an ioctl) where it
 //! can, and reads `/proc` and `/sys` only for what cannot be asked. A missing
 //! feature is a finding, never an error.
+//!
+//! [`provider`](crate::provider) tells who provides the machine.
 
 mod confinement;
 mod host;

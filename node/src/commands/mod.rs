@@ -5,6 +5,7 @@ pub(crate) mod doctor;
 pub(crate) mod info;
 pub(crate) mod life;
 pub(crate) mod logs;
+pub(crate) mod provider;
 pub(crate) mod ps;
 pub(crate) mod run;
 pub(crate) mod set;
