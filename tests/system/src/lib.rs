@@ -152,30 +152,6 @@ fn tell_of_monitors(node: &Client) {
     }
 }
 
-/// Takes the notes, and with them the PVH entry, from an ELF kernel on a node. It then starts in
-/// 64-bit mode.
-///
-/// # Errors
-/// The node has no such file.
-pub fn strip_notes(node: &Client, path: &str) -> Result<()> {
-    let head = node.command("head").args(["-c", "4096", path]).run()?;
-    let elf = head.stdout;
-    // The program headers follow the header, which has their number at 56.
-    let note = elf
-        .get(64..)
-        .unwrap_or_default()
-        .chunks_exact(56)
-        .take(elf.get(56).copied().map_or(0, usize::from))
-        .position(|header| header.starts_with(&[4, 0, 0, 0]))
-        .context("the kernel has no notes")?;
-    let at = 64 + 56 * note;
-    node.sh(format!(
-        "printf '\\0' | dd of={path} bs=1 seek={at} conv=notrunc"
-    ))
-    .text()?;
-    Ok(())
-}
-
 /// A VM on a node, or on this machine.
 pub struct Vm<'a> {
     node: &'a Client,

@@ -18,10 +18,10 @@ pub enum Hardware {
     Nitro,
     /// virtio network cards, and disks on virtio's SCSI controller, as in Compute Engine.
     VirtioScsi,
-    /// Those of a real Xen for its PVH guests, with nested virtualization.
-    XenPvh,
-    /// Those of a real Xen for its HVM guests, without nested virtualization.
-    XenHvm,
+    /// Those of a real Xen for its PVH guests.
+    Xen,
+    /// The same, with nested virtualization.
+    XenNested,
 }
 
 impl Hardware {
@@ -33,13 +33,9 @@ impl Hardware {
         }
     }
 
-    /// What Xen calls its kind of guest, if there is a Xen.
-    pub(crate) fn xen(self) -> Option<XenGuest> {
-        match self {
-            Self::XenPvh => Some(XenGuest::Pvh),
-            Self::XenHvm => Some(XenGuest::Hvm),
-            _ => None,
-        }
+    /// Whether the machine is a guest of a real Xen.
+    pub(crate) fn is_xen(self) -> bool {
+        matches!(self, Self::Xen | Self::XenNested)
     }
 
     /// QEMU's name of the network card: below a Xen, that of its host.
@@ -65,16 +61,9 @@ impl Hardware {
         match self {
             Self::BareMetal | Self::Nitro => "nvme",
             Self::Vmware | Self::VirtioScsi => "scsi-hd,bus=scsi.0",
-            Self::Virtio | Self::XenPvh | Self::XenHvm => "virtio-blk-pci",
+            Self::Virtio | Self::Xen | Self::XenNested => "virtio-blk-pci",
         }
     }
-}
-
-/// A kind of Xen's guests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum XenGuest {
-    Pvh,
-    Hvm,
 }
 
 /// What the firmware says about the machine (SMBIOS types 0 to 3). Fields that are `None` keep

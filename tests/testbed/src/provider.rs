@@ -19,12 +19,15 @@ use crate::metadata::{Api, Instance};
 /// QEMU has no ENA, VMBus, Mellanox or MANA devices: others stand in for them. Under emulation
 /// the processor cannot have another hypervisor's CPUID leaves (`KVMKVMKVM`, `Microsoft Hv`,
 /// `VMwareVMware`: QEMU has them with KVM only); it says that there is a hypervisor, without a
-/// name. A real Xen has its own.
+/// name, and in OpenStack, which can use QEMU without KVM, that it is emulated. A real Xen has its
+/// own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provider {
     /// Amazon EC2 on its own hypervisor, Nitro.
     Ec2Nitro,
-    /// Amazon EC2's first generations: an HVM guest of Xen, without nested virtualization.
+    /// Amazon EC2's first generations: a guest of Xen, without nested virtualization. It is a PVH
+    /// guest here, which has no firmware and no SMBIOS: the device model of HVM guests takes
+    /// minutes to start one under emulation.
     Ec2Xen,
     /// Google Compute Engine.
     Gce,
@@ -162,10 +165,9 @@ fn ec2_nitro() -> Profile {
 
 fn ec2_xen() -> Profile {
     Profile {
-        hardware: Hardware::XenHvm,
+        hardware: Hardware::Xen,
         smbios: Smbios {
-            bios_version: some("4.11.amazon"),
-            version: some("4.11.amazon"),
+            // Which Xen tells.
             uuid: some("ec21f6ab-5b3e-4a3c-9f0c-3f1b2a6c7d8e"),
             ..Smbios::default()
         },
@@ -256,7 +258,7 @@ fn openstack() -> Profile {
             chassis_asset: some("OpenStack Nova"),
             ..Smbios::default()
         },
-        processor: NAMELESS,
+        processor: "",
         metadata: Some(Api::OpenStack),
         instance: instance(uuid, "m1.large", "RegionOne", "nova"),
         mac: [0xfa, 0x16, 0x3e],
@@ -292,7 +294,7 @@ fn vmware() -> Profile {
 
 fn xen() -> Profile {
     Profile {
-        hardware: Hardware::XenPvh,
+        hardware: Hardware::XenNested,
         smbios: Smbios::default(),
         processor: BELOW_XEN,
         metadata: None,

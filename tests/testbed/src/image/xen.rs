@@ -8,7 +8,6 @@ use super::{add_busybox_commands, add_modules, add_packages};
 use crate::agent;
 use crate::cache::{self, Key};
 use crate::error::{Context, Result, malformed};
-use crate::hardware::XenGuest;
 use crate::kernel::{Kernel, KernelFlavor};
 use crate::packages::{Set, Source};
 use crate::tree::Tree;
@@ -33,12 +32,6 @@ const PACKAGES: [&str; 8] = [
     "libc6",
     "libgcc-s1",
 ];
-
-/// The device model of HVM guests.
-const DEVICE_MODEL: [&str; 3] = ["qemu-system-xen", "seabios", "ipxe-qemu"];
-
-/// Data files of the device model, which other images leave out.
-const DEVICE_MODEL_FILES: [&str; 2] = ["usr/share/qemu/", "usr/share/seabios/"];
 
 const MODULES: [&str; 15] = [
     "virtio_pci",
@@ -73,13 +66,13 @@ pub(crate) struct XenHost {
 }
 
 impl XenHost {
-    /// Builds what is not there, for this kind of guest.
-    pub(crate) fn get(guest: XenGuest) -> Result<Self> {
+    /// Builds what is not there.
+    pub(crate) fn get() -> Result<Self> {
         let kernel = Kernel::get(KernelFlavor::Generic)?;
         Ok(Self {
             hypervisor: hypervisor()?,
             kernel: kernel.vmlinux(),
-            initrd: initrd(guest, &kernel)?,
+            initrd: initrd(&kernel)?,
         })
     }
 }
@@ -112,13 +105,9 @@ fn unpack(packed: &Path, to: &Path) -> Result<()> {
     fs::write(to, image).context(|| format!("cannot write {}", to.display()))
 }
 
-fn initrd(guest: XenGuest, kernel: &Kernel) -> Result<PathBuf> {
+fn initrd(kernel: &Kernel) -> Result<PathBuf> {
     let programs = Set::exactly(Source::Machine, &PROGRAMS)?;
-    let (names, kind): (Vec<&str>, _) = match guest {
-        XenGuest::Pvh => (PACKAGES.to_vec(), "xen-host-pvh"),
-        XenGuest::Hvm => ([&PACKAGES[..], &DEVICE_MODEL].concat(), "xen-host-hvm"),
-    };
-    let packages = Set::closure(&names)?;
+    let packages = Set::closure(&PACKAGES)?;
     let agent = agent::program()?;
     let key = Key::default()
         .with(programs.identity())
@@ -128,24 +117,16 @@ fn initrd(guest: XenGuest, kernel: &Kernel) -> Result<PathBuf> {
         .with([INIT, BLOCK, VIF].concat())
         .with(include_bytes!("xen.rs"))
         .with(include_bytes!("mod.rs"));
-    let folder = cache::entry(kind, key, |folder| {
+    let folder = cache::entry("xen-host", key, |folder| {
         let mut tree = Tree::new();
         add_packages(&mut tree, &programs)?;
         add_packages(&mut tree, &packages)?;
-        if guest == XenGuest::Hvm {
-            for deb in packages.download()? {
-                tree.package(&deb, |path| {
-                    DEVICE_MODEL_FILES
-                        .iter()
-                        .any(|files| path.starts_with(files))
-                })?;
-            }
-        }
         let scratch = tempfile::tempdir_in(folder).context(|| "cannot make a folder".to_owned())?;
         add_modules(&mut tree, kernel, &MODULES, scratch.path())?;
         add_busybox_commands(&mut tree, scratch.path())?;
         tree.host_file("usr/bin/blanket-agent", &agent)?;
         tree.file("init", 0o755, INIT);
+        tree.file("etc/xen/xl.conf", 0o644, "");
         tree.file("etc/xen/scripts/block", 0o755, BLOCK);
         tree.file("etc/xen/scripts/vif-bridge", 0o755, VIF);
         tree.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\n");

@@ -94,6 +94,7 @@ struct State {
     /// EC2's tokens, and until when they are valid.
     tokens: Vec<(String, Instant)>,
     requests: Vec<String>,
+    ended: bool,
 }
 
 /// A node's metadata service. Clones are the same service.
@@ -101,8 +102,7 @@ struct State {
 pub struct Metadata(Arc<Mutex<State>>);
 
 impl Metadata {
-    /// Serves the socket `path`, which is made, until the process ends. Nobody connects when the
-    /// node's QEMU has ended.
+    /// Serves the socket `path`, which is made, until [`Metadata::end`].
     pub(crate) fn serve(api: Api, instance: Instance, path: &Path) -> Result<Self> {
         let listener =
             UnixListener::bind(path).context(|| format!("cannot listen on {}", path.display()))?;
@@ -113,12 +113,22 @@ impl Metadata {
         let served = metadata.clone();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(io::Result::ok) {
+                if served.state().ended {
+                    return;
+                }
                 let served = served.clone();
                 // An error ends this connection: the client has gone, or sends no HTTP.
                 thread::spawn(move || served.connection(api, &stream));
             }
         });
         Ok(metadata)
+    }
+
+    /// Takes no more connections at the socket `path`. Those that are there end with the node.
+    pub(crate) fn end(&self, path: &Path) {
+        self.state().ended = true;
+        // The thread wakes up; it has ended already if there is none.
+        let _ = UnixStream::connect(path);
     }
 
     /// Changes how the service treats connections that are made from now on.
@@ -162,7 +172,7 @@ impl Metadata {
                 }
                 // Until the client has had enough.
                 Behavior::Hangs => {
-                    io::copy(&mut stream.take(u64::MAX), &mut io::sink()).map(drop)?
+                    io::copy(&mut stream.take(u64::MAX), &mut io::sink())?;
                 }
                 Behavior::Trickles => loop {
                     stream.write_all(b"x")?;

@@ -45,7 +45,7 @@ impl NodeBuilder {
     /// Prepares all that QEMU needs in the folder.
     pub(super) fn machine(&self, folder: &RunFolder) -> Result<Machine> {
         let mut all = self.board();
-        if self.profile.hardware.xen().is_none() {
+        if !self.profile.hardware.is_xen() {
             for smbios in self.profile.smbios.arguments() {
                 add(&mut all, &["-smbios", &smbios]);
             }
@@ -62,9 +62,10 @@ impl NodeBuilder {
             (Some(api), Some(card)) => Some(self.serve_metadata(api, card, folder)?),
             _ => None,
         };
-        match self.profile.hardware.xen() {
-            Some(guest) => self.boot_below_xen(&mut all, guest, &cards, folder)?,
-            None => self.boot_directly(&mut all, &cards, folder)?,
+        if self.profile.hardware.is_xen() {
+            self.boot_below_xen(&mut all, &cards, folder)?;
+        } else {
+            self.boot_directly(&mut all, &cards, folder)?;
         }
         Ok(Machine {
             arguments: all,
@@ -149,9 +150,10 @@ impl NodeBuilder {
                 None => user_network(self.profile.metadata)?,
             };
             add(all, &["-netdev", &format!("{backend},id=nic{index}")]);
-            let mac = match self.profile.hardware.xen() {
-                Some(_) => super::xen::host_mac(index),
-                None => card.mac.clone(),
+            let mac = if self.profile.hardware.is_xen() {
+                super::xen::host_mac(index)
+            } else {
+                card.mac.clone()
             };
             let kind = self.profile.hardware.network_card();
             // Without a boot ROM, which is never used and takes time.

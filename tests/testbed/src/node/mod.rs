@@ -311,6 +311,9 @@ impl Drop for Node {
             keep_state(&self.folder, self.cpus);
         }
         self.qemu.kill();
+        if let Some(metadata) = &self.metadata {
+            metadata.end(&self.folder.socket("metadata.sock"));
+        }
         if thread::panicking() {
             match keep_log(&self.folder, &self.name) {
                 Ok(log) => eprintln!("testbed: console of `{}`: {}", self.name, log.display()),

@@ -9,7 +9,7 @@ use super::NodeBuilder;
 use super::machine::{Card, add};
 use crate::disk::Disk;
 use crate::error::{Context, Result};
-use crate::hardware::{Hardware, XenGuest};
+use crate::hardware::Hardware;
 use crate::image::XenHost;
 use crate::qemu::RunFolder;
 use crate::tree::Tree;
@@ -32,7 +32,11 @@ const NODE_KERNEL_OPTIONS: &str = "console=tty0 earlyprintk=xen,keep quiet panic
 
 /// What is needed besides the node's memory, in MiB.
 pub(super) fn own_memory_mib(hardware: Hardware) -> u32 {
-    hardware.xen().map_or(0, |_| HOST_MIB + XEN_MIB)
+    if hardware.is_xen() {
+        HOST_MIB + XEN_MIB
+    } else {
+        0
+    }
 }
 
 /// The address of one of the host's network cards. It is on a bridge with the node's.
@@ -44,11 +48,10 @@ impl NodeBuilder {
     pub(super) fn boot_below_xen(
         &self,
         all: &mut Vec<OsString>,
-        guest: XenGuest,
         cards: &[Card],
         folder: &RunFolder,
     ) -> Result<()> {
-        let host = XenHost::get(guest)?;
+        let host = XenHost::get()?;
         let (kernel, initrd) = self.images(folder)?;
         // The host domain reads the node's kernel and image from disks behind the node's own.
         let first = self.disks.len() + self.payloads.len();
@@ -58,7 +61,7 @@ impl NodeBuilder {
             add(all, &["-drive", &drive, "-device", &device]);
         }
         let mut tree = Tree::default();
-        tree.file("etc/xen/node.cfg", 0o644, self.domain(guest, cards));
+        tree.file("etc/xen/node.cfg", 0o644, self.domain(cards));
         let initrd = folder.path().join("host.cpio");
         fs::copy(&host.initrd, &initrd)
             .and_then(|_| fs::File::options().append(true).open(&initrd))
@@ -79,7 +82,7 @@ impl NodeBuilder {
     }
 
     /// The node in the form that `xl create` takes (xl.cfg(5)).
-    fn domain(&self, guest: XenGuest, cards: &[Card]) -> String {
+    fn domain(&self, cards: &[Card]) -> String {
         let list = |items: Vec<String>| format!("[{}]", items.join(", "));
         let letters = || ('a'..='z').map(|letter| letter.to_string());
         let count = self.disks.len() + self.payloads.len();
@@ -101,16 +104,11 @@ impl NodeBuilder {
             self.surroundings(cards)
         );
         let smbios = &self.profile.smbios;
-        let kind = match guest {
-            XenGuest::Pvh => "type = \"pvh\"\nnestedhvm = 1\n",
-            XenGuest::Hvm => {
-                "type = \"hvm\"\nnestedhvm = 0\nvga = \"none\"\nnographic = 1\nusb = 0\n"
-            }
-        };
+        let nested = u8::from(self.profile.hardware == Hardware::XenNested);
         let uuid = smbios.uuid.as_ref();
         let uuid = uuid.map_or(String::new(), |uuid| format!("uuid = \"{uuid}\"\n"));
         format!(
-            "name = \"node\"\n{kind}{uuid}memory = {}\nvcpus = {}\ntsc_mode = \"native\"\n\
+            "name = \"node\"\ntype = \"pvh\"\nnestedhvm = {nested}\n{uuid}memory = {}\nvcpus = {}\ntsc_mode = \"native\"\n\
              kernel = \"/run/node-kernel\"\nramdisk = \"/run/node-initrd\"\n\
              cmdline = \"{options}\"\ndisk = {}\nvif = {}\n\
              on_poweroff = \"destroy\"\non_reboot = \"destroy\"\non_crash = \"destroy\"\n",
