@@ -5,7 +5,9 @@
 mod view;
 
 use blanket_system_tests::{Vm, on_node, payload, provider};
-use blanket_testbed::{Accelerator, Client, Disk, Node, NodeBuilder, Provider, inspection};
+use blanket_testbed::{
+    Accelerator, Behavior, Client, Disk, Event, Node, NodeBuilder, Provider, inspection,
+};
 use serde_json::Value;
 
 /// What a machine of a provider has to look like.
@@ -79,8 +81,7 @@ fn looks_like(node: &Node, expected: &Expected) {
     let card = expected.card;
     assert_eq!(said, format!("{card}\n{}\n{text}\n", expected.mtu));
 
-    let report = node.sh("blanket provider --json").text().unwrap();
-    let report: Value = serde_json::from_str(&report).unwrap();
+    let report = report(node);
     let (provider, platform) = expected.told;
     assert_eq!(report["provider"], provider, "{report}");
     assert_eq!(report["platform"], platform, "{report}");
@@ -90,6 +91,12 @@ fn looks_like(node: &Node, expected: &Expected) {
         assert_eq!(report["instance"]["id"], identity, "{report}");
         assert_eq!(report["instance"]["addresses"][0], "10.0.0.10", "{report}");
     }
+}
+
+/// What `blanket provider` says.
+fn report(node: &Node) -> Value {
+    let report = node.sh("blanket provider --json").text().unwrap();
+    serde_json::from_str(&report).unwrap()
 }
 
 /// Node and guest reach each other; the guest reads back from its disk what it wrote, once its
@@ -275,6 +282,35 @@ fn a_guest_of_xen_without_nested_virtualization_says_what_is_missing() {
             let doctor = node.sh("blanket doctor").run().unwrap();
             let text = String::from_utf8_lossy(&doctor.stdout);
             assert!(text.contains("neither VMX nor SVM"), "{text}");
+        },
+    );
+}
+
+#[test]
+fn a_metadata_service_that_hangs_lies_or_talks_nonsense_is_named_and_not_believed() {
+    on_node(
+        || describe(Provider::Gce),
+        |node| {
+            let service = node.metadata().unwrap();
+            service.announce(Some(Event::Preemption));
+            let notices = report(node)["notices"].to_string();
+            assert!(notices.contains("spot-termination"), "{notices}");
+            for behavior in [
+                Behavior::Hangs,
+                Behavior::Trickles,
+                Behavior::Refuses,
+                Behavior::Garbage,
+                Behavior::Lies,
+            ] {
+                service.behave(behavior);
+                let report = report(node);
+                assert_eq!(report["provider"], "gce", "{behavior:?}: {report}");
+                assert_ne!(report["metadata"]["state"], "answered", "{behavior:?}");
+                assert_ne!(report["metadata"]["problems"][0], Value::Null, "{report}");
+                assert_eq!(report["instance"]["id"], Value::Null, "{behavior:?}");
+            }
+            service.behave(Behavior::Answers);
+            assert_eq!(report(node)["metadata"]["state"], "answered");
         },
     );
 }
