@@ -243,19 +243,28 @@ impl Metadata {
             Some((found, _)) => found.name == provider.name,
             None => true,
         };
-        let failures = survey.failures.iter();
-        let problems = failures
-            .filter(|failure| of_interest(failure.provider))
-            .map(|failure| {
-                let name = failure.provider.name;
-                format!("{name} {}: {}", failure.path, failure.refusal)
-            })
-            .collect();
+        // What failed alike is one problem.
+        let mut problems: Vec<(String, String)> = Vec::new();
+        for failure in survey
+            .failures
+            .iter()
+            .filter(|one| of_interest(one.provider))
+        {
+            let what = format!("{} {}", failure.provider.name, failure.path);
+            let how = failure.refusal.to_string();
+            match problems.iter_mut().find(|(_, other)| *other == how) {
+                Some((all, _)) => *all = format!("{all}, {what}"),
+                None => problems.push((what, how)),
+            }
+        }
+        let problems = problems
+            .into_iter()
+            .map(|(what, how)| format!("{what}: {how}"));
         let service = cloud.and_then(|cloud| cloud.service);
         let remedy = service.filter(|_| state != MetadataState::Answered);
         Self {
             state,
-            problems,
+            problems: problems.collect(),
             remedy: remedy.map(|service| service.remedy.to_owned()),
         }
     }

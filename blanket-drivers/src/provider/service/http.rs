@@ -4,6 +4,7 @@
 //! knows no proxies, follows no redirects, and leaves the packets' time to live
 //! as it is.
 
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ const MOST_HEADERS: usize = 64;
 pub enum Refusal {
     /// No connection.
     #[error("no connection: {0}")]
-    Connect(#[from] std::io::Error),
+    Connect(#[from] io::Error),
     /// It took too long.
     #[error("no answer in time")]
     Late,
@@ -93,7 +94,7 @@ pub(super) async fn ask(
     seal: Option<(&'static str, &'static str)>,
 ) -> Result<Vec<u8>, Refusal> {
     let stream = timeout(connect, TcpStream::connect(address)).await;
-    let stream = stream.map_err(|_| Refusal::Late)??;
+    let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
     let (mut sender, connection) = http1::Builder::new()
         .max_buf_size(LONGEST_HEAD)
         .max_headers(MOST_HEADERS)

@@ -115,12 +115,13 @@ pub struct Asking {
 }
 
 impl Default for Asking {
-    /// The link-local address that all providers use. One second to connect,
-    /// two and a half in all, half a second of grace.
+    /// The link-local address that all providers use. Two seconds to connect
+    /// (Linux sends a lost SYN again after one), two and a half in all, half a
+    /// second of grace.
     fn default() -> Self {
         Self {
             address: (Ipv4Addr::new(169, 254, 169, 254), 80).into(),
-            connect: Duration::from_secs(1),
+            connect: Duration::from_secs(2),
             total: Duration::from_millis(2500),
             grace: Duration::from_millis(500),
         }
