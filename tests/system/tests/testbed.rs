@@ -7,7 +7,8 @@ use std::time::Duration;
 use blanket_system_tests::on_node;
 use blanket_testbed::client::{Client, Error};
 use blanket_testbed::{
-    Disk, GUEST_PAGE, GuestImages, Hardware, Network, Node, NodeBuilder, Smbios, guest, tools,
+    Behavior, Disk, Event, GUEST_PAGE, GuestImages, Hardware, Network, Node, NodeBuilder, Provider,
+    Smbios, guest, tools,
 };
 
 /// Generous: guests run under emulated hardware virtualization.
@@ -97,6 +98,60 @@ fn two_nodes_see_latency_and_partition_change_while_they_run() {
     assert_eq!(ping(), None);
     network.heal("a", "b");
     assert!(ping().is_some());
+}
+
+#[test]
+fn nodes_of_one_network_have_metadata_services_of_their_own_that_misbehave_when_told() {
+    let network = Network::new(1).unwrap();
+    let boot = |name: &str, provider: Provider, address: &str| {
+        Node::builder(name)
+            .provider(provider)
+            .nic_with_address(&network, address)
+            .boot()
+            .unwrap()
+    };
+    let (google, nova) = std::thread::scope(|scope| {
+        let google = scope.spawn(|| boot("google", Provider::Gce, "10.0.0.1/24"));
+        let nova = boot("nova", Provider::OpenStack, "10.0.0.2/24");
+        (google.join().unwrap(), nova)
+    });
+    google.sh("ping -c 3 -i 0.2 10.0.0.2").text().unwrap();
+    let get = "curl -s -m 3 -H 'Metadata-Flavor: Google' http://169.254.169.254";
+    let tree = "/computeMetadata/v1/instance";
+    let asked = |path: &str| google.sh(format!("{get}{tree}{path}")).run().unwrap();
+    let text = |path: &str| String::from_utf8(asked(path).stdout).unwrap();
+    assert_eq!(text("/network-interfaces/0/ip"), "10.0.0.1");
+    assert_eq!(text("/network-interfaces/0/mtu"), "1460");
+    let document = nova.sh(format!("{get}/openstack/latest/network_data.json"));
+    assert!(
+        document
+            .text()
+            .unwrap()
+            .contains("\"ip_address\":\"10.0.0.2\"")
+    );
+
+    let service = google.metadata().unwrap();
+    assert_eq!(service.requests().len(), 2);
+    service.announce(Some(Event::Preemption));
+    assert_eq!(text("/preempted"), "TRUE");
+    // What curl ends with: a timeout, no answer, an answer that is no HTTP.
+    for (behavior, statuses) in [
+        (Behavior::Hangs, &[28][..]),
+        (Behavior::Trickles, &[1, 28]),
+        (Behavior::Refuses, &[52, 56]),
+        (Behavior::Garbage, &[1]),
+    ] {
+        service.behave(behavior);
+        let status = asked("/id").status.code();
+        assert!(
+            status.is_some_and(|code| statuses.contains(&code)),
+            "{behavior:?}: {status:?}"
+        );
+    }
+    service.behave(Behavior::Lies);
+    assert!(text("/id").starts_with("<html>"));
+    service.behave(Behavior::Answers);
+    assert_eq!(text("/name"), "google");
 }
 
 /// Boots a node of this hardware and looks which drivers its devices have.

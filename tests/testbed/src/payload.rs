@@ -27,6 +27,11 @@ impl Payload {
         }
     }
 
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Where the node sees it.
     pub fn mount_point(&self) -> String {
         format!("/payload/{}", self.name)

@@ -67,11 +67,19 @@ impl Accelerator {
         }
     }
 
-    pub(crate) fn arguments(self) -> [&'static str; 4] {
-        match self {
-            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", TCG_CPU],
-        }
+    /// QEMU's arguments, with more properties of the processor, such as `hypervisor=off`.
+    pub(crate) fn arguments(self, properties: &str) -> [String; 4] {
+        let (accelerator, processor) = match self {
+            Self::Kvm => ("kvm", "host"),
+            Self::Tcg => ("tcg,thread=multi", TCG_CPU),
+        };
+        let comma = if properties.is_empty() { "" } else { "," };
+        [
+            "-accel".to_owned(),
+            accelerator.to_owned(),
+            "-cpu".to_owned(),
+            format!("{processor}{comma}{properties}"),
+        ]
     }
 }
 

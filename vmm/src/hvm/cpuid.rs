@@ -8,11 +8,19 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: the package has more than one logical processor.
 const MULTI: u32 = 1 << 28;
+/// Leaf 0x8000_0001 ECX: these are cores. It goes with [`MULTI`] on AMD's processors.
+const CMP_LEGACY: u32 = 1 << 1;
+/// Leaf 0 EBX: the first letters of `AuthenticAMD`.
+const AMD: u32 = u32::from_le_bytes(*b"Auth");
 
 /// Adapts what KVM supports to processor `index` of `count` in one package.
 /// `deadline` says whether KVM emulates the TSC-deadline timer.
 pub(super) fn adapt(cpuid: &mut CpuId, index: u8, count: u8, deadline: bool) {
     let (index, count) = (u32::from(index), u32::from(count));
+    let leaves = cpuid.as_slice();
+    let amd = leaves
+        .iter()
+        .any(|leaf| leaf.function == 0 && leaf.ebx == AMD);
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {
@@ -29,6 +37,13 @@ pub(super) fn adapt(cpuid: &mut CpuId, index: u8, count: u8, deadline: bool) {
             // Deterministic cache parameters: Intel's and AMD's leaf.
             4 | 0x8000_001d => cache(entry, count),
             0xb | 0x1f => topology(entry, index, count),
+            // The node's own flag tells of the node's processors.
+            0x8000_0001 => {
+                entry.ecx &= !CMP_LEGACY;
+                if amd && count > 1 {
+                    entry.ecx |= CMP_LEGACY;
+                }
+            }
             // One thread a core, `count` cores; bits 12-15 size the APIC ID.
             0x8000_0008 => {
                 let bits = id_bits(count);
@@ -108,10 +123,15 @@ mod tests {
             ..Default::default()
         };
         CpuId::from_entries(&[
+            kvm_cpuid_entry2 {
+                ebx: AMD,
+                ..leaf(0, 0, 1)
+            },
             leaf(1, 0, 0),
             leaf(4, 0, 1 << 5 | 1),
             leaf(4, 3, 3 << 5 | 3),
             leaf(0xb, 0, 0),
+            leaf(0x8000_0001, 0, 0),
             leaf(0x8000_0008, 0, 0),
         ])
         .unwrap()
@@ -138,6 +158,24 @@ mod tests {
                 // All IDs agree above the shift: the same package.
                 assert_eq!(u32::from(index) >> cores.eax, 0);
             }
+        }
+    }
+
+    #[test]
+    fn the_flag_of_cores_tells_of_the_guests_and_not_of_the_nodes() {
+        for (node, count, guest) in [
+            (CMP_LEGACY, 1, 0),
+            (0, 2, CMP_LEGACY),
+            (CMP_LEGACY, 2, CMP_LEGACY),
+        ] {
+            let mut cpuid = supported();
+            for leaf in cpuid.as_mut_slice() {
+                if leaf.function == 0x8000_0001 {
+                    leaf.ecx = node;
+                }
+            }
+            adapt(&mut cpuid, 0, count, false);
+            assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx, guest);
         }
     }
 

@@ -4,6 +4,8 @@
 //!   standard input and output until the input ends.
 //! - `blanket-agent relay SOCKET` joins standard input and output to a Unix socket, until either
 //!   side ends.
+//! - `blanket-agent join DEVICE DEVICE` passes on what either device says to the other, until one
+//!   of them fails.
 //! - `blanket-agent client SOCKET -- COMMAND...` runs a command in the machine whose console
 //!   is at the socket.
 //! - `blanket-agent nudge` has each processor interrupt the others four times a second, for ever.
@@ -14,6 +16,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -33,14 +36,15 @@ fn main() -> ExitCode {
         ["serve", "-"] => serve_stdio(),
         ["serve", device] => serve(Path::new(device)),
         ["relay", socket] => relay(Path::new(socket)),
+        ["join", one, other] => join(Path::new(one), Path::new(other)),
         ["client", socket, "--", command @ ..] if !command.is_empty() => {
             client(Path::new(socket), command)
         }
         ["nudge"] => nudge(),
         _ => {
             eprintln!(
-                "usage: blanket-agent serve DEVICE|- | relay SOCKET | client SOCKET -- COMMAND... \
-                 | nudge"
+                "usage: blanket-agent serve DEVICE|- | relay SOCKET | join DEVICE DEVICE \
+                 | client SOCKET -- COMMAND... | nudge"
             );
             return ExitCode::from(2);
         }
@@ -69,6 +73,13 @@ fn serve(device: &Path) -> io::Result<ExitCode> {
 }
 
 fn serve_once(device: &Path) -> io::Result<()> {
+    let port = open(device)?;
+    let writer = port.try_clone()?;
+    server::serve(port, writer)
+}
+
+/// Opens a port, or a console as a raw one.
+fn open(device: &Path) -> io::Result<File> {
     // Not as the controlling terminal: what waits there may look like ^C until it is raw, and end
     // this process again and again.
     let port = File::options()
@@ -82,8 +93,35 @@ fn serve_once(device: &Path) -> io::Result<()> {
         tcsetattr(&port, OptionalActions::Now, &settings)?;
         flush_echoes(&port)?;
     }
-    let writer = port.try_clone()?;
-    server::serve(port, writer)
+    Ok(port)
+}
+
+/// Passes bytes between two devices.
+fn join(one: &Path, other: &Path) -> io::Result<ExitCode> {
+    let (one, other) = (open(one)?, open(other)?);
+    let back = (other.try_clone()?, one.try_clone()?);
+    let (ended, end) = channel();
+    for (from, to) in [(one, other), back] {
+        let ended = ended.clone();
+        thread::spawn(move || ended.send(pump(Patient(from), to)));
+    }
+    // The program ends with either direction.
+    end.recv().map_err(io::Error::other)??;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A port has no end: nobody is connected at times.
+struct Patient(File);
+
+impl Read for Patient {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.0.read(buffer)? {
+                0 => thread::sleep(Duration::from_millis(20)),
+                len => return Ok(len),
+            }
+        }
+    }
 }
 
 /// Has the terminal put out what it still has to echo.

@@ -4,6 +4,7 @@ mod guest;
 mod node;
 mod tools;
 mod workloads;
+mod xen;
 
 use std::path::Path;
 use std::process::Command;
@@ -17,7 +18,8 @@ use crate::tree::{Node, Tree};
 pub use guest::{BootImages, GUEST_PAGE, GuestImages};
 pub(crate) use node::node;
 pub use tools::tools;
-pub use workloads::workloads;
+pub use workloads::{inspection, workloads};
+pub(crate) use xen::XenHost;
 
 /// Parts of packages that no machine of the testbed uses.
 const UNUSED: [&str; 9] = [

@@ -13,8 +13,8 @@ mount -t hugetlbfs hugetlbfs /dev/hugepages
 ln -s /proc/self/fd /dev/fd
 
 # Drivers of what is there; virtio devices show up when virtio_pci is loaded.
-for bus in pci acpi virtio; do
-    cat /sys/bus/$bus/devices/*/modalias | sort -u | xargs modprobe -abq
+for bus in pci acpi virtio xen; do
+    cat /sys/bus/$bus/devices/*/modalias 2>/dev/null | sort -u | xargs modprobe -abq
 done
 case " $(grep -m1 ^flags /proc/cpuinfo) " in
 *" svm "*) modprobe kvm_amd ;;
@@ -23,33 +23,48 @@ esac
 # SCSI disks name no module.
 [ ! -e /sys/class/scsi_host ] || modprobe -q sd_mod
 modprobe -a tun vhost_net bridge
+if grep -qs xen /sys/hypervisor/type; then
+    modprobe -a xen_evtchn xen_gntdev xen_gntalloc xen_privcmd xenfs
+    mount -t xenfs xenfs /proc/xen
+fi
 
 arguments() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1=//p"; }
 hostname "$(arguments blanket.name)"
 ip link set lo up
+mtu=$(arguments blanket.mtu) metadata=$(arguments blanket.metadata)
 for pair in $(arguments blanket.net); do
     mac=${pair%=*} address=${pair#*=}
     for card in /sys/class/net/*; do
         [ "$(cat "$card/address")" = "$mac" ] || continue
-        ip link set "${card##*/}" up
-        [ -z "$address" ] || ip address add "$address" dev "${card##*/}"
+        card=${card##*/}
+        [ -z "$mtu" ] || ip link set "$card" mtu "$mtu"
+        ip link set "$card" up
+        [ -z "$address" ] || ip address add "$address" dev "$card"
+        # Through the first card.
+        [ -z "$metadata" ] || ip route add "$metadata" dev "$card"
+        metadata=
     done
 done
 
 # Disks are found in the background.
 disks=$(arguments blanket.disks) tries=0
-until [ "$(ls /sys/block | grep -c '^[vsn][dv]')" -ge "$disks" ] || [ $tries -ge 200 ]; do
+until [ "$(ls /sys/block | grep -c -e '^[vsn][dv]' -e '^xvd')" -ge "$disks" ] || [ $tries -ge 200 ]; do
     sleep 0.05
     tries=$((tries + 1))
 done
+payload() {
+    mkdir -p "/payload/$2"
+    mount -t ext4 -o noatime "/dev/$1" "/payload/$2"
+    [ ! -x "/payload/$2/activate" ] || "/payload/$2/activate"
+}
 for disk in /sys/block/vd*; do
     serial=$(cat "$disk/serial" 2>/dev/null)
     case $serial in
-    payload-*) name=${serial#payload-} ;;
-    *) continue ;;
+    payload-*) payload "${disk##*/}" "${serial#payload-}" ;;
     esac
-    mkdir -p "/payload/$name"
-    mount -t ext4 -o noatime "/dev/${disk##*/}" "/payload/$name"
-    [ ! -x "/payload/$name/activate" ] || "/payload/$name/activate"
+done
+# Xen's disks have no serial numbers.
+for pair in $(arguments blanket.payload); do
+    payload "${pair%=*}" "${pair#*=}"
 done
 exec init

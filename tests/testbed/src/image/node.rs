@@ -30,7 +30,7 @@ const PACKAGES: [&str; 11] = [
 ];
 
 /// Modules of every node.
-const MODULES: [&str; 57] = [
+const MODULES: [&str; 62] = [
     // The provider's devices.
     "virtio_pci",
     "virtio_net",
@@ -48,6 +48,11 @@ const MODULES: [&str; 57] = [
     "qemu_fw_cfg",
     "xen_netfront",
     "xen_blkfront",
+    "xen_evtchn",
+    "xen_gntdev",
+    "xen_gntalloc",
+    "xen_privcmd",
+    "xenfs",
     // KVM and its helpers.
     "kvm",
     "kvm_amd",
@@ -94,8 +99,8 @@ const MODULES: [&str; 57] = [
     "zram",
 ];
 
-/// Modules that only the generic kernel has.
-const METAL_MODULES: [&str; 4] = ["e1000e", "igb", "ixgbe", "ahci"];
+/// Modules that only the generic kernel has, or that the other has built in.
+const METAL_MODULES: [&str; 5] = ["e1000e", "igb", "ixgbe", "ahci", "crc32c_generic"];
 
 const INIT: &str = include_str!("node-init.sh");
 const RC: &str = include_str!("node-rc.sh");

@@ -39,7 +39,14 @@ struct State {
     /// By sender and receiver.
     counters: BTreeMap<(String, String), Counters>,
     /// New ports, for the switch.
-    plugged: Vec<(String, UnixListener)>,
+    plugged: Vec<Plug>,
+}
+
+/// A port that the switch does not have yet.
+struct Plug {
+    node: String,
+    listener: UnixListener,
+    service: bool,
 }
 
 impl Shared {
@@ -121,9 +128,22 @@ impl Network {
 
     /// Serves a port for the node at the Unix socket `path`, which is made.
     pub(crate) fn plug_in(&self, node: &str, path: &Path) -> Result<()> {
+        self.plug(node, path, false)
+    }
+
+    /// Serves a port, like [`Network::plug_in`], for a service that only this node sees.
+    pub(crate) fn plug_in_service(&self, node: &str, path: &Path) -> Result<()> {
+        self.plug(node, path, true)
+    }
+
+    fn plug(&self, node: &str, path: &Path, service: bool) -> Result<()> {
         let listener =
             UnixListener::bind(path).context(|| format!("cannot listen on {}", path.display()))?;
-        self.shared.lock().plugged.push((node.to_owned(), listener));
+        self.shared.lock().plugged.push(Plug {
+            node: node.to_owned(),
+            listener,
+            service,
+        });
         (&*self.bell)
             .write_all(&[1])
             .context(|| "the network has failed".to_owned())

@@ -21,9 +21,11 @@ const BACKLOG: usize = 1024 * 1024;
 
 type Mac = [u8; 6];
 
-/// Where a node's network card is plugged in.
+/// Where a node's network card is plugged in, or a service that only this node sees.
 struct Port {
     node: String,
+    /// The service's address, once it has sent something. `None` for network cards.
+    service: Option<Mac>,
     socket: Socket,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
@@ -94,11 +96,12 @@ impl Switch {
     }
 
     fn plug_in(&mut self) -> io::Result<()> {
-        for (node, listener) in self.shared.lock().plugged.drain(..) {
-            listener.set_nonblocking(true)?;
+        for plug in self.shared.lock().plugged.drain(..) {
+            plug.listener.set_nonblocking(true)?;
             self.ports.push(Port {
-                node,
-                socket: Socket::Awaited(listener),
+                node: plug.node,
+                service: plug.service.then(Mac::default),
+                socket: Socket::Awaited(plug.listener),
                 incoming: Vec::new(),
                 outgoing: Vec::new(),
             });
@@ -121,11 +124,15 @@ impl Switch {
         let (mut target, mut source) = (Mac::default(), Mac::default());
         target.copy_from_slice(&header[..6]);
         source.copy_from_slice(&header[6..12]);
-        self.learned.insert(source, from);
+        // Services of different nodes may have the same address.
+        match &mut self.ports[from].service {
+            Some(address) => *address = source,
+            None => drop(self.learned.insert(source, from)),
+        }
         let to_all = target[0] & 1 != 0;
-        let to = self.learned.get(&target).copied().filter(|_| !to_all);
+        let to = self.destination(from, target).filter(|_| !to_all);
         for other in (0..self.ports.len()).filter(|&other| other != from) {
-            if to.is_none_or(|to| to == other) {
+            if to.is_none_or(|to| to == other) && self.visible(from, other) {
                 let link = self
                     .shared
                     .link(&self.ports[from].node, &self.ports[other].node);
@@ -137,6 +144,20 @@ impl Switch {
                 shaper.push(now, frame, &link);
             }
         }
+    }
+
+    /// The port with this address as `from` knows it.
+    fn destination(&self, from: usize, target: Mac) -> Option<usize> {
+        let own = |port: &Port| port.service == Some(target) && port.node == self.ports[from].node;
+        let service = self.ports.iter().position(own);
+        service.or_else(|| self.learned.get(&target).copied())
+    }
+
+    /// Whether two ports belong to one segment.
+    fn visible(&self, from: usize, to: usize) -> bool {
+        let (from, to) = (&self.ports[from], &self.ports[to]);
+        let service = from.service.is_some() || to.service.is_some();
+        !service || from.node == to.node
     }
 
     /// Hands on what has arrived, and what nodes did not take before.

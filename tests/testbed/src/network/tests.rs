@@ -17,6 +17,17 @@ impl Card {
     fn new(network: &Network, folder: &Path, name: &str, mac: u8) -> Self {
         let path = folder.join(name);
         network.plug_in(name, &path).unwrap();
+        Self::connect(&path, mac)
+    }
+
+    /// A service of the node `name`.
+    fn service(network: &Network, folder: &Path, name: &str, mac: u8) -> Self {
+        let path = folder.join(format!("{name}-service"));
+        network.plug_in_service(name, &path).unwrap();
+        Self::connect(&path, mac)
+    }
+
+    fn connect(path: &Path, mac: u8) -> Self {
         let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream, mac }
@@ -93,6 +104,42 @@ fn a_broadcast_reaches_all_and_an_answer_only_its_target() {
     b.send(2, b"me");
     assert_eq!(a.receive(), b"me");
     assert!(c.is_silent());
+}
+
+#[test]
+fn each_node_sees_its_own_service_although_all_have_the_same_address() {
+    const SERVICE: u8 = 8;
+    let (network, mut a, mut b, mut c, folder) = three();
+    let mut of_a = Card::service(&network, folder.path(), "a", SERVICE);
+    let mut of_b = Card::service(&network, folder.path(), "b", SERVICE);
+    for (node, service) in [(&mut a, &mut of_a), (&mut b, &mut of_b)] {
+        // Until the switch has accepted the service's connection.
+        service
+            .stream
+            .set_read_timeout(Some(Duration::from_millis(20)))
+            .unwrap();
+        while service.stream.read(&mut [0; 4096]).is_err() {
+            node.send(BROADCAST, b"who");
+        }
+        service.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    for card in [&mut a, &mut b, &mut c, &mut of_a, &mut of_b] {
+        card.stream.set_nonblocking(true).unwrap();
+        while card.stream.read(&mut [0; 65536]).is_ok() {}
+        card.stream.set_nonblocking(false).unwrap();
+    }
+    of_a.send(a.mac, b"of a");
+    assert_eq!(a.receive(), b"of a");
+    of_b.send(BROADCAST, b"of b");
+    assert_eq!(b.receive(), b"of b");
+    a.send(SERVICE, b"from a");
+    assert_eq!(of_a.receive(), b"from a");
+    b.send(SERVICE, b"from b");
+    assert_eq!(of_b.receive(), b"from b");
+    for card in [&mut a, &mut b, &mut c, &mut of_a, &mut of_b] {
+        assert!(card.is_silent());
+    }
 }
 
 #[test]
