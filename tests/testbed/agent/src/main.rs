@@ -8,6 +8,7 @@
 //!   of them fails.
 //! - `blanket-agent client SOCKET -- COMMAND...` runs a command in the machine whose console
 //!   is at the socket.
+//! - `blanket-agent hold` keeps a VM that never runs, for ever, and says so when it has it.
 //! - `blanket-agent nudge` has each processor interrupt the others four times a second, for ever.
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 use blanket_testbed_agent::client::Client;
 use blanket_testbed_agent::server;
+use kvm_ioctls::Kvm;
 use rustix::fs::OFlags;
 use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -40,11 +42,12 @@ fn main() -> ExitCode {
         ["client", socket, "--", command @ ..] if !command.is_empty() => {
             client(Path::new(socket), command)
         }
+        ["hold"] => hold(),
         ["nudge"] => nudge(),
         _ => {
             eprintln!(
                 "usage: blanket-agent serve DEVICE|- | relay SOCKET | join DEVICE DEVICE \
-                 | client SOCKET -- COMMAND... | nudge"
+                 | client SOCKET -- COMMAND... | hold | nudge"
             );
             return ExitCode::from(2);
         }
@@ -192,6 +195,23 @@ fn nudge() -> io::Result<ExitCode> {
             .map_err(|_| io::Error::other("a thread ended"))??;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Keeps a VM that never runs.
+///
+/// With the first VM, and again after the last one, Linux changes the code of its scheduler
+/// (`preempt_notifier_key`) and of KVM, by way of a breakpoint. A processor that QEMU's translator
+/// emulates may keep the breakpoint that it has translated although it is gone: it meets it again
+/// and again with interrupts disabled, and the machine stands still. With a VM that is there from
+/// before the second processor starts, nothing of that is changed.
+fn hold() -> io::Result<ExitCode> {
+    let vm = Kvm::new()?.create_vm()?;
+    vm.create_irq_chip()?;
+    let _vcpu = vm.create_vcpu(0)?;
+    println!("held");
+    loop {
+        thread::park();
+    }
 }
 
 fn relay(socket: &Path) -> io::Result<ExitCode> {

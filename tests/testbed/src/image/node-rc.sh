@@ -12,6 +12,17 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t hugetlbfs hugetlbfs /dev/hugepages
 ln -s /proc/self/fd /dev/fd
 
+# Processors but the first start at the end: see `blanket-agent hold`.
+start_processors() {
+    if [ -e /dev/kvm ]; then
+        blanket-agent hold >/run/held 2>&1 &
+        until [ -s /run/held ]; do sleep 0.02; done
+    fi
+    for processor in /sys/devices/system/cpu/cpu[1-9]*; do
+        [ ! -e "$processor/online" ] || echo 1 >"$processor/online"
+    done
+}
+
 # Drivers of what is there; virtio devices show up when virtio_pci is loaded.
 for bus in pci acpi virtio xen; do
     cat /sys/bus/$bus/devices/*/modalias 2>/dev/null | sort -u | xargs modprobe -abq
@@ -67,4 +78,5 @@ done
 for pair in $(arguments blanket.payload); do
     payload "${pair%=*}" "${pair#*=}"
 done
+start_processors
 exec init

@@ -15,9 +15,9 @@ use crate::qemu::{Accelerator, RunFolder};
 use crate::tree::Tree;
 
 /// What a Linux under emulation can leave out. The clock options spare it calibrations that an
-/// emulated timer fails, the random option a wait for entropy.
+/// emulated timer fails, the random option a wait for entropy. The image starts the other processors.
 const KERNEL_OPTIONS: &str = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check nokaslr \
-                              tsc=reliable random.trust_cpu=1";
+                              tsc=reliable random.trust_cpu=1 maxcpus=1";
 
 /// Where metadata services answer.
 const METADATA_ADDRESS: &str = "169.254.169.254";
