@@ -417,6 +417,15 @@ fn two_vms_share_a_bridge_and_neither_a_writable_disk() {
     );
 }
 
+/// What a guest's processes wait for, and the interrupts that it has had.
+fn inside(guest: &Client) -> String {
+    let look = "ls -l /run; cat /run/*.log /proc/interrupts; for process in /proc/[0-9]*; do \
+                [ -z \"$(cat $process/cmdline)\" ] || echo $process $(tr '\\0' ' ' <$process/cmdline) \
+                $(head -n 4 $process/stack); done";
+    let looked = guest.sh(look).timeout(Duration::from_secs(30)).run();
+    looked.map_or_else(|error| error.to_string(), |looked| looked.to_string())
+}
+
 #[test]
 fn a_guest_under_load_is_paused_and_resumed_without_harm() {
     on_node(
@@ -468,7 +477,7 @@ fn a_guest_under_load_is_paused_and_resumed_without_harm() {
              echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M count=8 | cmp - /run/x",
                 )
                 .text()
-                .unwrap();
+                .unwrap_or_else(|error| panic!("{error}\n{}", inside(&guest)));
             let rounds = guest.sh("cat /run/rounds").text().unwrap();
             assert!(rounds.trim().parse::<u32>().unwrap() > 0);
             node.sh("ping -c 3 -W 5 10.9.0.2").text().unwrap();
