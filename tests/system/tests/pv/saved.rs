@@ -41,7 +41,7 @@ fn begins_load(guest: &Client) {
              dd if=/run/x of=/dev/xvdb bs=1M seek=$at conv=fsync,notrunc || exit 1; \
              echo 3 > /proc/sys/vm/drop_caches; \
              dd if=/dev/xvdb bs=1M skip=$at count=1 | cmp - /run/x || exit 1; \
-             echo $n > /run/rounds; done; touch /run/stopped",
+             echo $n > /run/round && mv /run/round /run/rounds; done; touch /run/stopped",
         )
         .spawn("/run/load.log")
         .unwrap();
