@@ -185,7 +185,7 @@ h_update_va_mapping:
   inc %ecx
   and $7, %ecx
   mov %rcx, forgotten(%rip)
-  jnz 7f
+  jnz 1f
   push %rax
   push %rdx
   push %rsi
@@ -205,12 +205,9 @@ h_update_va_mapping:
   pop %rsi
   pop %rdx
   pop %rax
-  jmp 7f
+  jmp 1f
 6: and $2, %ecx
   or %rcx, %rsi
-  # The flush that comes with it is for what has not changed.
-7: cmp %rsi, (%rax)
-  je ok
 1: mov %rsi, %r10
   mov %rax, %rcx
   lea 5f(%rip), %r8
