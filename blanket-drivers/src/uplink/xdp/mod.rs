@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::xdp::slab::Slab;
 use ::xdp::socket::{XdpSocket, XdpSocketBuilder};
@@ -30,6 +30,8 @@ use program::{Attached, Program};
 
 /// Entries of each ring.
 const RING: u32 = 2048;
+/// How long a queue that somebody has closed may take to be free again.
+const RELEASE: Duration = Duration::from_secs(1);
 /// Frames of a queue's memory: enough for both directions' rings.
 const FRAMES: u32 = 4096;
 /// Bytes of a frame that the kernel keeps for itself.
@@ -97,7 +99,20 @@ struct Queue {
 unsafe impl Send for Queue {}
 
 impl Queue {
+    /// Opens a queue. The kernel lets go of one that was closed a while after.
     fn open(interface: &Interface, queue: u32, setup: &Setup<'_>) -> Result<Self, Error> {
+        let deadline = Instant::now() + RELEASE;
+        loop {
+            match Self::try_open(interface, queue, setup) {
+                Err(Error::Busy { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(RELEASE / 50);
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn try_open(interface: &Interface, queue: u32, setup: &Setup<'_>) -> Result<Self, Error> {
         let other = |error: ::xdp::error::Error| io::Error::other(error.to_string());
         let memory = UmemCfgBuilder {
             frame_size: FrameSize::FourK,
