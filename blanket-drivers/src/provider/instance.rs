@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::facts::{Facts, Source};
 use super::text::clean;
 
 /// So many addresses and notices of a machine are kept.
@@ -121,6 +122,15 @@ pub(super) fn time(text: &str) -> Option<DateTime<Utc>> {
     let time = DateTime::parse_from_rfc3339(text);
     let time = time.or_else(|_| DateTime::parse_from_rfc2822(text)).ok()?;
     Some(time.to_utc())
+}
+
+/// The machine of a provider that has its identity in the serial number.
+pub(super) fn of_serial(facts: &Facts) -> Instance {
+    let id = facts.get(Source::Smbios, "product_serial");
+    Instance {
+        id: id.map(str::to_owned),
+        ..Instance::default()
+    }
 }
 
 /// Text or a whole number somewhere in a JSON document.

@@ -16,7 +16,7 @@ const GUEST_LIMIT: Duration = Duration::from_secs(240);
 
 #[test]
 fn a_node_boots_answers_and_has_kvm() {
-    let node = Node::builder("a").boot().unwrap();
+    let node = Node::builder("a").cpus(2).boot().unwrap();
     eprintln!(
         "the node took commands after {:.1} s",
         node.boot_time().as_secs_f32()
@@ -25,6 +25,17 @@ fn a_node_boots_answers_and_has_kvm() {
     assert_eq!(
         node.sh("[ -c /dev/kvm ] && echo yes").text().unwrap(),
         "yes\n"
+    );
+    // A VM is there before anybody starts one, and so before the second processor was started.
+    assert_eq!(node.command("nproc").text().unwrap(), "2\n");
+    let held = node.sh(
+        "cat /run/held; ls -l /proc/$(pidof blanket-agent | tr ' ' '\n' | while \
+                        read p; do grep -qz hold /proc/$p/cmdline && echo $p; done)/fd",
+    );
+    let held = held.text().unwrap();
+    assert!(
+        held.starts_with("held\n") && held.contains("kvm-vm"),
+        "{held}"
     );
     node.shutdown().unwrap();
 }

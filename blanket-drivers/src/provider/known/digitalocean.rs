@@ -5,7 +5,7 @@
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
 use crate::provider::identify::{Mark, Provider, proof};
-use crate::provider::instance::{Instance, list, string};
+use crate::provider::instance::{Instance, list, of_serial, string};
 use crate::provider::platform::metal_or;
 use crate::provider::service::{Answers, Service};
 
@@ -16,7 +16,7 @@ pub(super) const PROVIDER: Provider = Provider {
     in_smbios: true,
     marks: MARKS,
     platform: |facts: &Facts| metal_or("kvm", facts),
-    local,
+    local: of_serial,
     service: Some(&SERVICE),
 };
 
@@ -24,14 +24,6 @@ const MARKS: &[Mark] = &[
     proof(Source::Smbios, "sys_vendor", Is("DigitalOcean")),
     proof(Source::Smbios, "bios_vendor", Is("DigitalOcean")),
 ];
-
-fn local(facts: &Facts) -> Instance {
-    let id = facts.get(Source::Smbios, "product_serial");
-    Instance {
-        id: id.map(str::to_owned),
-        ..Instance::default()
-    }
-}
 
 const DOCUMENT: &str = "/metadata/v1.json";
 

@@ -5,7 +5,7 @@
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
 use crate::provider::identify::{Mark, Provider, proof};
-use crate::provider::instance::Instance;
+use crate::provider::instance::{Instance, of_serial};
 use crate::provider::platform::metal_or;
 use crate::provider::service::{Answers, Service};
 use crate::provider::text::clean;
@@ -17,7 +17,7 @@ pub(super) const PROVIDER: Provider = Provider {
     in_smbios: true,
     marks: MARKS,
     platform: |facts: &Facts| metal_or("kvm", facts),
-    local,
+    local: of_serial,
     service: Some(&SERVICE),
 };
 
@@ -25,14 +25,6 @@ const MARKS: &[Mark] = &[
     proof(Source::Smbios, "sys_vendor", Is("Hetzner")),
     proof(Source::Smbios, "bios_vendor", Is("Hetzner")),
 ];
-
-fn local(facts: &Facts) -> Instance {
-    let id = facts.get(Source::Smbios, "product_serial");
-    Instance {
-        id: id.map(str::to_owned),
-        ..Instance::default()
-    }
-}
 
 const SUMMARY: &str = "/hetzner/v1/metadata";
 const NETWORKS: &str = "/hetzner/v1/metadata/private-networks";

@@ -104,12 +104,19 @@ fn report(node: &Node) -> Value {
 fn network_and_disk_work(node: &Node, guest: &Client) -> String {
     guest.sh("ping -c 3 -i 0.2 -W 10 10.9.0.1").text().unwrap();
     node.sh("ping -c 3 -i 0.2 -W 10 10.9.0.2").text().unwrap();
-    let script = "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && \
-                  dd if=/dev/urandom of=/run/file bs=1M count=4 && cp /run/file /mnt && \
-                  umount /mnt && echo 3 >/proc/sys/vm/drop_caches && \
-                  mount -t ext4 -o ro /dev/vda /mnt && cmp /run/file /mnt/file && umount /mnt && \
-                  sha256sum </run/file";
-    guest.sh(script).text().unwrap()
+    disk_works(guest, "vda")
+}
+
+/// What is written to a disk is read back once the caches are empty. Returns its checksum.
+fn disk_works(machine: &Client, disk: &str) -> String {
+    let script = format!(
+        "mkdir -p /mnt && mount -t ext4 /dev/{disk} /mnt && \
+         dd if=/dev/urandom of=/run/file bs=1M count=4 && cp /run/file /mnt && \
+         umount /mnt && echo 3 >/proc/sys/vm/drop_caches && \
+         mount -t ext4 -o ro /dev/{disk} /mnt && cmp /run/file /mnt/file && umount /mnt && \
+         sha256sum </run/file"
+    );
+    machine.sh(script).text().unwrap()
 }
 
 #[test]
@@ -212,11 +219,7 @@ fn bare_metal_runs_the_same_guest() {
 
 /// A disk and a card of Xen's carry what the node reads and writes.
 fn disk_of_xen_works(node: &Node) {
-    let script = "mkdir -p /mnt && mount -t ext4 /dev/xvda /mnt && \
-                  dd if=/dev/urandom of=/run/file bs=1M count=4 && cp /run/file /mnt && \
-                  umount /mnt && echo 3 >/proc/sys/vm/drop_caches && \
-                  mount -t ext4 -o ro /dev/xvda /mnt && cmp /run/file /mnt/file && umount /mnt";
-    node.sh(script).text().unwrap();
+    disk_works(node, "xvda");
     let dmesg = node.sh("dmesg | grep blkfront").text().unwrap();
     assert!(dmesg.contains("persistent grants: enabled"), "{dmesg}");
 }
