@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 pub use blanket_drivers::tap::MacAddress;
 
+use blanket_drivers::cpu;
+pub use blanket_drivers::cpu::CpuChoice;
+
 /// vCPUs that a machine can have.
 pub const MAX_CPUS: u8 = 64;
 
@@ -234,6 +237,18 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineChoice>,
 
+    /// The processor that the guest sees: a level that is the same on every
+    /// node that has it, or the node's own [default: auto, x86-64-v3 or less].
+    #[arg(long, value_name = "MODEL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuChoice>,
+
+    /// Let the guest of an `hvm` machine run hypervisors of its own, where
+    /// the node can [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nested: Option<bool>,
+
     /// Do not isolate the guest's kernel from its own user space in a `pv`
     /// machine: faster system calls, for appliances that run one trusted
     /// program [default: false].
@@ -348,6 +363,8 @@ impl VmConfig {
         }
         Self {
             machine: over.machine.or(self.machine),
+            cpu: over.cpu.or(self.cpu),
+            nested: over.nested.or(self.nested),
             trust_guest_user: over.trust_guest_user.or(self.trust_guest_user),
             kernel: over.kernel.or(self.kernel),
             initrd: over.initrd.or(self.initrd),
@@ -433,6 +450,16 @@ impl VmConfig {
                 ByteSize(self.memory())
             )
         })?;
+        check(
+            self.memory() <= cpu::MOST_MEMORY || self.cpu == Some(CpuChoice::Host),
+            &|| {
+                format!(
+                    "{} of memory: models of processors address {}; use --cpu host",
+                    ByteSize(self.memory()),
+                    ByteSize(cpu::MOST_MEMORY)
+                )
+            },
+        )?;
         check(self.memory().is_multiple_of(4096), &|| {
             format!("memory of {} bytes is not a multiple of 4K", self.memory())
         })?;
@@ -588,6 +615,8 @@ mod tests {
             "--kernel k --memory 1M",
             "--kernel k --memory 16777217",
             "--kernel k --io-threads 17",
+            "--kernel k --memory 1021G",
+            "--kernel k --memory 2T --cpu x86-64-v3",
             "--kernel k --net queues=17",
             "--kernel k --serial stdio --console stdio",
         ] {

@@ -157,6 +157,9 @@ impl Monitor {
         });
         let machine = parts.build(&config, &sink)?;
         self.timeline.mark("machine built");
+        let cpu = machine.cpu();
+        let reason = cpu.why.as_ref().map(ToString::to_string);
+        tracing::info!(model = ?cpu.settled(), reason, "processor chosen");
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {
             config,
@@ -331,6 +334,8 @@ impl Monitor {
             state: vm.state,
             pid: std::process::id(),
             machine: vm.machine.kind(),
+            cpu: vm.machine.cpu().settled(),
+            cpu_reason: vm.machine.cpu().why.as_ref().map(ToString::to_string),
             uptime_ms: vm.booted.map_or(0, |booted| {
                 u64::try_from(booted.elapsed().as_millis()).unwrap_or(u64::MAX)
             }),
@@ -375,13 +380,14 @@ impl Vm {
     }
 
     /// The configuration with what was chosen for it: a guest that goes on
-    /// elsewhere keeps its kind of machine and its addresses.
+    /// elsewhere keeps its kind of machine, its processor and its addresses.
     fn settled_config(&self) -> VmConfig {
         let mut config = self.config.clone();
         config.machine = Some(match self.machine.kind() {
             types::Machine::Hvm => MachineChoice::Hvm,
             types::Machine::Pv => MachineChoice::Pv,
         });
+        config.cpu = Some(self.machine.cpu().settled());
         let devices = self.machine.devices();
         let addresses = devices.iter().filter_map(|device| device.mac);
         for (net, address) in config.net.iter_mut().zip(addresses) {

@@ -6,6 +6,8 @@ use std::io;
 use kvm_bindings as kvm;
 use kvm_ioctls::Kvm;
 
+use crate::cpu::{self, CpuChoice, Shown};
+
 use super::{Finding, host, read};
 
 /// The only version of KVM's API that there has ever been.
@@ -102,6 +104,53 @@ pub(super) fn machine() -> Finding {
          no hardware breakpoints in guests",
     )
     .fact("auto", "pv")
+}
+
+/// Which processor guests see where nobody says which.
+pub(super) fn processor() -> Finding {
+    const REMEDY: &str = "use an instance type whose processor has AVX2 and shows all its features";
+    let supported = Kvm::new().and_then(|kvm| cpu::supported(&kvm));
+    let Ok(supported) = supported else {
+        return Finding::missing("/dev/kvm cannot be asked", "no guest can run", "see above");
+    };
+    let shown = if Virtualization::of_this_machine().is_hardware() {
+        Shown::choose(CpuChoice::Auto, &supported, false)
+    } else {
+        Shown::native(CpuChoice::Auto, &supported)
+    };
+    match shown {
+        Ok(Shown {
+            level, why: None, ..
+        }) => {
+            let model = level.map_or_else(|| "host".to_owned(), |level| level.to_string());
+            Finding::ok(format!("auto is {model}")).fact("auto", model)
+        }
+        Ok(Shown {
+            level: Some(level),
+            why: Some(why),
+            ..
+        }) => {
+            let cost = "guests do without what better processors have, like wide vectors";
+            Finding::limited(format!("auto is {level}: {why}"), cost, REMEDY)
+                .fact("auto", level.to_string())
+        }
+        Ok(Shown {
+            level: None,
+            why: Some(why),
+            ..
+        })
+        | Err(why) => {
+            let cost = "guests cannot go on on nodes of other processors";
+            let remedy = match why {
+                cpu::Error::Native => {
+                    "use bare metal or an instance type with nested virtualization"
+                }
+                _ => REMEDY,
+            };
+            Finding::limited(format!("auto is host, this processor: {why}"), cost, remedy)
+                .fact("auto", "host")
+        }
+    }
 }
 
 /// Why `/dev/kvm` cannot be opened, and what helps.

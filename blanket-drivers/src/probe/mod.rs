@@ -162,6 +162,7 @@ pub const CHECKS: &[Check] = &[
         ..check("kvm", "kvm", kvm::kind)
     },
     check("kvm", "machine", kvm::machine),
+    check("kvm", "processor", kvm::processor),
     check("kvm", "nested", kvm::nested),
     check("kvm", "capabilities", kvm::capabilities),
     check("memory", "userfaultfd", memory::userfaultfd),

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use blanket_vmm::api::types::{DeviceInfo, Metrics, VmInfo};
 use blanket_vmm::config::{ByteSize, CharConfig, VmConfig};
+use clap::ValueEnum;
 use serde::Serialize;
 
 use super::{print, print_json};
@@ -83,6 +84,9 @@ fn rows(info: &Info) -> Vec<Vec<String>> {
         row("reason", reason.clone());
     }
     row("machine", summary.describe_machine());
+    if let Some(vm) = &info.vm {
+        row("processor", describe_processor(vm));
+    }
     row("cpus", config.cpus().to_string());
     row("memory", ByteSize(config.memory()).to_string());
     if let Some(metrics) = &info.metrics {
@@ -118,6 +122,15 @@ fn rows(info: &Info) -> Vec<Vec<String>> {
         }
     }
     rows
+}
+
+fn describe_processor(vm: &VmInfo) -> String {
+    let model = vm.cpu.to_possible_value();
+    let mut text = model.map_or_else(String::new, |value| value.get_name().to_owned());
+    if let Some(reason) = &vm.cpu_reason {
+        text.push_str(&format!(" ({reason})"));
+    }
+    text
 }
 
 fn describe_port(port: &CharConfig) -> String {

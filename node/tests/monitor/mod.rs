@@ -14,7 +14,7 @@ use std::process::exit;
 use std::thread;
 
 use blanket_vmm::api::types::{Action, Machine, MemoryMetrics, Metrics, Problem, VmInfo, VmState};
-use blanket_vmm::config::{CharConfig, VmConfig};
+use blanket_vmm::config::{CharConfig, CpuChoice, VmConfig};
 use serde::Serialize;
 
 /// Value of `--NAME VALUE`.
@@ -54,6 +54,8 @@ fn stand_in() {
         },
         pid: std::process::id(),
         machine: Machine::Hvm,
+        cpu: CpuChoice::Host,
+        cpu_reason: None,
         uptime_ms: 1,
         boot: vec![],
         devices: vec![],

@@ -47,7 +47,9 @@ pub enum Provider {
 pub(crate) struct Profile {
     pub(crate) hardware: Hardware,
     pub(crate) smbios: Smbios,
-    /// Added to the emulated processor's properties.
+    /// Added to the emulated processor's properties. No two providers have the same one, but for
+    /// what goes by the family: QEMU emulates no later way to tell speculation to wait. And
+    /// `tcg-cpuid=off` leaves a hypervisor without a name.
     pub(crate) processor: &'static str,
     pub(crate) metadata: Option<Api>,
     /// The id, type, region and zone. The rest is the node's.
@@ -72,9 +74,6 @@ impl Default for Profile {
         }
     }
 }
-
-/// There is a hypervisor, without a name.
-const NAMELESS: &str = "tcg-cpuid=off";
 
 /// What Xen's domains have as little as others' machines, and Xen cannot be emulated with: its
 /// host domain's kernel runs in ring 3 (no SMAP), its entries are emulated without process-context
@@ -155,7 +154,7 @@ fn ec2_nitro() -> Profile {
             chassis_asset: some("Amazon EC2"),
             ..Smbios::default()
         },
-        processor: NAMELESS,
+        processor: "tcg-cpuid=off,family=23,model=1,stepping=2,model-id=AMD EPYC 7571,-sha-ni",
         metadata: Some(Api::Ec2),
         instance: instance(id, "m5.xlarge", "us-east-1", "us-east-1a"),
         mac: [0x06, 0x1c, 0x01],
@@ -199,7 +198,7 @@ fn gce() -> Profile {
             chassis_manufacturer: some("Google"),
             ..Smbios::default()
         },
-        processor: NAMELESS,
+        processor: "tcg-cpuid=off,family=23,model=49,stepping=0,model-id=AMD EPYC 7B12,-movbe,-bmi2",
         metadata: Some(Api::Gce),
         instance: instance(
             "4520031799277581759",
@@ -231,7 +230,8 @@ fn azure() -> Profile {
             chassis_asset: some("7783-7084-3265-9085-8269-3286-77"),
             ..Smbios::default()
         },
-        processor: NAMELESS,
+        processor: "tcg-cpuid=off,family=23,model=96,stepping=1,model-id=AMD EPYC 7V12 64-Core Processor,\
+                    -la57,-pku",
         metadata: Some(Api::Azure),
         instance: instance(
             "02aab8a4-74ef-476e-8182-f6d2ba4166a6",
@@ -258,7 +258,7 @@ fn openstack() -> Profile {
             chassis_asset: some("OpenStack Nova"),
             ..Smbios::default()
         },
-        processor: "",
+        processor: "family=23,model=24,stepping=1,model-id=EPYC-Rome,-x2apic",
         metadata: Some(Api::OpenStack),
         instance: instance(uuid, "m1.large", "RegionOne", "nova"),
         mac: [0xfa, 0x16, 0x3e],
@@ -284,7 +284,8 @@ fn vmware() -> Profile {
             chassis_asset: some("No Asset Tag"),
             ..Smbios::default()
         },
-        processor: NAMELESS,
+        processor: "tcg-cpuid=off,family=23,model=8,stepping=2,model-id=AMD EPYC 7302 16-Core Processor,\
+                    -pcid,-sse4a",
         metadata: None,
         instance: Instance::default(),
         mac: [0x00, 0x50, 0x56],
@@ -322,7 +323,7 @@ fn bare_metal() -> Profile {
             physical: true,
             ..Smbios::default()
         },
-        processor: "hypervisor=off",
+        processor: "hypervisor=off,family=23,model=113,stepping=0,model-id=AMD EPYC 7F52,-rdrand,-adx",
         metadata: None,
         instance: Instance::default(),
         mac: [0x24, 0x6e, 0x96],

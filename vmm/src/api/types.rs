@@ -18,7 +18,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ByteSize, MacAddress, VmConfig};
+use crate::config::{ByteSize, CpuChoice, MacAddress, VmConfig};
 
 /// Path of the VM: `PUT` builds it, `GET` describes it.
 pub const VM_PATH: &str = "/vm";
@@ -196,6 +196,11 @@ pub struct VmInfo {
     pub pid: u32,
     /// The machine that the guest sees.
     pub machine: Machine,
+    /// The processor that the guest sees.
+    pub cpu: CpuChoice,
+    /// Why it is no better one, if nobody said which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_reason: Option<String>,
     /// Milliseconds since the guest was started; 0 if it was not.
     pub uptime_ms: u64,
     /// How the start went, in order of time.
@@ -269,6 +274,8 @@ mod tests {
             state: VmState::Running,
             pid: 7,
             machine: Machine::Hvm,
+            cpu: CpuChoice::V3,
+            cpu_reason: None,
             uptime_ms: 12,
             boot: vec![BootPhase {
                 phase: "memory".into(),

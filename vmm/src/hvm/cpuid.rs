@@ -1,6 +1,6 @@
 //! What the guest's CPUID instruction says.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::kvm_cpuid_entry2;
 
 /// Leaf 1 ECX: the local APIC has a TSC-deadline timer.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -15,13 +15,12 @@ const AMD: u32 = u32::from_le_bytes(*b"Auth");
 
 /// Adapts what KVM supports to processor `index` of `count` in one package.
 /// `deadline` says whether KVM emulates the TSC-deadline timer.
-pub(super) fn adapt(cpuid: &mut CpuId, index: u8, count: u8, deadline: bool) {
+pub(super) fn adapt(cpuid: &mut Vec<kvm_cpuid_entry2>, index: u8, count: u8, deadline: bool) {
     let (index, count) = (u32::from(index), u32::from(count));
-    let leaves = cpuid.as_slice();
-    let amd = leaves
+    let amd = cpuid
         .iter()
         .any(|leaf| leaf.function == 0 && leaf.ebx == AMD);
-    for entry in cpuid.as_mut_slice() {
+    for entry in cpuid.iter_mut() {
         match entry.function {
             1 => {
                 let id_size_brand = entry.ebx & 0x0000_ffff;
@@ -91,11 +90,10 @@ fn topology(entry: &mut kvm_cpuid_entry2, index: u32, count: u32) {
 }
 
 /// KVM reports one sub-leaf of leaf 0xb only; add that of the cores.
-fn add_topology_leaf(cpuid: &mut CpuId, index: u32, count: u32) {
+fn add_topology_leaf(cpuid: &mut Vec<kvm_cpuid_entry2>, index: u32, count: u32) {
     for function in [0xb, 0x1f] {
-        let entries = cpuid.as_slice();
         let has = |sub| {
-            entries
+            cpuid
                 .iter()
                 .find(|e| e.function == function && e.index == sub)
         };
@@ -104,10 +102,7 @@ fn add_topology_leaf(cpuid: &mut CpuId, index: u32, count: u32) {
         };
         let mut entry = kvm_cpuid_entry2 { index: 1, ..*first };
         topology(&mut entry, index, count);
-        // A full table (KVM never comes near) keeps the first level only.
-        if cpuid.push(entry).is_err() {
-            return;
-        }
+        cpuid.push(entry);
     }
 }
 
@@ -115,14 +110,14 @@ fn add_topology_leaf(cpuid: &mut CpuId, index: u32, count: u32) {
 mod tests {
     use super::*;
 
-    fn supported() -> CpuId {
+    fn supported() -> Vec<kvm_cpuid_entry2> {
         let leaf = |function, index, eax| kvm_cpuid_entry2 {
             function,
             index,
             eax,
             ..Default::default()
         };
-        CpuId::from_entries(&[
+        vec![
             kvm_cpuid_entry2 {
                 ebx: AMD,
                 ..leaf(0, 0, 1)
@@ -133,13 +128,11 @@ mod tests {
             leaf(0xb, 0, 0),
             leaf(0x8000_0001, 0, 0),
             leaf(0x8000_0008, 0, 0),
-        ])
-        .unwrap()
+        ]
     }
 
-    fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+    fn find(cpuid: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
         *cpuid
-            .as_slice()
             .iter()
             .find(|e| e.function == function && e.index == index)
             .unwrap()
@@ -169,7 +162,7 @@ mod tests {
             (CMP_LEGACY, 2, CMP_LEGACY),
         ] {
             let mut cpuid = supported();
-            for leaf in cpuid.as_mut_slice() {
+            for leaf in &mut cpuid {
                 if leaf.function == 0x8000_0001 {
                     leaf.ecx = node;
                 }

@@ -3,24 +3,26 @@
 use std::arch::x86_64::__cpuid;
 use std::io;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use crate::config::VmConfig;
 use crate::machine::{Error, kvm};
+use blanket_drivers::cpu::{self, Shown};
 
 /// KVM and what it can do.
 pub(super) struct Host {
     kvm: Kvm,
-    /// What guests may be told by CPUID.
-    pub cpuid: CpuId,
+    /// The processor that the guest is shown.
+    pub cpu: Shown,
     /// The MSRs that make up a vCPU's state.
     pub msrs: Vec<u32>,
     /// Whether the local APIC has a TSC-deadline timer.
     pub deadline_timer: bool,
 }
 
-/// Opens KVM, for VMs with up to `cpus` vCPUs.
-pub(super) fn open(cpus: u8) -> Result<Host, Error> {
+/// Opens KVM for a VM of this configuration.
+pub(super) fn open(config: &VmConfig) -> Result<Host, Error> {
+    let cpus = config.cpus();
     let host = Kvm::new().map_err(|error| no_kvm(error.into()))?;
     let most = host.get_max_vcpus();
     if usize::from(cpus) > most {
@@ -38,9 +40,7 @@ pub(super) fn open(cpus: u8) -> Result<Host, Error> {
         }
     }
     warn_without_hardware();
-    let cpuid = host
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm("read the supported CPUID"))?;
+    let supported = cpu::supported(&host).map_err(kvm("read the supported CPUID"))?;
     let msrs = host
         .get_msr_index_list()
         .map_err(kvm("list the MSRs"))?
@@ -49,7 +49,11 @@ pub(super) fn open(cpus: u8) -> Result<Host, Error> {
     Ok(Host {
         deadline_timer: host.check_extension(Cap::TscDeadlineTimer),
         kvm: host,
-        cpuid,
+        cpu: Shown::choose(
+            config.cpu.unwrap_or_default(),
+            &supported,
+            config.nested.unwrap_or(false),
+        )?,
         msrs,
     })
 }

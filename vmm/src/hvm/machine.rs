@@ -32,6 +32,7 @@ use crate::machine::{
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
 use crate::vcpu::{EventSink, OnBus, Vcpu};
+use blanket_drivers::cpu::Shown;
 
 /// An `hvm` machine.
 ///
@@ -50,6 +51,7 @@ pub struct Machine {
     pub(super) ram: GuestRam,
     /// What the first vCPU is told by CPUID.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
+    cpu: Shown,
     /// The MSRs that make up a vCPU's state.
     pub(super) msrs: Vec<u32>,
     pub(super) vm: Arc<VmFd>,
@@ -105,8 +107,7 @@ impl Machine {
             pci: builder.pci,
         });
         let (vcpus, power_on) = make_vcpus(&parts.host, &vm, config.cpus(), &bus, events)?;
-        let mut cpuid = parts.host.cpuid.clone();
-        cpuid::adapt(&mut cpuid, 0, config.cpus(), parts.host.deadline_timer);
+        let cpuid = cpuid_of(&parts.host, 0, config.cpus());
         // Last: what maps memory meanwhile would wait for each page's zeroing.
         populate(parts.payload.populate_ahead(&parts.ram))?;
         Ok(Self {
@@ -119,7 +120,8 @@ impl Machine {
             loaded: Some(entry),
             power_on,
             ram: parts.ram,
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid,
+            cpu: parts.host.cpu,
             msrs: parts.host.msrs,
             vm,
             _workers: workers,
@@ -153,6 +155,10 @@ impl Machine {
 }
 
 impl machine::Machine for Machine {
+    fn cpu(&self) -> &Shown {
+        &self.cpu
+    }
+
     fn kind(&self) -> types::Machine {
         types::Machine::Hvm
     }
@@ -324,6 +330,13 @@ fn populate(work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
         .map_err(resource("start a thread"))
 }
 
+/// What processor `index` of `count` says of itself.
+fn cpuid_of(host: &Host, index: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
+    let mut cpuid = host.cpu.cpuid.clone();
+    cpuid::adapt(&mut cpuid, index, count, host.deadline_timer);
+    cpuid
+}
+
 fn make_vcpus(
     host: &Host,
     vm: &VmFd,
@@ -336,9 +349,7 @@ fn make_vcpus(
         let fd = vm
             .create_vcpu(u64::from(index))
             .map_err(kvm("create a vCPU"))?;
-        let mut cpuid = host.cpuid.clone();
-        cpuid::adapt(&mut cpuid, index, count, host.deadline_timer);
-        set_cpuid(&fd, &cpuid)?;
+        set_cpuid(&fd, &cpuid_of(host, index, count))?;
         fds.push(fd);
     }
     let power_on = fds

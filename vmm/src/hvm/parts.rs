@@ -34,7 +34,7 @@ impl Parts {
             config.cmdline(),
             config.memory(),
         )?;
-        let host = kvm::open(config.cpus())?;
+        let host = kvm::open(config)?;
         let ram = blanket_memory::build(&open::memory(config, config.memory()))?;
         let queues = config.default_queues();
         let disks = config.disk.iter().map(|disk| open_disk(disk, queues));

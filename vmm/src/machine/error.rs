@@ -53,6 +53,9 @@ pub enum Error {
     /// The hypervisor's area of a pv machine.
     #[error("cannot prepare the hypervisor's area: {0}")]
     Area(#[from] vm_memory::GuestMemoryError),
+    /// The processor that was asked for cannot be shown.
+    #[error("{0}; use --cpu host, or a lower level")]
+    Cpu(#[from] blanket_drivers::cpu::Error),
     /// The processor's register state cannot be managed.
     #[error(transparent)]
     Cpuid(#[from] crate::pv::cpuid::Error),

@@ -23,11 +23,15 @@ use crate::config::{MachineChoice, VmConfig};
 use crate::jail::{Class, seccomp};
 use crate::vcpu::EventSink;
 use crate::{hvm, pv};
+use blanket_drivers::cpu::Shown;
 
 /// A machine, whole. The monitor's states say when each step makes sense.
 pub trait Machine: Send {
     /// Which kind it is.
     fn kind(&self) -> Kind;
+
+    /// The processor that the guest is shown.
+    fn cpu(&self) -> &Shown;
 
     /// Loads the kernel, unless that was done when the machine was built, and
     /// points the first vCPU at it.

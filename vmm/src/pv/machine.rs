@@ -39,6 +39,7 @@ use crate::machine::{
 };
 use crate::vcpu::state::set_cpuid;
 use crate::vcpu::{EventSink, Vcpu};
+use blanket_drivers::cpu::Shown;
 
 /// Guest-physical address of `shared_info`.
 pub(super) const SHARED_INFO: GuestAddress = GuestAddress(layout::GPA + layout::SHARED_INFO);
@@ -51,6 +52,7 @@ pub struct Machine {
     pub(super) bus: XenBus,
     pub(super) domain: Arc<Domain>,
     kernel: Kernel,
+    cpu: Shown,
     described: Vec<DeviceInfo>,
     _workers: Workers,
 }
@@ -155,6 +157,7 @@ impl Machine {
             bus,
             domain,
             kernel: parts.kernel,
+            cpu: parts.cpu,
             described,
             _workers: workers,
         })
@@ -183,10 +186,7 @@ fn make_vcpus(vm: &VmFd, cpuid: &Visible, count: u8) -> Result<Vec<VcpuFd>, Erro
             let fd = vm
                 .create_vcpu(u64::from(index))
                 .map_err(kvm("create a vCPU"))?;
-            let cpuid = cpuid.kvm(index.into()).map_err(|error| {
-                Error::Resource("list the CPUID leaves", io::Error::other(error))
-            })?;
-            set_cpuid(&fd, &cpuid)?;
+            set_cpuid(&fd, &cpuid.kvm(index.into()))?;
             Ok(fd)
         })
         .collect()
@@ -256,6 +256,10 @@ fn add_interface(
 }
 
 impl machine::Machine for Machine {
+    fn cpu(&self) -> &Shown {
+        &self.cpu
+    }
+
     fn kind(&self) -> types::Machine {
         types::Machine::Pv
     }

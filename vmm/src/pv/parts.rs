@@ -8,7 +8,6 @@ use blanket_devices::char::CharPort;
 use blanket_drivers::probe::Virtualization;
 use blanket_memory::GuestRam;
 use blanket_pv_shim::layout;
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::GuestAddress;
 
@@ -19,6 +18,7 @@ use crate::config::{CharConfig, VmConfig};
 use crate::hvm;
 use crate::machine::open::{self, Disk, Interface, open_char, open_disk, open_interface};
 use crate::machine::{Error, kvm, lock};
+use blanket_drivers::cpu::{self, Shown};
 
 /// Where the kernel's messages go before it has a console of its own.
 pub(super) type EarlyConsole = Box<dyn Fn(&[u8]) + Send + Sync>;
@@ -27,6 +27,7 @@ pub(super) type EarlyConsole = Box<dyn Fn(&[u8]) + Send + Sync>;
 pub struct Parts {
     pub(super) vm: Arc<VmFd>,
     pub(super) hardware: bool,
+    pub(super) cpu: Shown,
     pub(super) cpuid: Visible,
     /// What the guest reads as its identity.
     pub(super) uuid: [u8; 16],
@@ -55,7 +56,7 @@ impl Parts {
         let memory = config.memory();
         let kernel = Kernel::open(path, config.initrd.as_deref(), config.pv_cmdline(), memory)?;
         let hardware = Virtualization::of_this_machine().is_hardware();
-        let (vm, cpuid) = open_kvm(config.cpus(), hardware)?;
+        let (vm, cpu, cpuid) = open_kvm(config, hardware)?;
         let area = area_size(memory);
         let ram = blanket_memory::build_at(
             &open::memory(config, memory + area),
@@ -83,6 +84,7 @@ impl Parts {
         Ok(Self {
             vm,
             hardware,
+            cpu,
             cpuid,
             uuid: open::random_uuid()?,
             kernel,
@@ -116,7 +118,8 @@ fn early_console(serial: Option<&CharConfig>) -> Result<EarlyConsole, Error> {
 }
 
 /// A new VM with local APICs, and what its guest's CPUID says.
-fn open_kvm(cpus: u8, hardware: bool) -> Result<(Arc<VmFd>, Visible), Error> {
+fn open_kvm(config: &VmConfig, hardware: bool) -> Result<(Arc<VmFd>, Shown, Visible), Error> {
+    let cpus = config.cpus();
     let host = Kvm::new().map_err(|error| hvm::no_kvm(error.into()))?;
     let most = host.get_max_vcpus();
     if usize::from(cpus) > most {
@@ -136,14 +139,13 @@ fn open_kvm(cpus: u8, hardware: bool) -> Result<(Arc<VmFd>, Visible), Error> {
     let vm = host.create_vm().map_err(kvm("create a VM"))?;
     vm.create_irq_chip()
         .map_err(kvm("create interrupt controllers"))?;
-    let supported = host
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm("read the supported CPUID"))?;
-    let source = if hardware {
-        Source::Kvm
+    let supported = cpu::supported(&host).map_err(kvm("read the supported CPUID"))?;
+    let choice = config.cpu.unwrap_or_default();
+    let (source, cpu) = if hardware {
+        (Source::Kvm, Shown::choose(choice, &supported, false)?)
     } else {
-        Source::Native
+        (Source::Native, Shown::native(choice, &supported)?)
     };
-    let cpuid = Visible::new(source, &supported)?;
-    Ok((Arc::new(vm), cpuid))
+    let cpuid = Visible::new(source, &cpu.cpuid)?;
+    Ok((Arc::new(vm), cpu, cpuid))
 }

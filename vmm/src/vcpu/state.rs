@@ -2,8 +2,8 @@
 
 use blanket_devices::lifecycle::{Error, SavedState};
 use kvm_bindings::{
-    CpuId, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -143,6 +143,7 @@ fn write_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) {
 ///
 /// # Errors
 /// KVM refuses it.
-pub fn set_cpuid(fd: &VcpuFd, cpuid: &CpuId) -> Result<(), Error> {
-    fd.set_cpuid2(cpuid).map_err(|e| failed("CPUID", e))
+pub fn set_cpuid(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<(), Error> {
+    let cpuid = CpuId::from_entries(cpuid).map_err(|e| failed("CPUID", e))?;
+    fd.set_cpuid2(&cpuid).map_err(|e| failed("CPUID", e))
 }

@@ -52,7 +52,7 @@ fn monitors() -> [Monitor; 3] {
         Monitor {
             name: "blanket",
             command: format!(
-                "blanket-vmm --api-socket /run/api --memory 256M --rng false --disk /run/disk$n --net tap=tap$n \
+                "blanket-vmm --api-socket /run/api --memory 256M --cpu host --rng false --disk /run/disk$n --net tap=tap$n \
                  --kernel /payload/guest/vmlinux --initrd /payload/guest/initrd.cpio \
                  --cmdline '{CMDLINE}'"
             ),

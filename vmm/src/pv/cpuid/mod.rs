@@ -16,10 +16,12 @@ mod tests;
 
 use std::arch::x86_64::__cpuid_count;
 
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
 use policy::{Registers, component};
+
+use blanket_drivers::cpu;
 
 /// Who answers the CPUID instruction of the guest's user code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,18 +86,18 @@ pub struct Visible {
 }
 
 impl Visible {
-    /// For a guest on this host, whose KVM supports `supported`.
+    /// For a guest on this host that KVM shows the processor of `table`.
     ///
     /// # Errors
     /// The processor is not one that a PV kernel can use.
-    pub fn new(source: Source, supported: &CpuId) -> Result<Self, Error> {
+    pub fn new(source: Source, table: &[kvm_cpuid_entry2]) -> Result<Self, Error> {
         let host = |function, index| {
             let result = __cpuid_count(function, index);
             [result.eax, result.ebx, result.ecx, result.edx]
         };
         match source {
             Source::Native => Self::build(&host, Some(host_xcr0())),
-            Source::Kvm => Self::build(&|leaf, sub| lookup(supported, leaf, sub), None),
+            Source::Kvm => Self::build(&|leaf, sub| cpu::ask(table, leaf, sub), None),
         }
     }
 
@@ -165,12 +167,9 @@ impl Visible {
 
     /// The table for KVM: the same, and what the hypervisor's own code in the
     /// guest uses of the processor.
-    ///
-    /// # Errors
-    /// It has more leaves than KVM takes.
-    pub fn kvm(&self, vcpu: usize) -> Result<CpuId, vmm_sys_util::fam::Error> {
-        let entries: Vec<_> = self
-            .leaves
+    #[must_use]
+    pub fn kvm(&self, vcpu: usize) -> Vec<kvm_cpuid_entry2> {
+        self.leaves
             .iter()
             .map(|leaf| {
                 let index = leaf.index.unwrap_or(0);
@@ -188,8 +187,7 @@ impl Visible {
                     ..Default::default()
                 }
             })
-            .collect();
-        CpuId::from_entries(&entries)
+            .collect()
     }
 
     /// Whether a guest that has seen `saved` can go on with this.
@@ -222,14 +220,6 @@ impl Visible {
 
 fn apic_id(vcpu: usize) -> u32 {
     vcpu as u32 & 0xff
-}
-
-fn lookup(table: &CpuId, function: u32, index: u32) -> Registers {
-    let found = table.as_slice().iter().find(|entry| {
-        let indexed = entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
-        entry.function == function && (!indexed || entry.index == index)
-    });
-    found.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
 }
 
 /// The host's XCR0; only x87 and SSE state without XSAVE.

@@ -134,7 +134,7 @@ fn the_hypervisor_is_xen() {
 #[test]
 fn kvm_gets_the_same_and_what_the_hypervisor_itself_needs() {
     let visible = native(0xe7).unwrap();
-    let table = visible.kvm(3).unwrap();
+    let table = visible.kvm(3);
     for entry in table.as_slice() {
         let seen = visible.cpuid(3, entry.function, entry.index);
         let given = [entry.eax, entry.ebx, entry.ecx, entry.edx];
@@ -142,7 +142,7 @@ fn kvm_gets_the_same_and_what_the_hypervisor_itself_needs() {
             assert_eq!(seen & !given, 0, "{entry:?}");
         }
     }
-    let leaf = |function| lookup(&table, function, 0);
+    let leaf = |function| cpu::ask(&table, function, 0);
     assert_eq!(leaf(1)[1] >> 24, 3, "each vCPU has its own APIC ID");
     assert_ne!(leaf(1)[2] & 1 << 24, 0, "TSC deadline");
     assert_ne!(leaf(7)[1] & 1, 0, "FSGSBASE");
@@ -200,10 +200,10 @@ fn this_machine_is_one_or_says_why_not() {
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .unwrap();
     for source in [Source::Native, Source::Kvm] {
-        match Visible::new(source, &supported) {
+        match Visible::new(source, supported.as_slice()) {
             Ok(visible) => {
                 assert_eq!(visible.xcr0() & 3, 3);
-                visible.kvm(0).unwrap();
+                assert!(!visible.kvm(0).is_empty());
                 if source == Source::Native {
                     assert_eq!(visible.xcr0(), host_xcr0());
                 }
@@ -226,7 +226,7 @@ proptest! {
         };
         if let Ok(visible) = Visible::build(&ask, xcr0) {
             prop_assert_eq!(visible.xcr0() & !component::KEPT, 0);
-            prop_assert!(visible.kvm(vcpu).is_ok());
+            prop_assert!(visible.kvm(vcpu).len() <= kvm_bindings::KVM_MAX_CPUID_ENTRIES);
             visible.fits(&visible.clone()).unwrap();
         }
     }

@@ -78,7 +78,7 @@ fn domain(supported: &kvm_bindings::CpuId) -> Option<Domain> {
         cpus: Arc::new(cpus),
         events: Arc::new(events),
         time: Arc::new(Time::new(2_000_000_000)),
-        cpuid: Arc::new(Visible::new(Source::Native, supported).ok()?),
+        cpuid: Arc::new(Visible::new(Source::Native, supported.as_slice()).ok()?),
         uuid: std::sync::Mutex::default(),
         console: Box::new(|bytes| assert!(bytes.len() <= 4096)),
         given: AtomicU64::new(0),
