@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
 use std::hash::{Hash, Hasher};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use blanket_system_tests::program;
 use blanket_testbed::{Accelerator, Client, GuestImages, Provider, inspection};
+use tempfile::NamedTempFile;
 
 /// Run in the guest, whose disk has the programs that the initramfs has not. What differs between
 /// two runs on one machine is left out: times, counts, what is calibrated, and what two processes race for.
@@ -48,7 +50,10 @@ pub(crate) fn is_the_same_everywhere(which: Provider, guest: &Client) {
     }
     let folder = folder();
     fs::create_dir_all(&folder).unwrap();
-    fs::write(folder.join(which.name()), &view).unwrap();
+    // Whole at once: another provider's test may be reading.
+    let mut file = NamedTempFile::new_in(&folder).unwrap();
+    file.write_all(view.as_bytes()).unwrap();
+    file.persist(folder.join(which.name())).unwrap();
     let others = Provider::ALL.into_iter().filter(|other| *other != which);
     for other in others {
         if let Ok(seen) = fs::read_to_string(folder.join(other.name())) {
