@@ -52,6 +52,35 @@ pub type ThreadSetup = Box<dyn FnOnce() -> io::Result<()> + Send>;
 /// The worker threads that a machine's devices share.
 pub type Workers = Arc<[Worker]>;
 
+/// Starts a thread named `name` (15 bytes at most are shown) that runs `body`
+/// once `setup` has confined it.
+///
+/// # Errors
+/// No thread is to be had, or `setup` failed.
+pub(crate) fn spawn(
+    name: &str,
+    setup: ThreadSetup,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let (report, outcome) = std::sync::mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK)
+        .spawn(move || {
+            let ready = setup();
+            let ok = ready.is_ok();
+            // The spawner waits for this; if it is gone, so is the machine.
+            let _ = report.send(ready);
+            if ok {
+                body();
+            }
+        })?;
+    outcome
+        .recv()
+        .map_err(|_| io::Error::other("a thread died at its start"))??;
+    Ok(thread)
+}
+
 /// A thread with an event loop.
 pub struct Worker {
     endpoint: RemoteEndpoint<Slot>,
@@ -69,25 +98,14 @@ impl Worker {
     pub fn spawn(name: &str, setup: ThreadSetup) -> io::Result<Self> {
         let mut manager = EventManager::<Slot>::new().map_err(io::Error::other)?;
         let endpoint = manager.remote_endpoint();
-        let (report, outcome) = std::sync::mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .stack_size(STACK)
-            .spawn(move || {
-                let ready = setup();
-                let ok = ready.is_ok();
-                // The spawner waits for this; if it is gone, so is the machine.
-                let _ = report.send(ready);
-                while ok && !STOP.with(std::cell::Cell::get) {
-                    if let Err(error) = manager.run() {
-                        tracing::error!(%error, "event loop");
-                        break;
-                    }
+        let thread = spawn(name, setup, move || {
+            while !STOP.with(std::cell::Cell::get) {
+                if let Err(error) = manager.run() {
+                    tracing::error!(%error, "event loop");
+                    break;
                 }
-            })?;
-        outcome
-            .recv()
-            .map_err(|_| io::Error::other("worker thread died at its start"))??;
+            }
+        })?;
         Ok(Self {
             endpoint,
             thread: Some(thread),

@@ -148,6 +148,35 @@ pub fn write_bytes(pieces: &[IoVec], bytes: &[u8]) -> usize {
     done
 }
 
+/// Copies the first bytes of `from` to the front of `to`; returns how many
+/// there were, or fitted.
+///
+/// The memory behind the pieces must still be mapped: see [`IoVec`].
+pub fn copy(from: &[IoVec], to: &[IoVec]) -> usize {
+    let (mut from, mut to) = (from.iter().copied(), to.iter().copied());
+    let (mut source, mut target) = (from.next(), to.next());
+    let mut done = 0;
+    while let (Some(piece), Some(room)) = (&mut source, &mut target) {
+        let n = piece.len().min(room.len());
+        // SAFETY: both lie in mapped memory (their makers keep the mappings)
+        // and have `n` bytes. They may overlap, and others may write to either
+        // meanwhile: any bytes are acceptable.
+        unsafe {
+            std::ptr::copy(piece.as_ptr(), room.as_ptr(), n);
+        }
+        done += n;
+        piece.advance(n);
+        room.advance(n);
+        if piece.is_empty() {
+            source = from.next();
+        }
+        if room.is_empty() {
+            target = to.next();
+        }
+    }
+    done
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,5 +222,24 @@ mod tests {
         let mut back = [0; 6];
         assert_eq!(read_bytes(&out, &mut back), 4);
         assert_eq!(&back, b"abcd\0\0");
+    }
+
+    #[test]
+    fn pieces_of_other_lengths_are_copied_as_far_as_both_reach() {
+        let ram = ram();
+        let (mut from, mut to) = (Vec::new(), Vec::new());
+        for (at, len) in [(0, 3), (8, 0), (16, 5)] {
+            push(&ram, GuestAddress(at), len, &mut from).unwrap();
+        }
+        write_bytes(&from, b"abcdefgh");
+        for (at, len) in [(0x100, 4), (0x200, 3)] {
+            push(&ram, GuestAddress(at), len, &mut to).unwrap();
+        }
+        assert_eq!(copy(&from, &to), 7);
+        let mut back = [0; 7];
+        assert_eq!(read_bytes(&to, &mut back), 7);
+        assert_eq!(&back, b"abcdefg");
+        assert_eq!(copy(&to, &[]), 0);
+        assert_eq!(copy(&to[..1], &from), 4);
     }
 }

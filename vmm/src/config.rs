@@ -196,6 +196,13 @@ pub struct NetConfig {
     /// kernel picks a name if absent).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// Socket of a vhost-user backend, instead of a tap.
+    #[serde(
+        default,
+        rename = "vhost-user",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub vhost_user: Option<PathBuf>,
     /// Bridge on the node that the tap joins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
@@ -208,7 +215,8 @@ pub struct NetConfig {
     /// MTU told to the guest and set on a tap that Blanket makes (68 to 65521).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
-    /// Queue pairs, 1 to 16; as many as vCPUs, up to 4, if absent.
+    /// Queue pairs, 1 to 16; if absent as many as vCPUs, up to 4, and one with
+    /// a vhost-user backend.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
 }
@@ -288,7 +296,8 @@ pub struct VmConfig {
     pub hugepages: Option<HugePages>,
 
     /// Back guest memory by a memfd, which other processes can map
-    /// [default: false, anonymous memory].
+    /// [default: false, anonymous memory, but for an hvm machine with a
+    /// vhost-user interface].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared_memory: Option<bool>,
@@ -299,7 +308,8 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disk: Vec<DiskConfig>,
 
-    /// A network interface: tap, or [tap=NAME][,bridge=NAME][,host_ip=ADDR/LEN][,mac=MAC][,mtu=N][,queues=N].
+    /// A network interface: tap, or [tap=NAME][,bridge=NAME][,host_ip=ADDR/LEN][,mac=MAC][,mtu=N][,queues=N],
+    /// or vhost-user=SOCKET[,mac=MAC][,mtu=N][,queues=N].
     /// May be repeated.
     #[arg(long, value_name = "NET", value_parser = parse_net)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -488,6 +498,10 @@ impl VmConfig {
             check(net.mtu.is_none_or(|n| (68..=65521).contains(&n)), &|| {
                 "an MTU is 68 to 65521 bytes".into()
             })?;
+            let of_tap = net.tap.is_some() || net.bridge.is_some() || net.host_ip.is_some();
+            check(net.vhost_user.is_none() || !of_tap, &|| {
+                "an interface with vhost-user has no tap, bridge or host_ip".into()
+            })?;
         }
         let stdio = [&self.serial, &self.console]
             .into_iter()
@@ -559,7 +573,7 @@ mod tests {
     fn flags_toml_and_json_say_the_same() {
         let by_flags = flags(
             "--kernel vmlinuz --memory 1G --cpus 2 --disk a.img --disk path=b.qcow2,readonly=on,engine=io_uring,persistent=off \
-             --net tap,host_ip=10.0.0.1/24,mac=52:54:00:00:00:01 --serial socket=s,log=l --hugepages 2m --rng false",
+             --net tap,host_ip=10.0.0.1/24,mac=52:54:00:00:00:01 --net vhost-user=/run/vu.sock,queues=2 --serial socket=s,log=l --hugepages 2m --rng false",
         )
         .unwrap();
         let by_toml: VmConfig = toml::from_str(
@@ -580,6 +594,9 @@ mod tests {
             [[net]]
             host_ip = "10.0.0.1/24"
             mac = "52:54:00:00:00:01"
+            [[net]]
+            vhost-user = "/run/vu.sock"
+            queues = 2
             "#,
         )
         .unwrap();
@@ -618,6 +635,8 @@ mod tests {
             "--kernel k --memory 1021G",
             "--kernel k --memory 2T --cpu x86-64-v3",
             "--kernel k --net queues=17",
+            "--kernel k --net vhost-user=/run/s,tap=tap0",
+            "--kernel k --net vhost-user=/run/s,host_ip=10.0.0.1/24",
             "--kernel k --serial stdio --console stdio",
         ] {
             assert!(flags(text).unwrap().validate().is_err(), "{text}");

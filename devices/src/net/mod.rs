@@ -1,49 +1,168 @@
 //! What every network interface does, whatever rings the guest has: frames
-//! between a TAP and guest memory, the TAP's queues, and the counters.
+//! between guest memory and the other end, a TAP or a vhost-user backend,
+//! their queues, and the counters.
 
+pub(crate) mod checksum;
+mod frames;
 mod metrics;
 mod receive;
 mod send;
+mod shared;
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blanket_drivers::tap::{Offloads, Tap};
 
+pub(crate) use frames::FrameQueue;
 pub(crate) use metrics::{Direction, Metrics};
-pub(crate) use receive::{Frame, Outcome, Spill, TapWatch, copy_at, read_failed};
+pub(crate) use receive::{Frame, FrameWatch, Outcome, Spill, copy_at, read_failed};
 pub(crate) use send::{Sent, send};
+use shared::SharedPeer;
 
-/// The TAP of one interface with its counters.
+use crate::vhost_user::VhostUser;
+
+/// What an interface is attached to on the node.
+pub enum Attachment {
+    /// The node's kernel.
+    Tap(Tap),
+    /// Another process.
+    VhostUser(VhostUser),
+}
+
+impl From<Tap> for Attachment {
+    fn from(tap: Tap) -> Self {
+        Self::Tap(tap)
+    }
+}
+
+/// The other end of an interface whose frames the monitor moves.
+pub(crate) trait Peer: Send + Sync {
+    /// Its queues.
+    fn queues(&self) -> Vec<Arc<dyn FrameQueue>>;
+
+    /// What it need not be spared on frames from the guest.
+    fn takes(&self) -> Offloads;
+
+    /// Switches what it leaves undone on frames to the guest.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+
+    /// Begins or ends to use a queue, which is then the last in use.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()>;
+
+    /// Forgets the frames that wait.
+    fn drain(&self);
+
+    /// Has it send frames.
+    fn start(&self) {}
+
+    /// Has it send none any more.
+    ///
+    /// # Errors
+    /// It does not stop.
+    fn stop(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Counters of its own.
+    fn metrics(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
+
+impl Peer for Tap {
+    fn queues(&self) -> Vec<Arc<dyn FrameQueue>> {
+        let all = Tap::queues(self).iter();
+        all.map(|queue| Arc::clone(queue) as Arc<dyn FrameQueue>)
+            .collect()
+    }
+
+    fn takes(&self) -> Offloads {
+        Offloads::BASE
+    }
+
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        Tap::set_offloads(self, offloads)
+    }
+
+    fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()> {
+        let queue = Tap::queues(self).get(usize::from(queue));
+        queue.map_or(Ok(()), |queue| queue.set_attached(attached))
+    }
+
+    fn drain(&self) {
+        for queue in Tap::queues(self) {
+            queue.drain();
+        }
+    }
+}
+
+/// The other end of one interface with its counters.
 pub(crate) struct Port {
-    tap: Tap,
-    pub(crate) metrics: Metrics,
-    /// Queues in use: the TAP's queues from here on are detached.
+    peer: Box<dyn Peer>,
+    queues: Vec<Arc<dyn FrameQueue>>,
+    metrics: Metrics,
+    /// Queues in use: the peer's queues from here on are detached.
     attached: Mutex<u16>,
 }
 
 impl Port {
-    /// Takes the TAP with one queue in use.
+    /// Takes the other end with one queue in use.
     ///
     /// # Errors
-    /// The TAP's spare queues cannot be detached.
-    pub(crate) fn new(tap: Tap) -> io::Result<Self> {
+    /// Its spare queues cannot be detached, or it lacks what the monitor needs
+    /// of it.
+    pub(crate) fn new(attachment: Attachment) -> io::Result<Self> {
+        let peer: Box<dyn Peer> = match attachment {
+            Attachment::Tap(tap) => Box::new(tap),
+            Attachment::VhostUser(backend) => Box::new(SharedPeer::new(backend)?),
+        };
+        let queues = peer.queues();
         let port = Self {
-            attached: Mutex::new(tap.queues().len() as u16),
+            attached: Mutex::new(queues.len() as u16),
             metrics: Metrics::default(),
-            tap,
+            queues,
+            peer,
         };
         port.set_queues(1)?;
         Ok(port)
     }
 
-    /// The TAP.
-    pub(crate) fn tap(&self) -> &Tap {
-        &self.tap
+    /// All queues.
+    pub(crate) fn queues(&self) -> &[Arc<dyn FrameQueue>] {
+        &self.queues
+    }
+
+    /// The other end.
+    pub(crate) fn peer(&self) -> &dyn Peer {
+        &*self.peer
+    }
+
+    /// Counters of frames towards the guest.
+    pub(crate) fn received(&self) -> &Direction {
+        &self.metrics.rx
+    }
+
+    /// Counters of frames from the guest.
+    pub(crate) fn sent(&self) -> &Direction {
+        &self.metrics.tx
+    }
+
+    /// All counters.
+    pub(crate) fn read_metrics(&self) -> Vec<(&'static str, u64)> {
+        let mut all = self.metrics.read();
+        all.extend(self.peer.metrics());
+        all
     }
 
     /// Queues in use.
-    pub(crate) fn queues(&self) -> u16 {
+    pub(crate) fn used_queues(&self) -> u16 {
         *self.attached()
     }
 
@@ -51,37 +170,32 @@ impl Port {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets the kernel send to the first `count` queues only.
+    /// Has the other end send to the first `count` queues only.
     ///
     /// # Errors
     /// A queue cannot be attached or detached.
     pub(crate) fn set_queues(&self, count: u16) -> io::Result<()> {
         let mut attached = self.attached();
-        let queues = self.tap.queues();
         while *attached < count {
-            let queue = queues.get(usize::from(*attached));
-            queue.map_or(Ok(()), |queue| queue.set_attached(true))?;
+            self.peer.set_attached(*attached, true)?;
             *attached += 1;
         }
         while *attached > count.max(1) {
-            let queue = queues.get(usize::from(*attached - 1));
-            queue.map_or(Ok(()), |queue| queue.set_attached(false))?;
+            self.peer.set_attached(*attached - 1, false)?;
             *attached -= 1;
         }
         Ok(())
     }
 
-    /// Brings the TAP to what a new driver expects: one queue, no offloads, and
+    /// Brings it to what a new driver expects: one queue, no offloads, and
     /// nothing that was segmented and summed up for the driver that is gone.
     pub(crate) fn clear(&self, device: &str) {
         if let Err(error) = self.set_queues(1) {
-            tracing::warn!(device, %error, "a queue of the tap stays attached");
+            tracing::warn!(device, %error, "a queue stays attached");
         }
-        if let Err(error) = self.tap.set_offloads(Offloads::default()) {
-            tracing::warn!(device, %error, "the tap keeps its offloads");
+        if let Err(error) = self.peer.set_offloads(Offloads::default()) {
+            tracing::warn!(device, %error, "the offloads stay on");
         }
-        for queue in self.tap.queues() {
-            queue.drain();
-        }
+        self.peer.drain();
     }
 }

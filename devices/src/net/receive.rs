@@ -1,14 +1,14 @@
-//! From the TAP to guest memory.
+//! From the other end to guest memory.
 
 use std::io;
 use std::sync::Arc;
 
-use blanket_drivers::tap::{HEADER_LEN, TapQueue};
+use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::{IoVec, iovec};
 use event_manager::{EventOps, Events};
 use vmm_sys_util::epoll::EventSet;
 
-use super::Direction;
+use super::{Direction, FrameQueue};
 
 /// Longest tail of a frame that goes on beyond the guest's buffers: the
 /// longest frame of all, and a little to notice one that is longer still.
@@ -17,7 +17,7 @@ const SPILL: usize = 65550 + HEADER_LEN + 64;
 /// How receiving came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The TAP has no frame: wait for one.
+    /// There is no frame: wait for one.
     Empty,
     /// The driver has no buffer: wait for its notification.
     Starved,
@@ -54,14 +54,14 @@ impl Spill {
     /// `WouldBlock`: there is no frame. Others: see [`read_failed`].
     pub(crate) unsafe fn read(
         &mut self,
-        tap: &TapQueue,
+        queue: &dyn FrameQueue,
         pieces: &mut Vec<IoVec>,
     ) -> io::Result<Frame> {
         let direct = IoVec::total(pieces);
         pieces.push(IoVec::new(self.0.as_mut_ptr(), self.0.len()));
         // SAFETY: the caller's promise; the last piece is this spill, which
         // nobody else refers to.
-        let result = unsafe { tap.readv(pieces) };
+        let result = unsafe { queue.readv(pieces) };
         pieces.pop();
         let len = result?;
         if len < HEADER_LEN {
@@ -111,18 +111,18 @@ pub(crate) fn copy_at(pieces: &[IoVec], offset: usize, bytes: &[u8]) {
     }
 }
 
-/// Whether epoll looks at a TAP: not while the driver has no buffers.
-pub(crate) struct TapWatch {
-    tap: Arc<TapQueue>,
+/// Whether epoll looks at a queue: not while the driver has no buffers.
+pub(crate) struct FrameWatch {
+    queue: Arc<dyn FrameQueue>,
     token: u32,
     watching: bool,
 }
 
-impl TapWatch {
+impl FrameWatch {
     /// Does not watch yet; events will carry `token`.
-    pub(crate) fn new(tap: &Arc<TapQueue>, token: u32) -> Self {
+    pub(crate) fn new(queue: &Arc<dyn FrameQueue>, token: u32) -> Self {
         Self {
-            tap: Arc::clone(tap),
+            queue: Arc::clone(queue),
             token,
             watching: false,
         }
@@ -140,14 +140,14 @@ impl TapWatch {
             return;
         }
         self.watching = watch;
-        let events = Events::with_data(&*self.tap, self.token, EventSet::IN);
+        let events = Events::with_data_raw(self.queue.event(), self.token, EventSet::IN);
         let changed = if watch {
             ops.add(events)
         } else {
             ops.remove(events)
         };
         if let Err(error) = changed {
-            tracing::error!(?error, "a tap cannot be watched");
+            tracing::error!(?error, "a queue of frames cannot be watched");
         }
     }
 }

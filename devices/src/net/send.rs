@@ -1,11 +1,11 @@
-//! From guest memory to the TAP.
+//! From guest memory to the other end.
 
 use std::io;
 
-use blanket_drivers::tap::{HEADER_LEN, TapQueue};
+use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::IoVec;
 
-use super::Direction;
+use super::{Direction, FrameQueue};
 
 /// The longest frame: a 64 KiB datagram with its Ethernet and VLAN headers.
 const LONGEST: usize = HEADER_LEN + 14 + 4 + 65536;
@@ -13,9 +13,9 @@ const LONGEST: usize = HEADER_LEN + 14 + 4 + 65536;
 /// What became of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {
-    /// The node has it.
+    /// The other end has it.
     Passed,
-    /// The node had no room for it.
+    /// The other end had no room for it.
     Dropped,
     /// It is malformed.
     Refused,
@@ -25,14 +25,14 @@ pub(crate) enum Sent {
 ///
 /// # Safety
 /// The memory behind `frame` is mapped.
-pub(crate) unsafe fn send(tap: &TapQueue, frame: &[IoVec], metrics: &Direction) -> Sent {
+pub(crate) unsafe fn send(queue: &dyn FrameQueue, frame: &[IoVec], metrics: &Direction) -> Sent {
     let len = IoVec::total(frame);
     if !(HEADER_LEN..=LONGEST).contains(&len) {
         metrics.refuse_one();
         return Sent::Refused;
     }
     // SAFETY: the caller's promise.
-    match unsafe { tap.writev(frame) } {
+    match unsafe { queue.writev(frame) } {
         Ok(_) => {
             metrics.passed(len - HEADER_LEN);
             Sent::Passed

@@ -71,8 +71,13 @@ pub trait Device: Send {
     /// Name for people, logs and metrics, like `net0`.
     fn name(&self) -> &str;
 
-    /// Features offered besides [`TRANSPORT_FEATURES`].
+    /// Features offered besides [`Device::transport_features`].
     fn features(&self) -> u64;
+
+    /// Those of [`TRANSPORT_FEATURES`] that whoever serves the queues has.
+    fn transport_features(&self) -> u64 {
+        TRANSPORT_FEATURES
+    }
 
     /// Largest size of each queue (powers of two).
     fn queue_sizes(&self) -> &[u16];

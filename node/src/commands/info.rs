@@ -158,6 +158,8 @@ fn describe_device(device: &DeviceInfo) -> String {
     };
     add("at", device.address.clone());
     add("tap", device.tap.clone());
+    let backend = device.vhost_user.as_ref();
+    add("vhost-user", backend.map(|path| path.display().to_string()));
     add("mac", device.mac.map(|mac| mac.to_string()));
     add(
         "image",

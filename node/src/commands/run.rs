@@ -113,8 +113,11 @@ pub(super) fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
         [socket, log].into_iter().flatten()
     });
     let disks = config.disk.iter_mut().map(|disk| &mut disk.path);
+    let backends = config.net.iter_mut();
+    let backends = backends.filter_map(|net| net.vhost_user.as_mut());
+    let others = disks.chain(backends).chain(port_paths);
     let images = [&mut config.kernel, &mut config.initrd];
-    for path in images.into_iter().flatten().chain(disks).chain(port_paths) {
+    for path in images.into_iter().flatten().chain(others) {
         *path = std::path::absolute(&*path)
             .with_context(|| format!("the path '{}'", path.display()))?;
     }

@@ -172,6 +172,9 @@ pub struct DeviceInfo {
     /// Network: the tap on the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// Network: the socket of its vhost-user backend.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<PathBuf>,
     /// Network: the guest's hardware address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,

@@ -8,8 +8,9 @@ use blanket_devices::legacy::serial::Serial;
 use blanket_devices::lifecycle::{self, Lifecycle, SavedState};
 use blanket_devices::pci::PciBus;
 use blanket_devices::platform;
+use blanket_devices::virtio::net::{Net, PassedNet};
 use blanket_devices::virtio::pci::{BAR_SIZE, Context, VirtioPci};
-use blanket_devices::virtio::{Device, blk::Block, console::Console, net::Net, rng::Rng};
+use blanket_devices::virtio::{Device, blk::Block, console::Console, rng::Rng};
 use blanket_devices::worker::{STACK, Workers};
 use blanket_memory::GuestRam;
 use kvm_bindings::kvm_cpuid_entry2;
@@ -25,7 +26,7 @@ use super::{cpuid, registers};
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
 use crate::config::VmConfig;
 use crate::jail::Class;
-use crate::machine::open::{Disk, Interface};
+use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
     self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
     setup, spawn_workers,
@@ -400,17 +401,29 @@ impl Builder {
     }
 
     fn add_interface(&mut self, index: usize, interface: Interface) -> Result<(), Error> {
-        let net = Net::new(
-            format!("net{index}"),
-            interface.tap,
-            interface.mac,
-            interface.mtu,
-        )
-        .map_err(resource("set up a network interface"))?;
-        let tap = net.tap_name().to_owned();
-        let info = self.add(Box::new(net), "virtio-net")?;
-        info.tap = Some(tap);
-        info.mac = Some(interface.mac);
+        let name = format!("net{index}");
+        let failed = resource("set up a network interface");
+        let (mac, mtu) = (interface.mac, interface.mtu);
+        let info = match interface.attachment {
+            Attachment::Tap(tap) => {
+                let net = Net::new(name, tap, mac, mtu).map_err(failed)?;
+                let tap = net.tap_name().to_owned();
+                let info = self.add(Box::new(net), "virtio-net")?;
+                info.tap = Some(tap);
+                info
+            }
+            Attachment::VhostUser(backend) => {
+                let path = backend.path().to_owned();
+                let net = backend
+                    .keep(|| setup(Class::VhostUser))
+                    .and_then(|backend| PassedNet::new(name, backend, &self.ram, mac, mtu))
+                    .map_err(failed)?;
+                let info = self.add(Box::new(net), "virtio-net")?;
+                info.vhost_user = Some(path);
+                info
+            }
+        };
+        info.mac = Some(mac);
         Ok(())
     }
 

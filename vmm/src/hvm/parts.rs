@@ -35,7 +35,9 @@ impl Parts {
             config.memory(),
         )?;
         let host = kvm::open(config)?;
-        let ram = blanket_memory::build(&open::memory(config, config.memory()))?;
+        // A backend maps it.
+        let shared = config.net.iter().any(|net| net.vhost_user.is_some());
+        let ram = blanket_memory::build(&open::memory(config, config.memory(), shared))?;
         let queues = config.default_queues();
         let disks = config.disk.iter().map(|disk| open_disk(disk, queues));
         let disks = disks.collect::<Result<_, _>>()?;

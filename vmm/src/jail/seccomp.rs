@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::mem::MaybeUninit;
 
-use blanket_devices::char as char_device;
+use blanket_devices::{char as char_device, vhost_user};
 use blanket_drivers::{store, tap};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -29,6 +29,8 @@ pub enum Class {
     Store,
     /// The thread of a pv machine's xenstore: it connects devices.
     XenBus,
+    /// A thread that keeps the connection to a vhost-user backend.
+    VhostUser,
     /// A thread that populates guest memory.
     Populate,
 }
@@ -184,6 +186,7 @@ impl Class {
                 store::THREAD_SYSCALLS,
                 tap::SYSCALLS,
                 char_device::SYSCALLS,
+                vhost_user::SYSCALLS,
             ],
             Self::Main => &[MAIN],
             // A vCPU that sets up or resets a device works on its queues.
@@ -216,6 +219,8 @@ impl Class {
                 tap::SYSCALLS,
                 char_device::SYSCALLS,
             ],
+            // With Unix sockets: see `program`.
+            Self::VhostUser => &[vhost_user::SYSCALLS],
             // madvise is everybody's.
             Self::Populate => &[],
         };
@@ -236,15 +241,24 @@ impl Class {
             // Routes and doorbells follow the guest's wishes.
             Self::Vcpu | Self::XenBus => Ioctls::Kvm(list(&[tap::IOCTLS])),
             Self::Worker => Ioctls::Only(list(&[tap::IOCTLS, char_device::IOCTLS])),
-            Self::Store | Self::Populate => Ioctls::Only(Vec::new()),
+            Self::Store | Self::VhostUser | Self::Populate => Ioctls::Only(Vec::new()),
         }
     }
 }
 
 /// A rule for ioctls whose request, under `mask`, is `value`.
 fn ioctl_rule(mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    argument_rule(1, mask, value)
+}
+
+/// A rule for calls whose argument number `index`, under `mask`, is `value`.
+fn argument_rule(
+    index: u8,
+    mask: u64,
+    value: u64,
+) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(
-        1,
+        index,
         SeccompCmpArgLen::Dword,
         SeccompCmpOp::MaskedEq(mask),
         value,
@@ -256,7 +270,7 @@ fn ioctl_rule(mask: u64, value: u64) -> Result<SeccompRule, seccompiler::Backend
 /// # Errors
 /// The rules do not compile: a defect of this module.
 pub fn program(class: Class) -> io::Result<BpfProgram> {
-    const ANY_REQUEST: u64 = 0xffff_ffff;
+    const WHOLE: u64 = 0xffff_ffff;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = class
         .syscalls()
         .into_iter()
@@ -276,10 +290,14 @@ pub fn program(class: Class) -> io::Result<BpfProgram> {
         ioctls.push(ioctl_rule(0xff00, KVM_TYPE << 8).map_err(io::Error::other)?);
     }
     for request in requests {
-        ioctls.push(ioctl_rule(ANY_REQUEST, request).map_err(io::Error::other)?);
+        ioctls.push(ioctl_rule(WHOLE, request).map_err(io::Error::other)?);
     }
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);
+    }
+    if class == Class::VhostUser {
+        let unix = argument_rule(0, WHOLE, libc::AF_UNIX as u64);
+        rules.insert(libc::SYS_socket, vec![unix.map_err(io::Error::other)?]);
     }
     SeccompFilter::new(
         rules,
@@ -351,12 +369,13 @@ pub fn report_refusals() -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const ALL: [Class; 6] = [
+    const ALL: [Class; 7] = [
         Class::Setup,
         Class::Main,
         Class::Vcpu,
         Class::Worker,
         Class::Store,
+        Class::VhostUser,
         Class::Populate,
     ];
 

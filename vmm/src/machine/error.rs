@@ -68,6 +68,9 @@ pub enum Error {
     /// A network interface.
     #[error(transparent)]
     Tap(#[from] blanket_drivers::tap::Error),
+    /// A network interface's backend.
+    #[error(transparent)]
+    VhostUser(#[from] blanket_devices::vhost_user::Error),
     /// A serial port or console.
     #[error(transparent)]
     Char(#[from] blanket_devices::char::Error),

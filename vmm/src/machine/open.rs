@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use blanket_devices::char::{self, CharPort};
+use blanket_devices::vhost_user::Opened;
 use blanket_drivers::mac::MacAddress;
 use blanket_drivers::store::{self, Image};
 use blanket_drivers::tap::{self, Tap};
@@ -23,13 +24,20 @@ pub(crate) struct Disk {
 
 /// An opened interface.
 pub(crate) struct Interface {
-    pub tap: Tap,
+    pub attachment: Attachment,
     pub mac: MacAddress,
     pub mtu: Option<u16>,
 }
 
-/// How to map `size` bytes of memory.
-pub(crate) fn memory(config: &VmConfig, size: u64) -> Spec {
+/// What an interface is attached to.
+pub(crate) enum Attachment {
+    Tap(Tap),
+    VhostUser(Opened),
+}
+
+/// How to map `size` bytes of memory. Where the configuration does not say, it
+/// is `shared` if others have to map it.
+pub(crate) fn memory(config: &VmConfig, size: u64, shared: bool) -> Spec {
     Spec {
         size,
         backing: match config.hugepages.unwrap_or_default() {
@@ -38,7 +46,7 @@ pub(crate) fn memory(config: &VmConfig, size: u64) -> Spec {
             HugePages::Hugetlb2M => Backing::Hugetlb { shift: 21 },
             HugePages::Hugetlb1G => Backing::Hugetlb { shift: 30 },
         },
-        shared: config.shared_memory.unwrap_or(false),
+        shared: config.shared_memory.unwrap_or(shared),
     }
 }
 
@@ -60,19 +68,26 @@ pub(crate) fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error>
 }
 
 pub(crate) fn open_interface(config: &NetConfig, queues: u16) -> Result<Interface, Error> {
+    let attachment = match &config.vhost_user {
+        Some(path) => Attachment::VhostUser(Opened::connect(path, config.queues.unwrap_or(1))?),
+        None => Attachment::Tap(open_tap(config, queues)?),
+    };
+    Ok(Interface {
+        attachment,
+        mac: config.mac.map_or_else(random_mac, Ok)?,
+        mtu: config.mtu,
+    })
+}
+
+fn open_tap(config: &NetConfig, queues: u16) -> Result<Tap, Error> {
     let host_ip = config.host_ip.as_deref().map(tap::parse_host_ip);
-    let tap = Tap::open(&tap::Spec {
+    Ok(Tap::open(&tap::Spec {
         name: config.tap.clone(),
         bridge: config.bridge.clone(),
         host_ip: host_ip.transpose()?,
         mtu: config.mtu,
         queues: config.queues.unwrap_or(queues),
-    })?;
-    Ok(Interface {
-        tap,
-        mac: config.mac.map_or_else(random_mac, Ok)?,
-        mtu: config.mtu,
-    })
+    })?)
 }
 
 fn random<const N: usize>() -> Result<[u8; N], Error> {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blanket_devices::lifecycle::{self, Lifecycle, SavedState};
+use blanket_devices::net;
 use blanket_devices::worker::Workers;
 use blanket_devices::xen::blkif::{self, Block};
 use blanket_devices::xen::bus::{self, Backend, SharedPages, XenBus};
@@ -32,7 +33,7 @@ use super::time::Time;
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
 use crate::config::{ByteSize, VmConfig};
 use crate::jail::Class;
-use crate::machine::open::{Disk, Interface};
+use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
     self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
     setup, spawn_workers,
@@ -243,16 +244,26 @@ fn add_interface(
     interface: Interface,
 ) -> Result<(Box<dyn Backend>, DeviceInfo), Error> {
     let name = format!("net{index}");
-    let info = DeviceInfo {
+    let failed = resource("set up a network interface");
+    let mut info = DeviceInfo {
         kind: "xen-vif".to_owned(),
-        tap: Some(interface.tap.name().to_owned()),
         mac: Some(interface.mac),
         name: name.clone(),
         ..DeviceInfo::default()
     };
-    let backend = Netif::new(index, name, interface.tap, interface.mac, interface.mtu)
-        .map_err(resource("set up a network interface"))?;
-    Ok((Box::new(backend), info))
+    let attachment = match interface.attachment {
+        Attachment::Tap(tap) => {
+            info.tap = Some(tap.name().to_owned());
+            net::Attachment::Tap(tap)
+        }
+        Attachment::VhostUser(backend) => {
+            info.vhost_user = Some(backend.path().to_owned());
+            let kept = backend.keep(|| setup(Class::VhostUser));
+            net::Attachment::VhostUser(kept.map_err(&failed)?)
+        }
+    };
+    let backend = Netif::new(index, name, attachment, interface.mac, interface.mtu);
+    Ok((Box::new(backend.map_err(failed)?), info))
 }
 
 impl machine::Machine for Machine {

@@ -59,7 +59,7 @@ impl Parts {
         let (vm, cpu, cpuid) = open_kvm(config, hardware)?;
         let area = area_size(memory);
         let ram = blanket_memory::build_at(
-            &open::memory(config, memory + area),
+            &open::memory(config, memory + area, false),
             &[(GuestAddress(0), memory), (GuestAddress(layout::GPA), area)],
         )?;
         let queues = config.default_queues();

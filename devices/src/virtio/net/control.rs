@@ -1,5 +1,6 @@
 //! The control queue (virtio 1.2, 5.1.6.5).
 
+use std::io;
 use std::sync::Arc;
 
 use blanket_drivers::mac::MacAddress;
@@ -8,7 +9,6 @@ use virtio_bindings::virtio_net as net;
 
 use super::super::queue::{Buffers, read_bytes, watch, write_bytes};
 use super::super::{QueueHandler, VirtQueue};
-use super::Shared;
 use super::pair::wake;
 use crate::worker::Handler;
 
@@ -17,19 +17,31 @@ const BUDGET: usize = 64;
 /// Bytes of a command that are looked at: class, command and a short argument.
 const MAX_COMMAND: usize = 2 + 6;
 
+/// What the driver sets by its commands.
+pub(super) trait Settable: Send + Sync {
+    /// Uses the first `pairs` pairs of queues only.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    fn set_pairs(&self, pairs: u16) -> io::Result<()>;
+
+    /// Takes another address.
+    fn set_mac(&self, mac: MacAddress);
+}
+
 pub(super) struct Control {
     queue: [VirtQueue; 1],
-    shared: Arc<Shared>,
+    interface: Arc<dyn Settable>,
     /// Queue pairs that the driver may use.
     most_pairs: u16,
     buffers: Buffers,
 }
 
 impl Control {
-    pub(super) fn new(queue: VirtQueue, shared: &Arc<Shared>, most_pairs: u16) -> Self {
+    pub(super) fn new(queue: VirtQueue, interface: Arc<dyn Settable>, most_pairs: u16) -> Self {
         Self {
             queue: [queue],
-            shared: Arc::clone(shared),
+            interface,
             most_pairs,
             buffers: Buffers::default(),
         }
@@ -70,16 +82,16 @@ impl Control {
                 if !(1..=self.most_pairs).contains(&pairs) {
                     return None;
                 }
-                let set = self.shared.port.set_queues(pairs);
-                set.inspect_err(|error| tracing::warn!(pairs, %error, "the tap's queues"))
+                let set = self.interface.set_pairs(pairs);
+                set.inspect_err(|error| tracing::warn!(pairs, %error, "the queues"))
                     .ok()
             }
             (net::VIRTIO_NET_CTRL_MAC, net::VIRTIO_NET_CTRL_MAC_ADDR_SET) => {
                 let mac = MacAddress(*argument.first_chunk()?);
-                mac.is_unicast().then(|| *self.shared.mac() = mac)
+                mac.is_unicast().then(|| self.interface.set_mac(mac))
             }
-            // Filters are the driver's offer to receive less. The TAP passes
-            // every frame that the node sends here, which they allow for
+            // Filters are the driver's offer to receive less. The other end
+            // passes every frame that the node sends here, which they allow for
             // ("best effort", 5.1.6.5.1), so there is nothing to keep.
             (net::VIRTIO_NET_CTRL_MAC, net::VIRTIO_NET_CTRL_MAC_TABLE_SET) => Some(()),
             (

@@ -1,8 +1,7 @@
-//! A pair of queues and their TAP queue.
+//! A pair of virtqueues and their queue of frames.
 
 use std::sync::Arc;
 
-use blanket_drivers::tap::TapQueue;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
 use super::super::queue::watch;
@@ -10,33 +9,33 @@ use super::super::{Interrupt, QueueHandler, VirtQueue};
 use super::Shared;
 use super::rx::Rx;
 use super::tx::Tx;
-use crate::net::{Outcome, TapWatch};
+use crate::net::{FrameQueue, FrameWatch, Outcome};
 use crate::worker::Handler;
 
 const RX_KICK: u32 = 0;
 const TX_KICK: u32 = 1;
-const TAP: u32 = 2;
+const FRAMES: u32 = 2;
 
 pub(super) struct Pair {
     queues: [VirtQueue; 2],
     rx: Rx,
     tx: Tx,
-    tap: TapWatch,
+    watch: FrameWatch,
     shared: Arc<Shared>,
 }
 
 impl Pair {
     pub(super) fn new(
         queues: [VirtQueue; 2],
-        tap: &Arc<TapQueue>,
+        frames: &Arc<dyn FrameQueue>,
         mergeable: bool,
         interrupt: &Arc<dyn Interrupt>,
         shared: &Arc<Shared>,
     ) -> Self {
         Self {
-            rx: Rx::new(tap, mergeable, &queues[0], interrupt),
-            tx: Tx::new(tap),
-            tap: TapWatch::new(tap, TAP),
+            rx: Rx::new(frames, mergeable, &queues[0], interrupt),
+            tx: Tx::new(frames),
+            watch: FrameWatch::new(frames, FRAMES),
             queues,
             shared: Arc::clone(shared),
         }
@@ -45,9 +44,9 @@ impl Pair {
     fn receive(&mut self, ops: &mut EventOps) {
         let outcome = self
             .rx
-            .receive(&mut self.queues[0], &self.shared.port.metrics.rx);
-        self.tap.follow(outcome, ops);
-        // The TAP reports what is left of itself, unless a frame is at hand.
+            .receive(&mut self.queues[0], self.shared.port.received());
+        self.watch.follow(outcome, ops);
+        // The queue reports what is left in it, unless a frame is at hand.
         if outcome == Outcome::More {
             wake(&self.queues[0]);
         }
@@ -63,7 +62,7 @@ pub(super) fn wake(queue: &VirtQueue) {
 
 impl MutEventSubscriber for Pair {
     fn init(&mut self, ops: &mut EventOps) {
-        self.tap.forget();
+        self.watch.forget();
         let [rx, tx] = &self.queues;
         if let Err(error) =
             watch(ops, &rx.kick, RX_KICK).and_then(|()| watch(ops, &tx.kick, TX_KICK))
@@ -78,11 +77,11 @@ impl MutEventSubscriber for Pair {
                 self.queues[0].take_kick();
                 self.receive(ops);
             }
-            TAP => self.receive(ops),
+            FRAMES => self.receive(ops),
             _ => {
                 let queue = &mut self.queues[1];
                 queue.take_kick();
-                if self.tx.send(queue, &self.shared.port.metrics.tx) {
+                if self.tx.send(queue, self.shared.port.sent()) {
                     wake(queue);
                 }
             }
@@ -97,7 +96,7 @@ impl Handler for Pair {
 
     fn quiesce(&mut self) {
         self.rx
-            .give_back(&mut self.queues[0], &self.shared.port.metrics.rx);
+            .give_back(&mut self.queues[0], self.shared.port.received());
     }
 }
 

@@ -1,17 +1,17 @@
-//! From the TAP to the guest.
+//! From the other end to the guest.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use blanket_drivers::tap::{HEADER_LEN, TapQueue};
+use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::IoVec;
 use virtio_queue::QueueT;
 
 use super::super::queue::Buffers;
 use super::super::{Interrupt, VirtQueue};
 use super::used::UsedFrames;
-use crate::net::{Direction, Frame, Outcome, Spill, copy_at, read_failed};
+use crate::net::{Direction, Frame, FrameQueue, Outcome, Spill, copy_at, read_failed};
 
 /// Frames that are received before others have their turn.
 const BUDGET: usize = 128;
@@ -38,7 +38,7 @@ enum Fate {
 }
 
 pub(super) struct Rx {
-    tap: Arc<TapQueue>,
+    frames: Arc<dyn FrameQueue>,
     mergeable: bool,
     chains: VecDeque<Chain>,
     /// The chains' pieces in order.
@@ -54,13 +54,13 @@ pub(super) struct Rx {
 
 impl Rx {
     pub(super) fn new(
-        tap: &Arc<TapQueue>,
+        frames: &Arc<dyn FrameQueue>,
         mergeable: bool,
         queue: &VirtQueue,
         interrupt: &Arc<dyn Interrupt>,
     ) -> Self {
         Self {
-            tap: Arc::clone(tap),
+            frames: Arc::clone(frames),
             mergeable,
             chains: VecDeque::new(),
             pieces: Vec::new(),
@@ -129,7 +129,7 @@ impl Rx {
         }
     }
 
-    /// Takes one step with the frame that waits, or with the TAP's next.
+    /// Takes one step with the frame that waits, or with the next one.
     fn advance(&mut self, queue: &mut VirtQueue, metrics: &Direction) -> Outcome {
         if queue.is_broken() || self.chains.is_empty() {
             return Outcome::Starved;
@@ -160,7 +160,7 @@ impl Rx {
     fn read(&mut self) -> io::Result<Frame> {
         let kept = self.pieces.split_off(self.pieces.len().min(MAX_PIECES));
         // SAFETY: the pieces lie in guest memory, which the queue keeps mapped.
-        let frame = unsafe { self.spill.read(&self.tap, &mut self.pieces) };
+        let frame = unsafe { self.spill.read(&*self.frames, &mut self.pieces) };
         self.pieces.extend(kept);
         frame
     }

@@ -3,7 +3,7 @@ use super::super::{Interrupt, VirtQueue};
 use super::rx::Rx;
 use super::tx::Tx;
 use super::*;
-use crate::net::{Metrics, Outcome};
+use crate::net::{FrameQueue, Metrics, Outcome};
 use crate::worker::Worker;
 use blanket_drivers::tap::{HEADER_LEN, Spec, TapQueue};
 use blanket_memory::GuestRam;
@@ -22,7 +22,7 @@ const BUFFERS: u64 = 0x10_0000;
 struct Rig {
     driver: Driver,
     queue: VirtQueue,
-    tap: Arc<TapQueue>,
+    tap: Arc<dyn FrameQueue>,
     peer: UnixDatagram,
     metrics: Metrics,
 }
@@ -444,9 +444,9 @@ fn the_control_queue_steers_pairs_and_the_address_and_refuses_the_rest() {
             read(&memory, 0xa000, 1)[0]
         };
         assert_eq!(ask(&[4, 0, 3, 0]), 0);
-        assert_eq!(device.shared.port.queues(), 3);
+        assert_eq!(device.shared.port.used_queues(), 3);
         assert_eq!(ask(&[4, 0, 2, 0]), 0);
-        assert_eq!(device.shared.port.queues(), 2);
+        assert_eq!(device.shared.port.used_queues(), 2);
         for bad in [
             &[4, 0, 0, 0][..],
             &[4, 0, 4, 0],
@@ -458,13 +458,13 @@ fn the_control_queue_steers_pairs_and_the_address_and_refuses_the_rest() {
         ] {
             assert_eq!(ask(bad), 1, "{bad:?}");
         }
-        assert_eq!(device.shared.port.queues(), 2);
+        assert_eq!(device.shared.port.used_queues(), 2);
         assert_eq!(ask(&[1, 1, 2, 0, 0, 0, 0, 9]), 0);
         assert_eq!(device.config()[..6], [2, 0, 0, 0, 0, 9]);
         assert_eq!(ask(&[0, 0, 1]), 0);
         let saved = device.save(&[]).unwrap();
         device.reset(Vec::new());
-        assert_eq!(device.shared.port.queues(), 1);
+        assert_eq!(device.shared.port.used_queues(), 1);
         assert_eq!(device.config()[..6], MAC.0);
         device.restore(&saved).unwrap();
         assert_eq!((device.pairs, device.config()[5]), (2, 9));

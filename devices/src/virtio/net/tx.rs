@@ -1,25 +1,23 @@
-//! From the guest to the TAP.
+//! From the guest to the other end.
 
 use std::sync::Arc;
 
-use blanket_drivers::tap::TapQueue;
-
 use super::super::VirtQueue;
 use super::super::queue::Buffers;
-use crate::net::{Direction, send};
+use crate::net::{Direction, FrameQueue, send};
 
 /// Frames that are sent before others have their turn.
 const BUDGET: usize = 128;
 
 pub(super) struct Tx {
-    tap: Arc<TapQueue>,
+    frames: Arc<dyn FrameQueue>,
     buffers: Buffers,
 }
 
 impl Tx {
-    pub(super) fn new(tap: &Arc<TapQueue>) -> Self {
+    pub(super) fn new(frames: &Arc<dyn FrameQueue>) -> Self {
         Self {
-            tap: Arc::clone(tap),
+            frames: Arc::clone(frames),
             buffers: Buffers::default(),
         }
     }
@@ -46,6 +44,6 @@ impl Tx {
 
     fn send_one(&self, metrics: &Direction) {
         // SAFETY: the pieces lie in guest memory, which the queue keeps mapped.
-        unsafe { send(&self.tap, &self.buffers.readable, metrics) };
+        unsafe { send(&*self.frames, &self.buffers.readable, metrics) };
     }
 }

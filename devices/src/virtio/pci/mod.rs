@@ -25,7 +25,7 @@ use virtio_bindings::virtio_config as status;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, Device, Interrupt, QueueHandler, TRANSPORT_FEATURES, VirtQueue};
+use super::{Activation, Device, Interrupt, QueueHandler, VirtQueue};
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::{Msix, SharedWiring};
 use crate::worker::{Handler, HandlerId, Workers};
@@ -157,7 +157,7 @@ impl VirtioPci {
     }
 
     fn features(&self) -> u64 {
-        self.device.features() | TRANSPORT_FEATURES
+        self.device.features() | self.device.transport_features()
     }
 
     /// The status register, with `DEVICE_NEEDS_RESET` where it applies.

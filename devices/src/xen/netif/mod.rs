@@ -1,13 +1,14 @@
 //! The network interface of a `pv` machine (`xen/include/public/io/netif.h`)
-//! on a TAP.
+//! on a TAP, or on a vhost-user backend.
 //!
 //! A queue is a ring of packets to send, a ring of buffers for packets to
-//! receive, and a queue of the TAP; `Queue` owns the three on one worker. As
-//! with virtio, packets go between the guest's pages and the kernel in one
-//! system call each, without a copy in between. TCP packets up to 64 KiB stay
+//! receive, and a queue of the other end; `Queue` owns the three on one worker.
+//! As with virtio, packets go between the guest's pages and the kernel in one
+//! system call each, without a copy in between; to and from a backend they are
+//! copied once, without a system call. TCP packets up to 64 KiB stay
 //! whole in both directions, and checksums are left to whoever has to compute
 //! them: the flags and extras of Xen's rings are translated to the virtio
-//! header of a TAP's frames, and back.
+//! header of the other end's frames, and back.
 //!
 //! # Grants
 //!
@@ -44,14 +45,14 @@ use std::io;
 use std::sync::Arc;
 
 use blanket_drivers::mac::MacAddress;
-use blanket_drivers::tap::{self, Tap};
+use blanket_drivers::tap::{self, Offloads};
 
 use super::bus::{self, Backend, Context};
 use super::channel::Channel;
 use super::grant::{self, Access, Grant};
 use super::ring::{self, Indices, Ring};
 use crate::lifecycle::{self, SavedState};
-use crate::net::Port;
+use crate::net::{Attachment, Port};
 use crate::worker::{HandlerId, Workers};
 use queue::{Queue, Rings};
 use rx::Rx;
@@ -111,15 +112,16 @@ enum Place {
 
 impl Netif {
     /// Interface `index` of the guest, called `name` in logs and metrics, with
-    /// address `mac` on `tap`, with as many queues at most as the TAP has. The
-    /// guest is told `mtu` (in bytes) if there is one.
+    /// address `mac` on `attachment`, with as many queues at most as that has.
+    /// The guest is told `mtu` (in bytes) if there is one.
     ///
     /// # Errors
-    /// The TAP's spare queues cannot be detached.
+    /// A TAP's spare queues cannot be detached, or a backend lacks what the
+    /// monitor needs of it.
     pub fn new(
         index: u32,
         name: impl Into<String>,
-        tap: Tap,
+        attachment: impl Into<Attachment>,
         mac: MacAddress,
         mtu: Option<u16>,
     ) -> io::Result<Self> {
@@ -129,21 +131,15 @@ impl Netif {
             mtu,
             shared: Arc::new(Shared {
                 name: name.into(),
-                port: Port::new(tap)?,
+                port: Port::new(attachment.into())?,
             }),
             connection: None,
         })
     }
 
-    /// Name of the TAP on the node.
-    #[must_use]
-    pub fn tap_name(&self) -> &str {
-        self.shared.port.tap().name()
-    }
-
     /// Queues that a frontend may have.
     fn most_queues(&self) -> usize {
-        self.shared.port.tap().queues().len()
+        self.shared.port.queues().len()
     }
 
     /// Takes up the connection that `state` describes, with all queues at rest.
@@ -163,7 +159,7 @@ impl Netif {
             queues,
         });
         let port = &self.shared.port;
-        port.tap().set_offloads(state.features.offloads())?;
+        port.peer().set_offloads(state.features.offloads())?;
         port.set_queues(connection.queues.len() as u16)?;
         Ok(())
     }
@@ -175,8 +171,8 @@ impl Netif {
         features: Features,
         context: &Context,
     ) -> Result<Box<Queue>, bus::Error> {
-        let tap = self.shared.port.tap().queues().get(index);
-        let tap = tap.ok_or_else(|| bus::Error::Refused(format!("no queue {index}")))?;
+        let frames = self.shared.port.queues().get(index);
+        let frames = frames.ok_or_else(|| bus::Error::Refused(format!("no queue {index}")))?;
         let grants = &context.grants;
         let tx = open_ring(
             grants.map(state.tx.reference, Access::Write)?,
@@ -201,7 +197,7 @@ impl Netif {
         Ok(Box::new(Queue::new(
             index as u16,
             rings,
-            (Tx::new(tap, grants), Rx::new(tap, grants, features)),
+            (Tx::new(frames, grants), Rx::new(frames, grants, features)),
             &self.shared,
             &context.fault,
         )))
@@ -213,6 +209,7 @@ impl Netif {
         let Some(connection) = &mut self.connection else {
             return Ok(());
         };
+        self.shared.port.peer().start();
         let workers = &connection.workers;
         let queues = std::mem::take(&mut connection.queues);
         for (i, place) in queues.into_iter().enumerate() {
@@ -241,7 +238,7 @@ impl Netif {
                 *place = Place::Parked(queue);
             }
         }
-        Ok(())
+        self.shared.port.peer().stop()
     }
 
     /// Forgets the frontend.
@@ -290,10 +287,18 @@ impl Backend for Netif {
 
     fn offer(&self) -> Vec<(String, String)> {
         let queues = self.most_queues().to_string();
+        let taken = self.shared.port.peer().takes();
+        let takes = |bit| {
+            if taken.contains(Offloads(bit)) {
+                "1"
+            } else {
+                "0"
+            }
+        };
         [
             ("feature-sg", "1"),
-            ("feature-gso-tcpv4", "1"),
-            ("feature-gso-tcpv6", "1"),
+            ("feature-gso-tcpv4", takes(libc::TUN_F_TSO4)),
+            ("feature-gso-tcpv6", takes(libc::TUN_F_TSO6)),
             ("feature-ipv6-csum-offload", "1"),
             ("feature-no-csum-offload", "0"),
             ("feature-rx-copy", "1"),
@@ -380,6 +385,6 @@ impl Backend for Netif {
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        self.shared.port.metrics.read()
+        self.shared.port.read_metrics()
     }
 }

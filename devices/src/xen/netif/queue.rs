@@ -1,4 +1,4 @@
-//! A pair of rings and their TAP queue.
+//! A pair of rings and their queue of frames.
 
 use std::sync::Arc;
 
@@ -8,13 +8,13 @@ use vmm_sys_util::epoll::EventSet;
 use super::rx::{Rx, RxRing};
 use super::tx::{Tx, TxRing};
 use super::{Broken, Shared};
-use crate::net::{Outcome, TapWatch};
+use crate::net::{FrameWatch, Outcome};
 use crate::worker::Handler;
 use crate::xen::channel::Channel;
 
 const TX: u32 = 0;
 const RX: u32 = 1;
-const TAP: u32 = 2;
+const FRAMES: u32 = 2;
 
 /// The rings of a queue with their event channels.
 pub(super) struct Rings {
@@ -37,7 +37,7 @@ pub(super) struct Queue {
     rings: Rings,
     tx: Tx,
     rx: Rx,
-    tap: TapWatch,
+    watch: FrameWatch,
     shared: Arc<Shared>,
     /// Tells the bus that a ring is broken.
     fault: Arc<dyn Fn() + Send + Sync>,
@@ -55,7 +55,7 @@ impl Queue {
         Self {
             index,
             rings,
-            tap: TapWatch::new(rx.tap(), TAP),
+            watch: FrameWatch::new(rx.frames(), FRAMES),
             tx,
             rx,
             shared: Arc::clone(shared),
@@ -71,7 +71,7 @@ impl Queue {
 
     fn send(&mut self) -> Result<(), Broken> {
         let channel = &self.rings.tx_channel;
-        let metrics = &self.shared.port.metrics.tx;
+        let metrics = self.shared.port.sent();
         let notify = || channel.notify();
         if self.tx.send(&mut self.rings.tx, metrics, &notify)? {
             channel.wake();
@@ -81,11 +81,11 @@ impl Queue {
 
     fn receive(&mut self, ops: &mut EventOps) -> Result<(), Broken> {
         let channel = &self.rings.rx_channel;
-        let metrics = &self.shared.port.metrics.rx;
+        let metrics = self.shared.port.received();
         let notify = || channel.notify();
         let outcome = self.rx.receive(&mut self.rings.rx, metrics, &notify)?;
-        self.tap.follow(outcome, ops);
-        // The TAP reports what is left of itself, unless a frame is at hand.
+        self.watch.follow(outcome, ops);
+        // The queue reports what is left in it, unless a frame is at hand.
         if outcome == Outcome::More {
             channel.wake();
         }
@@ -112,14 +112,14 @@ impl Queue {
         let (name, queue) = (&self.shared.name, self.index);
         tracing::warn!(name, queue, %reason, "the guest broke a network ring");
         self.broken = true;
-        self.tap.follow(Outcome::Gone, ops);
+        self.watch.follow(Outcome::Gone, ops);
         (self.fault)();
     }
 }
 
 impl MutEventSubscriber for Queue {
     fn init(&mut self, ops: &mut EventOps) {
-        self.tap.forget();
+        self.watch.forget();
         let mut watch = |channel: &Channel, token| {
             let events = Events::with_data(channel.kick(), token, EventSet::IN);
             if let Err(error) = ops.add(events) {
@@ -150,7 +150,7 @@ impl Handler for Queue {
     }
 
     fn quiesce(&mut self) {
-        let metrics = &self.shared.port.metrics.rx;
+        let metrics = self.shared.port.received();
         self.rx.give_back(&mut self.rings.rx, metrics);
     }
 }

@@ -1,9 +1,9 @@
-//! From the TAP to the guest.
+//! From the other end to the guest.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use blanket_drivers::tap::{HEADER_LEN, TapQueue};
+use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::{IoVec, iovec};
 
 use super::Broken;
@@ -11,7 +11,7 @@ use super::abi::{
     Gso, MAX_SLOTS, RX_EXTRA_INFO, RX_MORE_DATA, RX_SLOT, RxRequest, gso_extra, rx_response,
 };
 use super::vnet::{self, Features};
-use crate::net::{Direction, Frame, Outcome, Spill, copy_at, read_failed};
+use crate::net::{Direction, Frame, FrameQueue, Outcome, Spill, copy_at, read_failed};
 use crate::xen::grant::{Access, Grant, GrantTable, PAGE};
 use crate::xen::ring::Ring;
 
@@ -39,7 +39,7 @@ struct Buffer {
 /// into the first page, the third and so on. The rare packet that is longer
 /// than a page and *not* to be segmented is moved by a page then.
 pub(super) struct Rx {
-    tap: Arc<TapQueue>,
+    frames: Arc<dyn FrameQueue>,
     grants: Arc<GrantTable>,
     features: Features,
     /// Slots of the longest packet.
@@ -53,7 +53,11 @@ pub(super) struct Rx {
 }
 
 impl Rx {
-    pub(super) fn new(tap: &Arc<TapQueue>, grants: &Arc<GrantTable>, features: Features) -> Self {
+    pub(super) fn new(
+        frames: &Arc<dyn FrameQueue>,
+        grants: &Arc<GrantTable>,
+        features: Features,
+    ) -> Self {
         let most = match (features.sg, features.gso()) {
             (false, _) => 1,
             (true, false) => LONGEST,
@@ -61,7 +65,7 @@ impl Rx {
         };
         debug_assert!(most <= MAX_SLOTS);
         Self {
-            tap: Arc::clone(tap),
+            frames: Arc::clone(frames),
             grants: Arc::clone(grants),
             features,
             most,
@@ -74,8 +78,8 @@ impl Rx {
     }
 
     /// Where frames come from.
-    pub(super) fn tap(&self) -> &Arc<TapQueue> {
-        &self.tap
+    pub(super) fn frames(&self) -> &Arc<dyn FrameQueue> {
+        &self.frames
     }
 
     /// Moves frames into the frontend's buffers. Calls `notify` when the
@@ -144,7 +148,7 @@ impl Rx {
         Ok(())
     }
 
-    /// Takes one step with the frame that waits, or with the TAP's next.
+    /// Takes one step with the frame that waits, or with the next one.
     fn advance(&mut self, ring: &mut RxRing, metrics: &Direction, done: &mut u32) -> Outcome {
         if self.buffers.is_empty() {
             return Outcome::Starved;
@@ -192,7 +196,7 @@ impl Rx {
         self.pieces.insert(0, header);
         // SAFETY: the first piece is the header, the others lie in guest
         // memory, which the grants in `buffers` keep mapped.
-        unsafe { self.spill.read(&self.tap, &mut self.pieces) }
+        unsafe { self.spill.read(&*self.frames, &mut self.pieces) }
     }
 
     /// Lets `pieces` be `len` bytes in the buffers, the second one left out if

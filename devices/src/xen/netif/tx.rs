@@ -1,8 +1,8 @@
-//! From the guest to the TAP.
+//! From the guest to the other end.
 
 use std::sync::Arc;
 
-use blanket_drivers::tap::{HEADER_LEN, TapQueue};
+use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::{IoVec, iovec};
 
 use super::Broken;
@@ -12,7 +12,7 @@ use super::abi::{
 };
 use super::packet::{ETHERNET, HEAD};
 use super::vnet;
-use crate::net::{Direction, Sent, send};
+use crate::net::{Direction, FrameQueue, Sent, send};
 use crate::xen::grant::{Access, Grant, GrantTable};
 use crate::xen::ring::Ring;
 
@@ -27,7 +27,7 @@ pub(super) type TxRing = Ring<TX_REQUEST, TX_RESPONSE>;
 
 /// Sends packets.
 pub(super) struct Tx {
-    tap: Arc<TapQueue>,
+    frames: Arc<dyn FrameQueue>,
     grants: Arc<GrantTable>,
     /// The packet's requests, in order.
     requests: Vec<TxRequest>,
@@ -42,9 +42,9 @@ pub(super) struct Tx {
 }
 
 impl Tx {
-    pub(super) fn new(tap: &Arc<TapQueue>, grants: &Arc<GrantTable>) -> Self {
+    pub(super) fn new(frames: &Arc<dyn FrameQueue>, grants: &Arc<GrantTable>) -> Self {
         Self {
-            tap: Arc::clone(tap),
+            frames: Arc::clone(frames),
             grants: Arc::clone(grants),
             requests: Vec::new(),
             extras: 0,
@@ -126,7 +126,7 @@ impl Tx {
         let status = if self.map().is_some() && self.prepare().is_some() {
             // SAFETY: the first piece is the head, the others lie in guest
             // memory, which the grants in `pages` keep mapped.
-            match unsafe { send(&self.tap, &self.pieces, metrics) } {
+            match unsafe { send(&*self.frames, &self.pieces, metrics) } {
                 Sent::Passed => Status::Okay,
                 Sent::Dropped => Status::Dropped,
                 Sent::Refused => Status::Error,

@@ -1,5 +1,5 @@
 //! Between Xen's flags and extras and the virtio header (virtio 1.2, 5.1.6) of
-//! a TAP's frames.
+//! frames at the other end.
 
 use blanket_drivers::tap::{HEADER_LEN, Offloads};
 use blanket_memory::IoVec;
@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net as net;
 
 use super::abi::{Gso, GsoKind, RX_CSUM_BLANK, RX_DATA_VALIDATED};
-use super::packet::{HEAD, Ip, Transport, complete_checksum};
+use super::packet::{HEAD, Ip, Transport};
+use crate::net::checksum;
 
 /// What the frontend takes from the backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +29,7 @@ impl Features {
         self.gso4 || self.gso6
     }
 
-    /// What the TAP need not do for this frontend.
+    /// What the other end need not do for this frontend.
     pub(super) fn offloads(&self) -> Offloads {
         let bit = |on, bit| if on { bit } else { 0 };
         Offloads(
@@ -83,7 +84,7 @@ pub(super) fn is_gso(header: &[u8; HEADER_LEN]) -> bool {
     u32::from(Header::parse(header).gso_kind) != net::VIRTIO_NET_HDR_GSO_NONE
 }
 
-/// The frontend's flags for a packet from the TAP, and how to segment it.
+/// The frontend's flags for a received packet, and how to segment it.
 pub(super) struct Received {
     pub(super) flags: u16,
     pub(super) gso: Option<Gso>,
@@ -119,7 +120,7 @@ pub(super) fn to_guest(
         return Some(Received { flags, gso });
     }
     let (start, offset) = (usize::from(header.start), usize::from(header.offset));
-    let done = gso.is_none() && complete_checksum(packet, start, offset);
+    let done = gso.is_none() && checksum::complete(packet, start, offset);
     done.then_some(Received {
         flags: RX_DATA_VALIDATED,
         gso,

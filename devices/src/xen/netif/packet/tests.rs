@@ -1,4 +1,6 @@
 use super::*;
+use crate::net::checksum;
+use blanket_memory::{IoVec, iovec};
 use proptest::prelude::*;
 
 /// An Ethernet header of `ether_type`, with VLAN tags before it.
@@ -136,9 +138,9 @@ fn a_checksum_is_that_of_the_worked_example() {
 fn a_place_outside_the_packet_is_refused() {
     let mut packet = vec![0; 60];
     let pieces = pieces(&mut packet, &[60]);
-    assert!(!complete_checksum(&pieces, 50, 9));
-    assert!(!complete_checksum(&pieces, 61, 0));
-    assert!(complete_checksum(&pieces, 50, 8));
+    assert!(!checksum::complete(&pieces, 50, 9));
+    assert!(!checksum::complete(&pieces, 61, 0));
+    assert!(checksum::complete(&pieces, 50, 8));
 }
 
 proptest! {
@@ -161,7 +163,7 @@ proptest! {
         let len = packet.len();
         transport.sum_pseudo_header(&mut packet, len);
         let pieces = pieces(&mut packet, &sizes);
-        prop_assert!(complete_checksum(&pieces, transport.start, transport.checksum_offset()));
+        prop_assert!(checksum::complete(&pieces, transport.start, transport.checksum_offset()));
         prop_assert_eq!(verify(&packet, &transport), 0);
     }
 

@@ -16,7 +16,7 @@ use super::abi::{RX_SLOT, TX_REQUEST};
 use super::rx::{Rx, RxRing};
 use super::tx::{Tx, TxRing};
 use super::vnet::Features;
-use crate::net::{Metrics, Outcome};
+use crate::net::{FrameQueue, Metrics, Outcome};
 use crate::xen::grant::{Access, PAGE};
 use crate::xen::testing::{FrontRing, Guest};
 
@@ -133,7 +133,7 @@ impl Rig {
         let (tap, peer) = UnixDatagram::pair().unwrap();
         tap.set_nonblocking(true).unwrap();
         peer.set_nonblocking(true).unwrap();
-        let tap = Arc::new(TapQueue::from(OwnedFd::from(tap)));
+        let tap: Arc<dyn FrameQueue> = Arc::new(TapQueue::from(OwnedFd::from(tap)));
         Self {
             tx: Tx::new(&tap, &front.guest.grants),
             rx: Rx::new(&tap, &front.guest.grants, features),

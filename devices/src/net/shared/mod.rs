@@ -1,0 +1,192 @@
+//! A vhost-user backend that serves rings of the monitor's own.
+//!
+//! For guests whose rings are not virtqueues: the monitor is the driver of
+//! virtqueues in memory of its own, which it shares with the backend, and
+//! copies frames between that and the guest's pages, once. Each connection gets
+//! new memory: a backend that has gone cannot disturb the next one.
+
+mod queue;
+mod ring;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+
+use blanket_drivers::tap::Offloads;
+use blanket_memory::{Backing, Spec};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net as net;
+use vm_memory::GuestAddress;
+
+use super::{FrameQueue, Peer};
+use crate::vhost_user::{self, Setup, VhostUser};
+use queue::{QUEUE_BYTES, Rings, SharedQueue};
+
+/// What the monitor needs of a backend.
+const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << net::VIRTIO_NET_F_MRG_RXBUF;
+
+/// Offloads of a TAP with the features of a backend: on frames to the guest,
+/// and on frames from it.
+const OFFLOADS: [(libc::c_uint, u32, u32); 3] = [
+    (
+        libc::TUN_F_CSUM,
+        net::VIRTIO_NET_F_GUEST_CSUM,
+        net::VIRTIO_NET_F_CSUM,
+    ),
+    (
+        libc::TUN_F_TSO4,
+        net::VIRTIO_NET_F_GUEST_TSO4,
+        net::VIRTIO_NET_F_HOST_TSO4,
+    ),
+    (
+        libc::TUN_F_TSO6,
+        net::VIRTIO_NET_F_GUEST_TSO6,
+        net::VIRTIO_NET_F_HOST_TSO6,
+    ),
+];
+
+/// The other end of an interface: a backend.
+pub(super) struct SharedPeer {
+    backend: VhostUser,
+    queues: Vec<Arc<SharedQueue>>,
+    /// Queues in use.
+    attached: AtomicU16,
+    /// What the backend may leave undone on frames to the guest.
+    offloads: AtomicU32,
+}
+
+impl SharedPeer {
+    /// With all queues of the backend's in use.
+    ///
+    /// # Errors
+    /// The backend lacks what the monitor needs.
+    pub(super) fn new(backend: VhostUser) -> io::Result<Self> {
+        if backend.features() & NEEDED != NEEDED {
+            return Err(io::Error::other(
+                "the vhost-user backend cannot merge receive buffers; use another one",
+            ));
+        }
+        let pairs = backend.pairs();
+        let queues = (0..pairs).map(|_| Ok(Arc::new(SharedQueue::new(backend.handle())?)));
+        Ok(Self {
+            queues: queues.collect::<io::Result<_>>()?,
+            attached: AtomicU16::new(pairs),
+            offloads: AtomicU32::new(0),
+            backend,
+        })
+    }
+
+    /// The features to be used now.
+    fn features(&self) -> u64 {
+        let wanted = self.offloads.load(Ordering::Relaxed);
+        let mut features = NEEDED;
+        for (offload, guest, host) in OFFLOADS {
+            features |= 1 << host;
+            if wanted & offload != 0 {
+                features |= 1 << guest;
+            }
+        }
+        if self.queues.len() > 1 {
+            features |= 1 << net::VIRTIO_NET_F_MQ;
+        }
+        features & self.backend.features()
+    }
+}
+
+impl Peer for SharedPeer {
+    fn queues(&self) -> Vec<Arc<dyn FrameQueue>> {
+        let all = self.queues.iter();
+        all.map(|queue| Arc::clone(queue) as Arc<dyn FrameQueue>)
+            .collect()
+    }
+
+    fn takes(&self) -> Offloads {
+        let features = self.backend.features();
+        let taken = OFFLOADS
+            .iter()
+            .filter(|(_, _, host)| features & 1 << host != 0);
+        let bits = taken.fold(0, |bits, (offload, _, _)| bits | offload);
+        // The monitor completes checksums itself, but cuts no segments.
+        Offloads(bits | libc::TUN_F_CSUM)
+    }
+
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        self.offloads.store(offloads.0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()> {
+        let count = if attached { queue + 1 } else { queue };
+        self.attached.store(count, Ordering::Relaxed);
+        self.backend.enable(count);
+        Ok(())
+    }
+
+    fn drain(&self) {
+        for queue in &self.queues {
+            queue.replace(None);
+        }
+    }
+
+    fn start(&self) {
+        self.backend.start(Box::new(Driver {
+            queues: self.queues.clone(),
+            attached: self.attached.load(Ordering::Relaxed),
+            features: self.features(),
+        }));
+    }
+
+    fn stop(&self) -> io::Result<()> {
+        let stopped = self.backend.stop().map(drop);
+        // Frames in the rings are lost, as on a cable that is pulled out.
+        self.drain();
+        stopped
+    }
+
+    fn metrics(&self) -> Vec<(&'static str, u64)> {
+        self.backend.metrics().into()
+    }
+}
+
+/// Makes the rings for each backend that begins.
+struct Driver {
+    queues: Vec<Arc<SharedQueue>>,
+    attached: u16,
+    features: u64,
+}
+
+impl vhost_user::Rings for Driver {
+    fn begin(&mut self) -> io::Result<Setup> {
+        let size = QUEUE_BYTES * self.queues.len() as u64;
+        let spec = Spec {
+            size,
+            backing: Backing::Small,
+            shared: true,
+        };
+        let memory = blanket_memory::build_at(&spec, &[(GuestAddress(0), size)])
+            .map_err(io::Error::other)?;
+        let checksums = self.features & 1 << net::VIRTIO_NET_F_CSUM != 0;
+        let mut described = Vec::new();
+        for (i, queue) in (0u16..).zip(&self.queues) {
+            let rings = Rings::new(&memory, u64::from(i) * QUEUE_BYTES, checksums)?;
+            described.extend(queue.describe(&rings, i < self.attached)?);
+            queue.replace(Some(rings));
+        }
+        Ok(Setup {
+            features: self.features,
+            memory,
+            rings: described,
+        })
+    }
+
+    fn link(&mut self, up: bool) {
+        if !up {
+            for queue in &self.queues {
+                queue.replace(None);
+            }
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! One connection to a backend.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vhost::vhost_user::message::{
+    VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::watchdog::Watchdog;
+use super::{Error, Memory};
+
+/// A backend's answers to all that belongs together are awaited so long.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Rings that a front end may name: there is a byte for their number.
+const MOST_RINGS: u64 = 256;
+
+/// Where the backend is told that memory lies in this process. Where it does
+/// is no business of the backend's, which only translates what it is told.
+const USER: u64 = 1 << 44;
+
+/// A ring as a backend is told of it.
+pub(crate) struct Ring {
+    /// Entries.
+    pub(crate) size: u16,
+    /// The next entry of the available ring to be taken.
+    pub(crate) base: u16,
+    /// Addresses in [`Setup::memory`] of the descriptors ...
+    pub(crate) descriptors: u64,
+    /// ... the available ring ...
+    pub(crate) available: u64,
+    /// ... and the used ring.
+    pub(crate) used: u64,
+    /// Tells the backend of available buffers.
+    pub(crate) kick: EventFd,
+    /// By which the backend tells of used buffers.
+    pub(crate) call: EventFd,
+    /// Whether the ring is in use.
+    pub(crate) enabled: bool,
+}
+
+/// All that a backend is told when it is to begin.
+pub(crate) struct Setup {
+    /// The features in use, of those that it offers.
+    pub(crate) features: u64,
+    /// What addresses in the rings refer to.
+    pub(crate) memory: Memory,
+    /// The rings, from the first on.
+    pub(crate) rings: Vec<Ring>,
+}
+
+/// A connection that has been greeted.
+pub(super) struct Session {
+    frontend: Frontend,
+    socket: UnixStream,
+    /// The features that the backend offers.
+    pub(super) features: u64,
+    /// Rings that have been begun.
+    rings: usize,
+}
+
+/// Connects to the socket at `path` without waiting.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket: OwnedFd =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let flags = rustix::fs::fcntl_getfl(&socket)?;
+    rustix::fs::fcntl_setfl(&socket, flags - rustix::fs::OFlags::NONBLOCK)?;
+    Ok(socket.into())
+}
+
+impl Session {
+    /// Connects to the backend at `path` and agrees on the protocol with it,
+    /// for `pairs` pairs of queues.
+    ///
+    /// # Errors
+    /// Nobody listens, or the backend is too old or none at all, or does not
+    /// answer.
+    pub(super) fn open(path: &Path, pairs: u16, watchdog: &Watchdog) -> Result<Self, Error> {
+        let socket = connect(path).map_err(|source| Error::Connect {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::greet(socket, pairs, watchdog)
+    }
+
+    /// Agrees on the protocol with the backend at the other end of `socket`.
+    pub(super) fn greet(
+        socket: UnixStream,
+        pairs: u16,
+        watchdog: &Watchdog,
+    ) -> Result<Self, Error> {
+        let _guard = watchdog.limit(&socket, PATIENCE).map_err(Error::Resource)?;
+        let clone = || socket.try_clone().map_err(Error::Resource);
+        let mut frontend = Frontend::from_stream(clone()?, MOST_RINGS);
+        frontend.set_owner()?;
+        let mut protocol = agree(&mut frontend)?;
+        if pairs > 1 {
+            if !protocol.contains(VhostUserProtocolFeatures::MQ) {
+                return Err(Error::Pairs { pairs, most: 1 });
+            }
+            let most = frontend.get_queue_num()?;
+            if most < pairs.into() {
+                return Err(Error::Pairs { pairs, most });
+            }
+            // Backends of network interfaces count pairs, but the front end
+            // would now take the number for one of rings.
+            frontend = Frontend::from_stream(clone()?, MOST_RINGS);
+            protocol = agree(&mut frontend)?;
+        }
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        let features = frontend.get_features()?;
+        if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            return Err(Error::Old("virtio 1.0"));
+        }
+        Ok(Self {
+            frontend,
+            socket,
+            features: features & !VhostUserVirtioFeatures::all().bits(),
+            rings: 0,
+        })
+    }
+
+    /// The connection: readable only when it has ended, since a backend has
+    /// nothing to say without being asked.
+    pub(super) fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// Has the backend begin.
+    ///
+    /// # Errors
+    /// It lacks a feature, refuses something, or does not answer.
+    pub(super) fn start(&mut self, setup: &Setup, watchdog: &Watchdog) -> Result<(), Error> {
+        let _guard = self.limit(watchdog)?;
+        let lacking = setup.features & !self.features;
+        if lacking != 0 {
+            return Err(Error::Features(lacking));
+        }
+        let frontend = &mut self.frontend;
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        frontend.set_features(setup.features | protocol)?;
+        frontend.set_mem_table(&regions(&setup.memory)?)?;
+        for (i, ring) in setup.rings.iter().enumerate() {
+            frontend.set_vring_num(i, ring.size)?;
+            frontend.set_vring_base(i, ring.base)?;
+            let addresses = VringConfigData {
+                queue_max_size: ring.size,
+                queue_size: ring.size,
+                flags: 0,
+                desc_table_addr: USER + ring.descriptors,
+                used_ring_addr: USER + ring.used,
+                avail_ring_addr: USER + ring.available,
+                log_addr: None,
+            };
+            frontend.set_vring_addr(i, &addresses)?;
+            frontend.set_vring_call(i, &ring.call)?;
+            frontend.set_vring_kick(i, &ring.kick)?;
+        }
+        self.rings = setup.rings.len();
+        for (i, ring) in setup.rings.iter().enumerate() {
+            frontend.set_vring_enable(i, ring.enabled)?;
+        }
+        // It may have missed what its predecessor was told of.
+        for ring in &setup.rings {
+            ring.kick.write(1).map_err(Error::Resource)?;
+        }
+        Ok(())
+    }
+
+    /// Uses the first `pairs` pairs of queues only.
+    ///
+    /// # Errors
+    /// The backend refuses or does not answer.
+    pub(super) fn enable(&mut self, pairs: u16, watchdog: &Watchdog) -> Result<(), Error> {
+        let _guard = self.limit(watchdog)?;
+        for i in 0..self.rings {
+            let enabled = i < 2 * usize::from(pairs);
+            self.frontend.set_vring_enable(i, enabled)?;
+        }
+        Ok(())
+    }
+
+    /// Has the backend stop: on return it touches no memory. Where each ring
+    /// stopped, by the backend's account.
+    ///
+    /// # Errors
+    /// It does not answer, or with what is no place in a ring.
+    pub(super) fn stop(&mut self, watchdog: &Watchdog) -> Result<Vec<u16>, Error> {
+        let _guard = self.limit(watchdog)?;
+        let mut bases = Vec::with_capacity(self.rings);
+        for i in 0..std::mem::take(&mut self.rings) {
+            let base = self.frontend.get_vring_base(i)?;
+            bases.push(u16::try_from(base).map_err(|_| Error::Base(base))?);
+        }
+        Ok(bases)
+    }
+
+    fn limit<'a>(&self, watchdog: &'a Watchdog) -> Result<super::watchdog::Guard<'a>, Error> {
+        watchdog
+            .limit(&self.socket, PATIENCE)
+            .map_err(Error::Resource)
+    }
+}
+
+/// Settles the features of the protocol.
+fn agree(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, Error> {
+    let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    let features = frontend.get_features()?;
+    if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+        return Err(Error::Old("protocol features"));
+    }
+    let protocol = frontend.get_protocol_features()? & wanted;
+    frontend.set_protocol_features(protocol)?;
+    Ok(protocol)
+}
+
+/// Memory as a backend maps it.
+fn regions(memory: &Memory) -> Result<Vec<VhostUserMemoryRegionInfo>, Error> {
+    let mut regions = Vec::new();
+    for region in memory.iter() {
+        let mut info = VhostUserMemoryRegionInfo::from_guest_region(region)
+            .map_err(|_| Error::Private(GuestAddress(region.start_addr().0)))?;
+        info.userspace_addr = USER + info.guest_phys_addr;
+        regions.push(info);
+    }
+    Ok(regions)
+}

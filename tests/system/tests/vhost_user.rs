@@ -1,0 +1,230 @@
+//! Guests whose network interfaces a vhost-user backend serves: DPDK's testpmd, which passes
+//! frames from one of its two ports to the other and back.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
+use std::process::Command;
+use std::time::Duration;
+
+use blanket_system_tests::{Vm, native, natively, on_node, provider};
+use blanket_testbed::{Client, ensure_packages};
+use serde_json::Value;
+
+/// Natively, guests and a backend that polls share few processors.
+const LONG: Duration = Duration::from_secs(300);
+
+/// Starts testpmd with ports at `/run/vu0` and `/run/vu1`, to which any user may connect. A
+/// number tells it from other tests' where they share memory and temporary files.
+fn start_testpmd(node: &Client, options: &str) {
+    node.sh(format!(
+        "umask 0; rm -f /run/vu0 /run/vu1; mkfifo -m 600 /run/testpmd.stdin 2>/dev/null; \
+         (sleep 100000 > /run/testpmd.stdin & echo $! > /run/testpmd.sleep; \
+         exec dpdk-testpmd --no-huge --no-shconf --no-telemetry --no-pci -m 256 -l 0,1 \
+         --vdev net_vhost0,iface=/run/vu0,queues=1{options} \
+         --vdev net_vhost1,iface=/run/vu1,queues=1{options} \
+         -- --forward-mode=io --auto-start --total-num-mbufs=16384 < /run/testpmd.stdin)"
+    ))
+    .spawn("/run/testpmd.log")
+    .unwrap();
+    let ready = "until [ -S /run/vu0 ] && [ -S /run/vu1 ]; do sleep 0.2; done; \
+                 until grep -q 'Press enter' /run/testpmd.log; do sleep 0.2; done";
+    let up = node.sh(ready).timeout(LONG).run().unwrap();
+    let log = node.sh("cat /run/testpmd.log").run().unwrap();
+    assert!(up.status.success(), "{up}\n{log}");
+}
+
+fn stop_testpmd(node: &Client) {
+    node.sh("kill -9 $(pidof dpdk-testpmd) $(cat /run/testpmd.sleep); \
+         while pidof dpdk-testpmd; do sleep 0.1; done")
+        .text()
+        .unwrap();
+}
+
+/// What the monitor counts of the interface.
+fn counter(vm: &Vm, name: &str) -> u64 {
+    let info = vm.info().unwrap();
+    let count = info["metrics"]["devices"]["net0"][name].as_u64();
+    count.unwrap_or_else(|| panic!("no {name}: {info}"))
+}
+
+fn until(what: &str, done: impl Fn() -> bool) {
+    for _ in 0..600 {
+        if done() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    panic!("no {what}");
+}
+
+/// Pings from one guest to the other, of every size.
+fn pings(guest: &Client) {
+    for size in [0, 56, 1400, 8000] {
+        let ping = guest.sh(format!("ping -c 3 -W 10 -s {size} 10.9.0.2"));
+        ping.timeout(LONG).text().unwrap();
+    }
+}
+
+/// Random data goes both ways over TCP and is compared.
+fn data_arrives(first: &Client, second: &Client, mib: u32) {
+    let sum = "sha256sum - | cut -c 1-64";
+    for (from, to, address) in [(first, second, "10.9.0.1"), (second, first, "10.9.0.2")] {
+        let made = from.sh(format!(
+            "mkdir -p /run/www && dd if=/dev/urandom of=/run/www/data bs=1M count={mib} \
+             2>/dev/null && httpd -p {address}:80 -h /run/www && cat /run/www/data | {sum}"
+        ));
+        let made = made.timeout(LONG).text().unwrap();
+        let got = to.sh(format!(
+            "wget -q -O /run/got http://{address}/data && cat /run/got | {sum}"
+        ));
+        assert_eq!(got.timeout(LONG).text().unwrap(), made, "from {address}");
+    }
+}
+
+/// Backend killed and started again: the guests live, and traffic comes back.
+fn traffic_comes_back(node: &Client, vms: [&Vm; 2], first: &Client, options: &str) {
+    stop_testpmd(node);
+    until("end of the connections", || {
+        vms.iter()
+            .all(|vm| counter(vm, "vhost_user_connected") == 0)
+    });
+    let lost = first.sh("ping -c 1 -W 1 10.9.0.2").run().unwrap();
+    assert!(!lost.status.success(), "without a backend: {lost}");
+    start_testpmd(node, options);
+    until("connections", || {
+        vms.iter()
+            .all(|vm| counter(vm, "vhost_user_connected") == 1)
+    });
+    assert_eq!(counter(vms[0], "vhost_user_connections"), 2);
+    pings(first);
+}
+
+#[test]
+fn two_pv_guests_talk_through_testpmd_also_after_its_end_and_their_pauses() {
+    ensure_packages(&["dpdk-dev"]).unwrap();
+    natively(
+        || {
+            let workloads = blanket_testbed::workloads().unwrap();
+            native("vhost-pv")
+                .unwrap()
+                .inject(workloads, "/payload/workloads.ext4")
+        },
+        |host| {
+            // Without segmentation offload, as it is by default, and with.
+            for (i, options) in ["", ",tso=1,legacy-ol-flags=1"].into_iter().enumerate() {
+                start_testpmd(host, options);
+                let run = |n: usize| {
+                    Vm::pv(
+                        host,
+                        &format!("pv{i}{n}"),
+                        &format!("blanket.ip=10.9.0.{}/24", n + 1),
+                        &format!(
+                            "--net vhost-user=/run/vu{n} --memory 256M --on-reboot exit \
+                             --disk path=/payload/workloads.ext4,readonly=on"
+                        ),
+                    )
+                    .unwrap()
+                };
+                let (one, two) = (run(0), run(1));
+                let (first, second) = (one.guest().unwrap(), two.guest().unwrap());
+                let info = one.blanket("info", "").unwrap();
+                let info = String::from_utf8_lossy(&info.stdout).into_owned();
+                assert!(info.contains("vhost-user /run/vu0"), "{info}");
+                pings(&first);
+                data_arrives(&first, &second, 32);
+                iperf3(&first, &second);
+                traffic_comes_back(host, [&one, &two], &first, options);
+                for vm in [&one, &two] {
+                    assert!(vm.blanket("pause", "").unwrap().status.success());
+                    assert!(vm.blanket("resume", "").unwrap().status.success());
+                }
+                pings(&first);
+                data_arrives(&second, &first, 4);
+                assert_eq!(counter(&one, "rx_errors") + counter(&two, "rx_errors"), 0);
+                assert_eq!(counter(&one, "tx_errors") + counter(&two, "tx_errors"), 0);
+                drop((first, second));
+                for vm in [&one, &two] {
+                    assert!(vm.blanket("rm", "--force").unwrap().status.success());
+                }
+                stop_testpmd(host);
+            }
+        },
+    );
+}
+
+/// iperf3 between the guests, from the disk with programs.
+fn iperf3(first: &Client, second: &Client) {
+    for guest in [first, second] {
+        guest
+            .sh("modprobe ext4; mount -o ro /dev/xvda /mnt")
+            .text()
+            .unwrap();
+    }
+    second
+        .sh("chroot /mnt iperf3 -s -D --pidfile /dev/null")
+        .text()
+        .unwrap();
+    let report = first.sh("sleep 1; chroot /mnt iperf3 -J -t 5 -c 10.9.0.2");
+    let report = report.timeout(LONG).run().unwrap();
+    let parsed: Value = serde_json::from_slice(&report.stdout).unwrap();
+    let received = parsed["end"]["sum_received"]["bytes"].as_u64();
+    assert!(received.is_some_and(|n| n > 8 << 20), "{report}");
+    println!("iperf3 between the guests: {received:?} bytes in 5 s");
+}
+
+/// testpmd with all that it loads, as (file, path on a node).
+fn testpmd_files() -> Vec<String> {
+    ensure_packages(&["dpdk-dev"]).unwrap();
+    let script = "plugins=$(echo /usr/lib/x86_64-linux-gnu/dpdk/pmds-*); \
+                  set -- /usr/bin/dpdk-testpmd; \
+                  for name in net_vhost mempool_ring bus_vdev; do \
+                  set -- \"$@\" $plugins/librte_$name.so.*.*; done; \
+                  for file; do readlink -f $file; done; \
+                  ldd \"$@\" | sed -n 's/.*=> \\(\\/[^ ]*\\) .*/\\1/p' | sort -u";
+    let output = Command::new("sh").args(["-c", script]).output().unwrap();
+    let list = String::from_utf8(output.stdout).unwrap();
+    list.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn two_hvm_guests_talk_through_testpmd_by_their_own_queues() {
+    let files = testpmd_files();
+    let describe = || {
+        let node = provider("vhost-hvm").unwrap().cpus(2).memory_mib(3072);
+        files.iter().fold(node, |node, file| {
+            let path = match file.strip_prefix("/lib/") {
+                Some(rest) => format!("/usr/lib/{rest}"),
+                None => file.clone(),
+            };
+            node.inject(file, path)
+        })
+    };
+    on_node(describe, |node| {
+        start_testpmd(node, "");
+        let run = |n: usize| {
+            Vm::linux(
+                node,
+                &format!("hvm{n}"),
+                &format!("blanket.ip=10.9.0.{}/24", n + 1),
+                &format!("--net vhost-user=/run/vu{n} --memory 192M"),
+            )
+            .unwrap()
+        };
+        let (one, two) = (run(0), run(1));
+        let (first, second) = (one.guest().unwrap(), two.guest().unwrap());
+        let carrier = || first.sh("cat /sys/class/net/eth0/carrier").text().unwrap();
+        assert_eq!(carrier(), "1\n");
+        pings(&first);
+        data_arrives(&first, &second, 2);
+        stop_testpmd(node);
+        until("carrier off", || carrier() == "0\n");
+        start_testpmd(node, "");
+        until("carrier on", || carrier() == "1\n");
+        pings(&first);
+        for vm in [&one, &two] {
+            assert!(vm.blanket("pause", "").unwrap().status.success());
+            assert!(vm.blanket("resume", "").unwrap().status.success());
+        }
+        pings(&first);
+        data_arrives(&second, &first, 1);
+    });
+}
