@@ -1,5 +1,6 @@
 //! What hides one provider's machine behind Blanket's uniform host I/O.
 
+pub mod grant;
 pub mod mac;
 pub mod probe;
 pub mod provider;

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use blanket_drivers::grant::{Page, Pages};
 use blanket_drivers::tap::{HEADER_LEN, TapQueue};
 use blanket_memory::{IoVec, iovec};
 
@@ -12,7 +13,7 @@ use super::abi::{
 };
 use super::vnet::{self, Features};
 use crate::net::{Direction, Frame, Outcome, Spill, copy_at, read_failed};
-use crate::xen::grant::{Access, Grant, GrantTable, PAGE};
+use crate::xen::grant::{Access, GrantTable, PAGE};
 use crate::xen::ring::Ring;
 
 /// Packets that are received before others have their turn.
@@ -28,7 +29,7 @@ pub(super) type RxRing = Ring<RX_SLOT, RX_SLOT>;
 /// A page that the frontend has granted for a packet.
 struct Buffer {
     id: u16,
-    page: Grant,
+    page: Page<GrantTable>,
 }
 
 /// Receives packets.
@@ -40,7 +41,7 @@ struct Buffer {
 /// than a page and *not* to be segmented is moved by a page then.
 pub(super) struct Rx {
     tap: Arc<TapQueue>,
-    grants: Arc<GrantTable>,
+    grants: Pages<GrantTable>,
     features: Features,
     /// Slots of the longest packet.
     most: usize,
@@ -53,7 +54,7 @@ pub(super) struct Rx {
 }
 
 impl Rx {
-    pub(super) fn new(tap: &Arc<TapQueue>, grants: &Arc<GrantTable>, features: Features) -> Self {
+    pub(super) fn new(tap: &Arc<TapQueue>, grants: Pages<GrantTable>, features: Features) -> Self {
         let most = match (features.sg, features.gso()) {
             (false, _) => 1,
             (true, false) => LONGEST,
@@ -62,7 +63,7 @@ impl Rx {
         debug_assert!(most <= MAX_SLOTS);
         Self {
             tap: Arc::clone(tap),
-            grants: Arc::clone(grants),
+            grants,
             features,
             most,
             buffers: VecDeque::new(),
