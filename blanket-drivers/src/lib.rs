@@ -1,6 +1,7 @@
 //! What hides one provider's machine behind Blanket's uniform host I/O.
 
 pub mod cpu;
+pub mod grant;
 pub mod mac;
 pub mod probe;
 pub mod provider;

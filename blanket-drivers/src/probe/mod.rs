@@ -12,6 +12,7 @@ mod io;
 mod kvm;
 mod memory;
 mod net;
+mod xen;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -172,6 +173,7 @@ pub const CHECKS: &[Check] = &[
     check("io", "io_uring", io::io_uring),
     check("io", "vhost-net", io::vhost_net),
     check("io", "vhost-vsock", io::vhost_vsock),
+    check("io", "xen", xen::sharing),
     check("net", "tun", net::tun),
     check("net", "af_xdp", net::af_xdp),
     check("net", "xdp", net::xdp),

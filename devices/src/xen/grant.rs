@@ -9,13 +9,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use blanket_drivers::grant::Granter;
+pub use blanket_drivers::grant::{Access, PAGE};
 use blanket_memory::{GuestRam, IoVec};
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
 use super::BACKEND;
-
-/// Bytes of a granted page.
-pub const PAGE: usize = 4096;
 
 /// Entries in one frame of the table.
 pub const ENTRIES_PER_FRAME: u32 = (PAGE / ENTRY) as u32;
@@ -38,15 +37,6 @@ const WRITING: u64 = 1 << 4;
 /// How often an entry that changes while it is marked is read again. A guest
 /// that follows the protocol changes an entry once while it is in use.
 const ATTEMPTS: usize = 5;
-
-/// What a mapping is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Access {
-    /// The backend reads the page.
-    Read,
-    /// The backend reads and writes the page.
-    Write,
-}
 
 /// Why a page cannot be mapped or used. All of it is the guest's doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -271,6 +261,27 @@ impl GrantTable {
     }
 }
 
+impl Granter for GrantTable {
+    type Page = Grant;
+    type Error = Error;
+
+    fn map(self: &Arc<Self>, reference: u32, access: Access) -> Result<Grant, Error> {
+        Self::map(self, reference, access)
+    }
+
+    fn stands(&self, grant: &Grant) -> bool {
+        let (reference, access) = (grant.reference, grant.access);
+        let page = self.with_entry(reference, |entry| {
+            self.check(reference, entry.load(Ordering::Acquire), access)
+        });
+        page.is_ok_and(|page| page.addr == grant.page.addr)
+    }
+
+    fn may_be_readable(error: &Error) -> bool {
+        matches!(error, Error::ReadOnly { .. })
+    }
+}
+
 /// A page of guest memory.
 #[derive(Clone, Copy)]
 struct Page {
@@ -455,6 +466,25 @@ mod tests {
         }
         assert_eq!(table.metrics()[1], ("grants_refused", 9));
         assert!((1..8).all(|reference| marks(&ram, reference) == 0));
+    }
+
+    #[test]
+    fn a_grant_stands_until_the_guest_changes_its_entry() {
+        let (ram, table) = table();
+        put(&ram, 1, entry(PERMIT_ACCESS, BACKEND, 0x20));
+        let grant = table.map(1, Access::Write).unwrap();
+        assert!(table.stands(&grant));
+        for changed in [
+            entry(0, BACKEND, 0x20),
+            entry(PERMIT_ACCESS, 1, 0x20),
+            entry(PERMIT_ACCESS | READONLY, BACKEND, 0x20),
+            entry(PERMIT_ACCESS, BACKEND, 0x21),
+        ] {
+            put(&ram, 1, changed);
+            assert!(!table.stands(&grant), "{changed:#x}");
+        }
+        put(&ram, 1, entry(PERMIT_ACCESS, BACKEND, 0x20));
+        assert!(table.stands(&grant));
     }
 
     #[test]

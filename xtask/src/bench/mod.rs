@@ -1,7 +1,9 @@
 //! `cargo xtask bench`: measurements, against a peer where there is one.
 
 mod boot;
+mod drivers;
 pub mod floor;
+mod load;
 mod pv;
 pub mod row;
 mod uplink;
@@ -38,6 +40,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "boot",
         about: "exec to the guest's init, memory and start of the monitor, against QEMU",
         run: boot::run,
+    },
+    Benchmark {
+        name: "drivers",
+        about: "persistent grants against a mapping for each request",
+        run: drivers::run,
     },
     Benchmark {
         name: "pv",

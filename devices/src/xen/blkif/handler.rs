@@ -4,12 +4,12 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blanket_drivers::grant::{Page, Pages};
 use blanket_drivers::store::{Operation, Request, Store};
 use blanket_memory::{IoVec, iovec};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
 use super::pace::Pace;
-use super::pages::{Page, Pages};
 use super::request::{
     self, Action, INDIRECT_SEGMENTS, REQUEST, RESPONSE, SEGMENT, Segment, Status, Table, Transfer,
 };
@@ -17,7 +17,7 @@ use crate::disk::{self, Engine, Identity, Outcome, Refused};
 use crate::virtio::queue::watch;
 use crate::worker::Handler;
 use crate::xen::channel::Channel;
-use crate::xen::grant::Access;
+use crate::xen::grant::{Access, GrantTable};
 use crate::xen::ring::{self, Indices, Ring};
 
 const KICK: u32 = 0;
@@ -38,7 +38,7 @@ pub(super) type DiskRing = Ring<REQUEST, RESPONSE>;
 struct Answer {
     id: u64,
     operation: u8,
-    pages: Vec<Page>,
+    pages: Vec<Page<GrantTable>>,
 }
 
 /// Owns a ring and the store that serves it.
@@ -47,7 +47,7 @@ pub(super) struct RingHandler {
     // when it goes, and they keep guest memory mapped.
     engine: Engine<Answer>,
     ring: DiskRing,
-    pages: Pages,
+    pages: Pages<GrantTable>,
     channel: Channel,
     pace: Pace,
     identity: Arc<Identity>,
@@ -63,7 +63,7 @@ impl RingHandler {
     pub(super) fn new(
         ring: DiskRing,
         store: Box<dyn Store>,
-        pages: Pages,
+        pages: Pages<GrantTable>,
         channel: Channel,
         identity: Arc<Identity>,
         fault: Arc<dyn Fn() + Send + Sync>,
@@ -184,7 +184,10 @@ impl RingHandler {
     }
 
     /// The store's request, and the pages that it uses.
-    fn prepare(&mut self, request: &[u8; REQUEST]) -> Result<(Request, Vec<Page>), Status> {
+    fn prepare(
+        &mut self,
+        request: &[u8; REQUEST],
+    ) -> Result<(Request, Vec<Page<GrantTable>>), Status> {
         match request::parse(request)? {
             Action::Direct(transfer, table) => self.collect(transfer, table),
             Action::Indirect(transfer, table) => {
@@ -213,7 +216,7 @@ impl RingHandler {
         &mut self,
         transfer: Transfer,
         table: &[u8],
-    ) -> Result<(Request, Vec<Page>), Status> {
+    ) -> Result<(Request, Vec<Page<GrantTable>>), Status> {
         let Transfer { operation, offset } = transfer;
         let access = match operation {
             Operation::Read => Access::Write,

@@ -9,7 +9,6 @@
 
 mod handler;
 mod pace;
-mod pages;
 mod request;
 mod setup;
 #[cfg(test)]
@@ -20,11 +19,11 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use blanket_drivers::grant::{self, Pages};
 use blanket_drivers::store::{self, Image, SECTOR, Store, ThreadSetup};
 use serde::{Deserialize, Serialize};
 
 use self::handler::{DiskRing, RingHandler};
-use self::pages::Pages;
 use self::request::INDIRECT_SEGMENTS;
 use self::setup::{MAX_RING_PAGE_ORDER, Setup};
 use super::bus::{Backend, Context, Error};
@@ -83,6 +82,7 @@ pub struct Block {
     setup: Option<Setup>,
     handlers: Handlers,
     identity: Arc<Identity>,
+    grants: Arc<grant::Metrics>,
 }
 
 /// How a [`Block`] is made.
@@ -127,6 +127,7 @@ impl Block {
                 name: options.name.to_owned(),
                 metrics: Arc::default(),
             }),
+            grants: Arc::default(),
         })
     }
 
@@ -166,7 +167,7 @@ impl Block {
                 let keep = setup.persistent && self.persistent;
                 let room = ring.entries() as usize * KEPT_PER_REQUEST;
                 let keep = NonZeroUsize::new(room).filter(|_| keep);
-                let pages = Pages::new(Arc::clone(&context.grants), keep);
+                let pages = Pages::new(Arc::clone(&context.grants), keep, &self.grants);
                 RingHandler::new(
                     ring,
                     store,
@@ -378,6 +379,8 @@ impl Backend for Block {
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        self.identity.metrics.list()
+        let mut counters = self.identity.metrics.list();
+        counters.extend(self.grants.list());
+        counters
     }
 }

@@ -12,14 +12,12 @@
 //!
 //! # Grants
 //!
-//! A page is mapped by a look at its entry in the grant table and a mark in it,
-//! both in memory that the monitor has mapped anyway. *Persistent* grants
-//! (which save the block device's backends under Xen a hypercall and a TLB
-//! flush) would save nothing here, and Linux's netfront has none: it grants
-//! each packet's own pages and takes them back with the response. A mapping
-//! that was kept by its reference would then show a page that the guest uses
-//! for something else. So only the rings stay mapped, and each buffer from its
-//! request to its response.
+//! Linux's netfront has no persistent grants: it grants each packet's own pages
+//! and takes them back with the response. A page that is still marked as in
+//! use then breaks its ring. So only the rings stay mapped, and each buffer
+//! from its request to its response. A page is mapped by a look at its entry in
+//! the grant table and a mark in it, both in memory that the monitor has mapped
+//! anyway: there is no hypercall and no TLB flush to save.
 //!
 //! # Moving
 //!
@@ -44,6 +42,7 @@ use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
+use blanket_drivers::grant::{Metrics, Pages};
 use blanket_drivers::mac::MacAddress;
 use blanket_drivers::tap::{self, Offloads};
 
@@ -84,6 +83,7 @@ enum Broken {
 struct Shared {
     name: String,
     port: Port,
+    grants: Arc<Metrics>,
 }
 
 /// A network interface.
@@ -132,6 +132,7 @@ impl Netif {
             shared: Arc::new(Shared {
                 name: name.into(),
                 port: Port::new(attachment.into())?,
+                grants: Arc::default(),
             }),
             connection: None,
         })
@@ -188,6 +189,8 @@ impl Netif {
         } else {
             Arc::new(Channel::bind(&context.events, state.rx.port)?)
         };
+        // A frontend takes its pages back with each response: see above.
+        let pages = || Pages::new(Arc::clone(grants), None, &self.shared.grants);
         let rings = Rings {
             tx,
             rx,
@@ -197,7 +200,7 @@ impl Netif {
         Ok(Box::new(Queue::new(
             index as u16,
             rings,
-            (Tx::new(frames, grants), Rx::new(frames, grants, features)),
+            (Tx::new(frames, pages()), Rx::new(frames, pages(), features)),
             &self.shared,
             &context.fault,
         )))
@@ -385,6 +388,8 @@ impl Backend for Netif {
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        self.shared.port.read_metrics()
+        let mut counters = self.shared.port.read_metrics();
+        counters.extend(self.shared.grants.list());
+        counters
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use blanket_drivers::grant::{Page, Pages};
 use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::{IoVec, iovec};
 
@@ -12,7 +13,7 @@ use super::abi::{
 };
 use super::vnet::{self, Features};
 use crate::net::{Direction, Frame, FrameQueue, Outcome, Spill, copy_at, read_failed};
-use crate::xen::grant::{Access, Grant, GrantTable, PAGE};
+use crate::xen::grant::{Access, GrantTable, PAGE};
 use crate::xen::ring::Ring;
 
 /// Packets that are received before others have their turn.
@@ -28,7 +29,7 @@ pub(super) type RxRing = Ring<RX_SLOT, RX_SLOT>;
 /// A page that the frontend has granted for a packet.
 struct Buffer {
     id: u16,
-    page: Grant,
+    page: Page<GrantTable>,
 }
 
 /// Receives packets.
@@ -40,7 +41,7 @@ struct Buffer {
 /// than a page and *not* to be segmented is moved by a page then.
 pub(super) struct Rx {
     frames: Arc<dyn FrameQueue>,
-    grants: Arc<GrantTable>,
+    grants: Pages<GrantTable>,
     features: Features,
     /// Slots of the longest packet.
     most: usize,
@@ -55,7 +56,7 @@ pub(super) struct Rx {
 impl Rx {
     pub(super) fn new(
         frames: &Arc<dyn FrameQueue>,
-        grants: &Arc<GrantTable>,
+        grants: Pages<GrantTable>,
         features: Features,
     ) -> Self {
         let most = match (features.sg, features.gso()) {
@@ -66,7 +67,7 @@ impl Rx {
         debug_assert!(most <= MAX_SLOTS);
         Self {
             frames: Arc::clone(frames),
-            grants: Arc::clone(grants),
+            grants,
             features,
             most,
             buffers: VecDeque::new(),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use blanket_drivers::grant::{Page, Pages};
 use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::{IoVec, iovec};
 
@@ -13,7 +14,7 @@ use super::abi::{
 use super::packet::{ETHERNET, HEAD};
 use super::vnet;
 use crate::net::{Direction, FrameQueue, Sent, send};
-use crate::xen::grant::{Access, Grant, GrantTable};
+use crate::xen::grant::{Access, GrantTable};
 use crate::xen::ring::Ring;
 
 /// Packets that are sent before others have their turn.
@@ -28,13 +29,13 @@ pub(super) type TxRing = Ring<TX_REQUEST, TX_RESPONSE>;
 /// Sends packets.
 pub(super) struct Tx {
     frames: Arc<dyn FrameQueue>,
-    grants: Arc<GrantTable>,
+    grants: Pages<GrantTable>,
     /// The packet's requests, in order.
     requests: Vec<TxRequest>,
     /// How many of the slots behind the first are extras.
     extras: usize,
     gso: Option<Gso>,
-    pages: Vec<Grant>,
+    pages: Vec<Page<GrantTable>>,
     pieces: Vec<IoVec>,
     /// The virtio header and a copy of the packet's first bytes: what was
     /// looked at is what is sent, whatever the guest writes meanwhile.
@@ -42,10 +43,10 @@ pub(super) struct Tx {
 }
 
 impl Tx {
-    pub(super) fn new(frames: &Arc<dyn FrameQueue>, grants: &Arc<GrantTable>) -> Self {
+    pub(super) fn new(frames: &Arc<dyn FrameQueue>, grants: Pages<GrantTable>) -> Self {
         Self {
             frames: Arc::clone(frames),
-            grants: Arc::clone(grants),
+            grants,
             requests: Vec::new(),
             extras: 0,
             gso: None,

@@ -2,6 +2,7 @@
 //! a guest with network and disk, and what the guest sees is the same everywhere.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
+mod grants;
 mod view;
 
 use blanket_system_tests::{Vm, on_node, payload, provider};

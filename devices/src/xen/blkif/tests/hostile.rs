@@ -214,3 +214,26 @@ proptest! {
         prop_assert_eq!(bench.mapped(), 0);
     }
 }
+
+#[test]
+fn a_page_that_the_guest_takes_back_is_not_touched_although_it_is_kept() {
+    let mut bench = Bench::new(&PERSISTENT);
+    bench.fill_page(DATA, &pattern(1));
+    let write = [(DATA, 0, 7)];
+    assert_eq!(bench.ask(direct(WRITE, 0, &write)), OKAY);
+    // As no guest should: the page is in use.
+    bench.guest.put(DATA, 0, 0, DATA);
+    bench.fill_page(DATA, &pattern(2));
+    assert_eq!(bench.ask(direct(WRITE, 0, &write)), ERROR);
+    assert_eq!(bench.ask(direct(READ, 8, &write)), ERROR);
+    assert_eq!(bench.file()[..4096], pattern(1));
+    assert_eq!(bench.page(DATA), pattern(2));
+    assert_eq!(bench.counter("grant_revocations"), 1);
+    assert_eq!(bench.counter("grant_refusals"), 2);
+    assert_eq!(bench.mapped(), 0);
+    // Another page by the same reference is used as that page.
+    bench.guest.grant(DATA, DATA + 1);
+    bench.fill_page(DATA + 1, &pattern(3));
+    assert_eq!(bench.ask(direct(WRITE, 0, &write)), OKAY);
+    assert_eq!(bench.file()[..4096], pattern(3));
+}

@@ -43,6 +43,12 @@ fn pages_are_unmapped_with_their_request_unless_they_are_kept() {
             assert_eq!(bench.ask(direct(WRITE, 8, &pieces)), OKAY);
         }
         assert_eq!(bench.mapped(), kept);
+        // Six requests for two pages each.
+        let maps = if kept == 0 { 12 } else { kept as u64 };
+        assert_eq!(bench.counter("grant_maps"), maps);
+        assert_eq!(bench.counter("grant_unmaps"), maps - kept as u64);
+        let hits = if kept == 0 { 0 } else { 12 - maps };
+        assert_eq!(bench.counter("grant_hits"), hits);
         assert_eq!(bench.guest.revoke(DATA), kept == 0);
         bench.block.pause().unwrap();
         assert_eq!(bench.mapped(), 0);
@@ -61,7 +67,11 @@ fn no_more_pages_are_kept_than_a_ring_can_use() {
     for page in 1..=6 {
         table.grant(page, page);
     }
-    let mut pages = Pages::new(Arc::clone(&table.grants), NonZeroUsize::new(3));
+    let mut pages = Pages::new(
+        Arc::clone(&table.grants),
+        NonZeroUsize::new(3),
+        &Arc::default(),
+    );
     let kept = |table: &Guest| -> Vec<u32> { (1..=6).filter(|page| table.in_use(*page)).collect() };
     for page in [1, 2, 3, 1, 4] {
         pages.map(page, Access::Read).unwrap();

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
+use blanket_drivers::grant::Pages;
 use blanket_drivers::tap::{HEADER_LEN, TapQueue};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -130,13 +131,15 @@ impl Rig {
             TxRing::new(page(TX_PAGE)).unwrap(),
             RxRing::new(page(RX_PAGE)).unwrap(),
         );
+        let pages = || Pages::new(Arc::clone(&front.guest.grants), None, &Arc::default());
+        let (tx_pages, rx_pages) = (pages(), pages());
         let (tap, peer) = UnixDatagram::pair().unwrap();
         tap.set_nonblocking(true).unwrap();
         peer.set_nonblocking(true).unwrap();
         let tap: Arc<dyn FrameQueue> = Arc::new(TapQueue::from(OwnedFd::from(tap)));
         Self {
-            tx: Tx::new(&tap, &front.guest.grants),
-            rx: Rx::new(&tap, &front.guest.grants, features),
+            tx: Tx::new(&tap, tx_pages),
+            rx: Rx::new(&tap, rx_pages, features),
             front,
             tx_ring,
             rx_ring,

@@ -1,0 +1,187 @@
+//! Persistent grants against a mapping for each request: of a `pv` guest's
+//! devices, natively, and by way of a real Xen.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use blanket_system_tests::{Vm, native_with};
+use blanket_testbed::{Client, Host, Node, Provider, workloads};
+use serde_json::Value;
+
+use super::RUNS;
+use crate::bench::load::{self, Access, BATCHED_READS, LONG_READS, RANDOM_READS, RANDOM_WRITES};
+use crate::bench::row::Row;
+use crate::progress::Progress;
+
+/// The peer of the rows with persistent grants.
+const PER_REQUEST: &str = "per-request grants";
+
+/// All rows; those of the `pv` machine only where guests run natively.
+pub(super) fn rows(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let step = progress.step("persistent and per-request grants of pv guests");
+    if let Some(obstacle) = Host::obstacle() {
+        step.skipped(&obstacle);
+    } else {
+        rows.extend(native(programs)?);
+        step.done("");
+    }
+    let step = progress.step("mappings by way of a real Xen");
+    rows.extend(xen(programs)?);
+    step.done("");
+    Ok(rows)
+}
+
+/// Two guests that differ in one word, measured in turns.
+fn native(programs: &Path) -> Result<Vec<Row>> {
+    let host = native_with("bench", programs)?
+        .inject(workloads()?, "/payload/workloads.ext4")
+        .open()?;
+    // In this machine's page cache: it is the rings that are measured.
+    host.sh("dd if=/dev/urandom of=/tmp/disk bs=1M count=256 2>/dev/null; cp /tmp/disk /tmp/disk2")
+        .text()?;
+    let kept = Guest::start(&host, "kept", "/tmp/disk,persistent=on", "", "")?;
+    let once = Guest::start(
+        &host,
+        "once",
+        "/tmp/disk2,persistent=off",
+        "blanket.ip=10.9.0.2/24",
+        "--net tap,host_ip=10.9.0.1/24",
+    )?;
+    let mut rows = Vec::new();
+    for access in [RANDOM_READS, BATCHED_READS, RANDOM_WRITES, LONG_READS] {
+        rows.extend(disk(&kept, &once, &access)?);
+    }
+    rows.extend(network(&host, &once)?);
+    for guest in [kept, once] {
+        guest.vm.blanket("rm", "--force")?;
+    }
+    Ok(rows)
+}
+
+/// A guest with a disk for fio.
+struct Guest<'a> {
+    vm: Vm<'a>,
+    client: Client,
+}
+
+impl<'a> Guest<'a> {
+    fn start(host: &'a Client, name: &str, disk: &str, cmdline: &str, more: &str) -> Result<Self> {
+        let flags = format!(
+            "--memory 512M --on-reboot exit --disk path=/payload/workloads.ext4,readonly=on \
+             --disk path={disk} {more}"
+        );
+        let vm = Vm::pv(host, name, cmdline, &flags)?;
+        let client = vm.guest()?;
+        load::prepare(&client)?;
+        Ok(Self { vm, client })
+    }
+
+    /// What a run does to a device's counters and the guest's.
+    fn measure(&self, device: &str, run: impl FnOnce() -> Result<f64>) -> Result<Run> {
+        let before = self.vm.info()?["metrics"].clone();
+        let figure = run()?;
+        let after = self.vm.info()?["metrics"].clone();
+        let more = |name: &str| -> Result<f64> {
+            let count = |metrics: &Value| metrics["devices"][device][name].as_f64();
+            let grown = count(&after).zip(count(&before));
+            let (after, before) = grown.with_context(|| format!("{device} has no {name}"))?;
+            Ok(after - before)
+        };
+        let units = match device {
+            "net0" => more("rx_packets")? + more("tx_packets")?,
+            _ => more("reads")? + more("writes")?,
+        };
+        let calls = hypercalls(&after)? - hypercalls(&before)?;
+        Ok(Run {
+            figure,
+            maps: more("grant_maps")? / units,
+            hypercalls: calls / units,
+        })
+    }
+}
+
+/// Hypercalls of a guest so far, whatever they were for.
+fn hypercalls(metrics: &Value) -> Result<f64> {
+    let vcpus = metrics["vcpus"].as_array().context("no vCPUs")?;
+    let counts = vcpus.iter().map(|vcpu| vcpu["hypercalls"].as_f64());
+    counts.sum::<Option<f64>>().context("no hypercalls")
+}
+
+/// One run's figure, and what a request or a packet has taken.
+struct Run {
+    figure: f64,
+    maps: f64,
+    hypercalls: f64,
+}
+
+/// One figure of all runs.
+fn figures(runs: &[Run], figure: impl Fn(&Run) -> f64) -> Vec<f64> {
+    runs.iter().map(figure).collect()
+}
+
+/// The rows of a kind of access.
+fn disk(kept: &Guest, once: &Guest, access: &Access) -> Result<Vec<Row>> {
+    let run = |guest: &Guest| guest.measure("blk1", || load::fio(&guest.client, access));
+    let (mut ours, mut peers) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        ours.push(run(kept)?);
+        peers.push(run(once)?);
+    }
+    let title = access.title;
+    let row = |metric: &str, unit: &str, figure: fn(&Run) -> f64| {
+        let row = Row::new(metric, unit, &figures(&ours, figure))?;
+        Some(row.against(PER_REQUEST, &figures(&peers, figure)))
+    };
+    let rows = [
+        row(&format!("{title}, persistent grants"), access.unit, |run| {
+            run.figure
+        }),
+        row("mappings for each request", "", |run| run.maps),
+        row("hypercalls of the guest for each", "", |run| run.hypercalls),
+    ];
+    Ok(rows.into_iter().flatten().collect())
+}
+
+/// Linux's netfront has per-request grants only.
+fn network(host: &Client, guest: &Guest) -> Result<Vec<Row>> {
+    load::serve_iperf(&guest.client)?;
+    let mut rows = Vec::new();
+    for (direction, flag) in [("host to guest", ""), ("guest to host", "-R")] {
+        let run = |_| guest.measure("net0", || load::iperf(host, "10.9.0.2", flag));
+        let runs: Vec<Run> = (0..RUNS).map(run).collect::<Result<_>>()?;
+        let title = format!("TCP {direction}, per-request grants");
+        rows.extend(Row::new(&title, "Gb/s", &figures(&runs, |run| run.figure)));
+        let maps = figures(&runs, |run| run.maps);
+        rows.extend(Row::new("mappings for each packet", "", &maps));
+        let calls = figures(&runs, |run| run.hypercalls);
+        rows.extend(Row::new("hypercalls of the guest for each", "", &calls));
+    }
+    Ok(rows)
+}
+
+/// What `blanket doctor` measures on a machine that Xen provides.
+fn xen(programs: &Path) -> Result<Vec<Row>> {
+    let node = Node::builder("xen")
+        .provider(Provider::Xen)
+        .inject(programs.join("blanket"), "/usr/bin/blanket")
+        .boot()?;
+    let (mut kept, mut mapped) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        // It fails where there is no KVM.
+        let text = node.sh("blanket doctor --json || :").text()?;
+        let report: Value = serde_json::from_str(&text)?;
+        let checks = report["checks"].as_array().context("no checks")?;
+        let check = checks.iter().find(|check| check["name"] == "xen");
+        let facts = &check.context("no check of Xen")?["facts"];
+        for (figures, name) in [(&mut kept, "kept_ns"), (&mut mapped, "map_ns")] {
+            let ns = facts[name].as_f64();
+            figures.push(ns.with_context(|| format!("blanket doctor says {text}"))?);
+        }
+    }
+    let row = Row::new("use of a kept page of another domain", "ns", &kept);
+    Ok(row
+        .map(|row| row.against("map, use, unmap by gntdev", &mapped))
+        .into_iter()
+        .collect())
+}
