@@ -141,7 +141,16 @@ fn two_pv_guests_talk_through_testpmd_also_after_its_end_and_their_pauses() {
                 data_arrives(&second, &first, 4);
                 assert_eq!(counter(&one, "rx_errors") + counter(&two, "rx_errors"), 0);
                 assert_eq!(counter(&one, "tx_errors") + counter(&two, "tx_errors"), 0);
+                // Saved and restored, the guest goes on with the backend that is there.
                 drop((first, second));
+                let name = format!("pv{i}0");
+                host.sh(format!(
+                    "blanket snapshot {name} /run/snap --stop && blanket rm {name} && \
+                     blanket restore /run/snap && rm /run/snap"
+                ))
+                .text()
+                .unwrap();
+                pings(&one.guest().unwrap());
                 for vm in [&one, &two] {
                     assert!(vm.blanket("rm", "--force").unwrap().status.success());
                 }
