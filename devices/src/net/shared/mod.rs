@@ -48,6 +48,24 @@ const OFFLOADS: [(libc::c_uint, u32, u32); 3] = [
     ),
 ];
 
+/// The features without those that need others (virtio 1.2, 5.1.3.1): whoever
+/// cuts segments completes their checksums.
+fn whole(features: u64) -> u64 {
+    OFFLOADS
+        .iter()
+        .fold(features, |features, (_, guest, host)| {
+            let lacks = |checksums: u32| features & 1 << checksums == 0;
+            let mut left = features;
+            if lacks(net::VIRTIO_NET_F_GUEST_CSUM) {
+                left &= !(1 << guest);
+            }
+            if lacks(net::VIRTIO_NET_F_CSUM) {
+                left &= !(1 << host);
+            }
+            left
+        })
+}
+
 /// The other end of an interface: a backend.
 pub(super) struct SharedPeer {
     backend: VhostUser,
@@ -92,7 +110,7 @@ impl SharedPeer {
         if self.queues.len() > 1 {
             features |= 1 << net::VIRTIO_NET_F_MQ;
         }
-        features & self.backend.features()
+        whole(features & self.backend.features())
     }
 }
 
@@ -104,7 +122,7 @@ impl Peer for SharedPeer {
     }
 
     fn takes(&self) -> Offloads {
-        let features = self.backend.features();
+        let features = whole(self.backend.features());
         let taken = OFFLOADS
             .iter()
             .filter(|(_, _, host)| features & 1 << host != 0);
@@ -168,10 +186,9 @@ impl vhost_user::Rings for Driver {
         };
         let memory = blanket_memory::build_at(&spec, &[(GuestAddress(0), size)])
             .map_err(io::Error::other)?;
-        let checksums = self.features & 1 << net::VIRTIO_NET_F_CSUM != 0;
         let mut described = Vec::new();
         for (i, queue) in (0u16..).zip(&self.queues) {
-            let rings = Rings::new(&memory, u64::from(i) * QUEUE_BYTES, checksums)?;
+            let rings = Rings::new(&memory, u64::from(i) * QUEUE_BYTES, self.features)?;
             described.extend(queue.describe(&rings, i < self.attached)?);
             queue.replace(Some(rings));
         }

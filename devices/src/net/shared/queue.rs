@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blanket_drivers::tap::HEADER_LEN;
 use blanket_memory::{GuestRam, IoVec, iovec};
-use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
+use virtio_bindings::virtio_net as net;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::checksum;
@@ -43,8 +43,8 @@ struct Tx {
     /// By head, the buffers of a chain that was lent.
     chains: Vec<Vec<u16>>,
     pieces: Vec<IoVec>,
-    /// Whether the backend completes checksums.
-    checksums: bool,
+    /// The backend's features in use.
+    features: u64,
 }
 
 /// A queue whose frames go through memory shared with a backend, if there is
@@ -121,12 +121,13 @@ impl SharedQueue {
 }
 
 impl Rings {
-    /// Rings at `base` in memory of [`QUEUE_BYTES`] that is all zeros.
-    pub(super) fn new(ram: &GuestRam, base: u64, checksums: bool) -> io::Result<Self> {
-        Self::build(ram, base, checksums).map_err(io::Error::other)
+    /// Rings at `base` in memory of [`QUEUE_BYTES`] that is all zeros, for a
+    /// backend with these features.
+    pub(super) fn new(ram: &GuestRam, base: u64, features: u64) -> io::Result<Self> {
+        Self::build(ram, base, features).map_err(io::Error::other)
     }
 
-    fn build(ram: &GuestRam, base: u64, checksums: bool) -> Result<Self, Broken> {
+    fn build(ram: &GuestRam, base: u64, features: u64) -> Result<Self, Broken> {
         let mut rx = Ring::new(ram, base)?;
         for index in 0..SIZE {
             rx.lend(&[index], BUFFER, true)?;
@@ -145,7 +146,7 @@ impl Rings {
                 free: (0..SIZE).rev().collect(),
                 chains: vec![Vec::new(); SIZE.into()],
                 pieces: Vec::new(),
-                checksums,
+                features,
             },
         })
     }
@@ -199,6 +200,24 @@ impl Rx {
 }
 
 impl Tx {
+    fn has(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Whether the backend does what a frame's header asks for. A guest can ask
+    /// for what it was not offered.
+    fn accepts(&self, frame: &[IoVec]) -> bool {
+        let mut header = [0; HEADER_LEN];
+        let len = iovec::read_bytes(frame, &mut header);
+        len == HEADER_LEN
+            && match u32::from(header[1]) {
+                net::VIRTIO_NET_HDR_GSO_NONE => true,
+                net::VIRTIO_NET_HDR_GSO_TCPV4 => self.has(net::VIRTIO_NET_F_HOST_TSO4),
+                net::VIRTIO_NET_HDR_GSO_TCPV6 => self.has(net::VIRTIO_NET_F_HOST_TSO6),
+                _ => false,
+            }
+    }
+
     /// Copies a frame; `None` if there is no room for it. Else whether the
     /// backend wants to be told.
     fn send(&mut self, vectors: &[IoVec]) -> Result<Option<bool>, Broken> {
@@ -220,7 +239,7 @@ impl Tx {
             left = left.saturating_sub(BUFFER);
         }
         iovec::copy(vectors, &self.pieces);
-        if !self.checksums {
+        if !self.has(net::VIRTIO_NET_F_CSUM) {
             self.complete_checksum();
         }
         self.ring.lend(&chain, len, false)?;
@@ -237,7 +256,7 @@ impl Tx {
     fn complete_checksum(&mut self) {
         let mut header = [0; HEADER_LEN];
         let _ = iovec::read_bytes(&self.pieces, &mut header);
-        let blank = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
+        let blank = net::VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
         let [flags, _, _, _, _, _, s0, s1, o0, o1, ..] = header;
         if flags & blank == 0 {
             return;
@@ -287,6 +306,9 @@ impl FrameQueue for SharedQueue {
         let Some(rings) = &mut *tx else {
             return Err(io::ErrorKind::WouldBlock.into());
         };
+        if !rings.accepts(vectors) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         match rings.send(vectors) {
             Ok(Some(kick)) => {
                 self.kick(1, kick);

@@ -64,9 +64,8 @@ impl Ring {
         let mut pieces = Vec::new();
         let len = usize::from(SIZE) * BUFFER;
         iovec::push(ram, GuestAddress(base + BUFFERS), len, &mut pieces)?;
-        let buffers = match pieces[..] {
-            [buffers] => buffers,
-            _ => return Err(Broken::Memory(GuestMemoryError::GuestAddressOverflow)),
+        let [buffers] = pieces[..] else {
+            return Err(Broken::Memory(GuestMemoryError::GuestAddressOverflow));
         };
         Ok(Self {
             ram: ram.clone(),

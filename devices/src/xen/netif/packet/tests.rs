@@ -1,6 +1,6 @@
 use super::*;
 use crate::net::checksum;
-use blanket_memory::{IoVec, iovec};
+use blanket_memory::IoVec;
 use proptest::prelude::*;
 
 /// An Ethernet header of `ether_type`, with VLAN tags before it.
