@@ -62,7 +62,6 @@ pub fn provider_with(name: &str, folder: &Path) -> Result<NodeBuilder> {
 
 /// A guest of a real Xen with `blanket` in `/usr/bin`, from `folder`. The control domain offers it
 /// pages and events again and again: see [`xen_invitation`].
-#[must_use]
 pub fn xen_pair(name: &str, folder: &Path) -> NodeBuilder {
     let program = folder.join("blanket");
     Node::builder(name)
@@ -79,10 +78,11 @@ pub fn xen_invitation(node: &Node, number: usize) -> Result<String> {
     let deadline = Instant::now() + GUEST_LIMIT;
     loop {
         let console = node.console();
-        let offers = console
-            .lines()
-            .filter_map(|line| line.split_once("--accept "));
-        if let Some((_, offer)) = offers.skip(number).next() {
+        // A line that has no end yet is not all of it.
+        let mut offers = console
+            .split_inclusive('\n')
+            .filter_map(|line| line.strip_suffix('\n')?.split_once("--accept "));
+        if let Some((_, offer)) = offers.nth(number) {
             return Ok(offer.trim().to_owned());
         }
         ensure!(Instant::now() < deadline, "no offer {number}:\n{console}");

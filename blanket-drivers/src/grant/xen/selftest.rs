@@ -196,7 +196,7 @@ impl Offer {
     #[must_use]
     pub fn invitation(&self) -> Invitation {
         let shared = [&self.pages, &self.readable, &self.foreign];
-        let all = shared.into_iter().flat_map(|shared| shared.references());
+        let all = shared.into_iter().flat_map(Shared::references);
         let mut references = [0; COUNT + 2];
         references
             .iter_mut()
