@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use blanket_drivers::grant::xen::selftest::{self, Invitation, Offer, Report as Shared};
 use blanket_drivers::probe::{self, Level, Outcome, Report};
 
 use super::{print, print_json};
@@ -12,9 +13,38 @@ pub(crate) struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Where Xen is the provider: shares pages and events with another of your
+    /// domains, by its number, and waits for its `--accept`.
+    #[arg(long, value_name = "DOMAIN")]
+    offer: Option<u16>,
+    /// Tests what another domain shares with this one, as its `--offer` says.
+    #[arg(long, value_name = "INVITATION", conflicts_with = "offer")]
+    accept: Option<Invitation>,
 }
 
 pub(crate) fn doctor(args: &Args) -> Result<ExitCode> {
+    if let Some(domain) = args.offer {
+        let offer = Offer::new(domain)?;
+        println!(
+            "in domain {domain}: blanket doctor --accept {}",
+            offer.invitation()
+        );
+        offer.serve()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(invitation) = &args.accept {
+        let report = selftest::accept(invitation)?;
+        if args.json {
+            print_json(&report)?;
+        } else {
+            let Shared { map_ns, kept_ns } = report;
+            print(&format!(
+                "pages and events are shared; to map, use and unmap a page takes {map_ns} ns, \
+                 to use one that is kept {kept_ns} ns\n"
+            ))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let report = probe::report();
     if args.json {
         print_json(&report)?;

@@ -2,10 +2,12 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use blanket_testbed::{Client, GuestImages, Host, HostBuilder, Node, NodeBuilder, Output, guest};
+use anyhow::{Context, Result, ensure};
+use blanket_testbed::{
+    Client, GuestImages, Host, HostBuilder, Node, NodeBuilder, Output, Provider, guest,
+};
 
 /// How long a guest may take to answer: generous, because hardware
 /// virtualization may be emulated.
@@ -56,6 +58,36 @@ pub fn provider_with(name: &str, folder: &Path) -> Result<NodeBuilder> {
         .payload(&GuestImages::get()?.payload()?)
         .inject(folder.join("blanket"), "/usr/bin/blanket")
         .inject(folder.join("blanket-vmm"), "/usr/bin/blanket-vmm"))
+}
+
+/// A guest of a real Xen with `blanket` in `/usr/bin`, from `folder`. The control domain offers it
+/// pages and events again and again: see [`xen_invitation`].
+pub fn xen_pair(name: &str, folder: &Path) -> NodeBuilder {
+    let program = folder.join("blanket");
+    Node::builder(name)
+        .provider(Provider::Xen)
+        .inject(&program, "/usr/bin/blanket")
+        .beside(&program, "while blanket doctor --offer 1; do :; done")
+}
+
+/// The control domain's `number`th offer, from 0; each is good for one test.
+///
+/// # Errors
+/// It does not come.
+pub fn xen_invitation(node: &Node, number: usize) -> Result<String> {
+    let deadline = Instant::now() + GUEST_LIMIT;
+    loop {
+        let console = node.console();
+        // A line that has no end yet is not all of it.
+        let mut offers = console
+            .split_inclusive('\n')
+            .filter_map(|line| line.strip_suffix('\n')?.split_once("--accept "));
+        if let Some((_, offer)) = offers.nth(number) {
+            return Ok(offer.trim().to_owned());
+        }
+        ensure!(Instant::now() < deadline, "no offer {number}:\n{console}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// This machine itself with Blanket's programs in `/usr/bin`, and in `/payload/guest` the guest

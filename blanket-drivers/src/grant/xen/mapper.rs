@@ -7,36 +7,47 @@ use std::sync::Arc;
 use vmm_sys_util::ioctl::ioctl_with_mut_ptr;
 
 use super::abi::{GNTDEV_MAP_GRANT_REF, GNTDEV_UNMAP_GRANT_REF, Range};
-use super::{Error, Memory, checked, open};
+use super::{Error, Memory, checked, open, own_domain};
 use crate::grant::{Access, Granter};
 
 /// Maps pages that other domains grant.
 #[derive(Clone, Debug)]
-pub struct Mapper(Arc<File>);
+pub struct Mapper {
+    driver: Arc<File>,
+    /// The number of this domain.
+    own: u16,
+}
 
 impl Mapper {
     /// Opens the driver.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`Error::Device`], [`Error::Store`].
     pub fn open() -> Result<Self, Error> {
-        open("/dev/xen/gntdev", "xen_gntdev").map(Self)
+        Ok(Self {
+            driver: open("/dev/xen/gntdev", "xen_gntdev")?,
+            own: own_domain()?,
+        })
     }
 
     /// Maps the pages that `domain` grants as `references`, side by side: all
     /// of them, or none.
     ///
     /// # Errors
-    /// [`Error::Count`]; [`Error::Refused`]: one of them is not granted to this
-    /// domain, or not this way.
+    /// [`Error::Count`]; [`Error::Own`]; [`Error::Refused`]: one of them is not
+    /// granted to this domain, or not this way.
     pub fn map(&self, domain: u16, references: &[u32], access: Access) -> Result<Memory, Error> {
         let count = checked(references.len())?;
+        // Xen keeps no page of a domain with translated memory at two places.
+        if domain == self.own {
+            return Err(Error::Own { domain });
+        }
         let mut request = request(domain, references);
         // SAFETY: the driver reads the 16 bytes in front and `count` entries of
         // 8 bytes behind them, and writes the second word.
         let done = unsafe {
             let call = GNTDEV_MAP_GRANT_REF();
-            ioctl_with_mut_ptr(&*self.0, call, request.as_mut_ptr())
+            ioctl_with_mut_ptr(&*self.driver, call, request.as_mut_ptr())
         };
         if done < 0 {
             return Err(Error::last("have pages mapped"));
@@ -44,7 +55,7 @@ impl Mapper {
         let range = Range::new(request[1], count);
         let writable = access == Access::Write;
         // Xen is asked now.
-        Memory::map(&self.0, range, GNTDEV_UNMAP_GRANT_REF(), writable)
+        Memory::map(&self.driver, range, GNTDEV_UNMAP_GRANT_REF(), writable)
             .map_err(|source| refusal(domain, references, source))
     }
 }

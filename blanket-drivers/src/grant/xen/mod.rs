@@ -17,7 +17,7 @@ mod allocator;
 mod events;
 mod mapper;
 mod memory;
-mod selftest;
+pub mod selftest;
 mod store;
 
 use std::fs::File;
@@ -29,7 +29,6 @@ pub use allocator::{Allocator, Shared};
 pub use events::{EventChannels, Port};
 pub use mapper::{Mapper, Peer};
 pub use memory::Memory;
-pub use selftest::{Report, self_test};
 pub use store::own_domain;
 
 /// Most pages of one call: what Linux's drivers take without being told
@@ -88,6 +87,15 @@ pub enum Error {
     /// xenstored's answer is not what its protocol says.
     #[error("xenstored does not say which domain this is")]
     Store,
+    /// The domain's own grants were to be mapped.
+    #[error("domain {domain} is this one: Xen would take its pages away from it")]
+    Own {
+        /// This domain.
+        domain: u16,
+    },
+    /// The text is not an invitation.
+    #[error("that is no invitation: copy what the other domain says, like 0:5:8:9:10:11:12:13")]
+    Invitation,
     /// Sharing does not work as it should.
     #[error("the self-test fails: {0}")]
     SelfTest(&'static str),

@@ -1,48 +1,40 @@
-//! Shares pages and events with this domain itself: all of it goes through
-//! Xen, as it does between two.
+//! What one domain can try alone, and two with each other.
+//!
+//! A domain never maps its own grants here: of a domain with translated memory
+//! (all but PV ones) Xen then takes the page away from where it was (4.17's
+//! `guest_physmap_add_entry` allows no page at two addresses), and leaves a
+//! hole in the kernel's memory when the mapping ends.
 
+use std::fmt;
 use std::hint::black_box;
 use std::num::NonZeroUsize;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Allocator, Error, EventChannels, Mapper, Memory, Peer, Port, own_domain};
+use serde::Serialize;
+
+use super::{Allocator, Error, EventChannels, Mapper, Memory, Peer, Port, Shared, own_domain};
 use crate::grant::{Access, Granter, PAGE, Pages};
 
-/// Pages that are shared.
+/// Pages that the other domain may write to.
 const COUNT: usize = 4;
 
-/// How often a page is mapped, and looked up.
+/// How often each page is mapped, and looked up.
 const ROUNDS: u32 = 64;
 
-/// How long an event may take.
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long the other domain may take for a step.
+const LIMIT: Duration = Duration::from_secs(30);
 
-/// What the self-test found.
-#[derive(Clone, Copy, Debug)]
-pub struct Report {
-    /// This domain.
-    pub domain: u16,
-    /// To map a page that is granted, use it and unmap it.
-    pub map: Duration,
-    /// To use one that is kept.
-    pub kept: Duration,
-}
+/// A byte that the driver clears at the end of a mapping; its page is not the
+/// first.
+const MARK: usize = PAGE + 7;
 
-/// Shares pages and events, checks that what was not granted is refused, and
-/// measures what a kept mapping saves.
-///
-/// # Errors
-/// A driver is not there, or something does not work as it should.
-pub fn self_test() -> Result<Report, Error> {
-    let domain = own_domain()?;
-    let (allocator, mapper) = (Allocator::open()?, Mapper::open()?);
-    bytes_go_both_ways(&allocator, &mapper, domain)?;
-    what_is_not_granted_is_refused(&allocator, &mapper, domain)?;
-    events_arrive(&EventChannels::open()?, &allocator, &mapper, domain)?;
-    let (map, kept) = costs(&allocator, mapper, domain)?;
-    Ok(Report { domain, map, kept })
-}
+/// What is written to the first page when its grants are to be taken back.
+const TAKE_BACK: &[u8] = b"take back";
+
+/// What goes on in the page that the other domain can only read.
+const STEPS: [u8; 3] = [1, 2, 3];
 
 fn ensure(holds: bool, otherwise: &'static str) -> Result<(), Error> {
     if holds {
@@ -52,24 +44,46 @@ fn ensure(holds: bool, otherwise: &'static str) -> Result<(), Error> {
     }
 }
 
-fn bytes_go_both_ways(allocator: &Allocator, mapper: &Mapper, domain: u16) -> Result<(), Error> {
-    let shared = allocator.share(domain, COUNT, true)?;
-    let mapping = mapper.map(domain, shared.references(), Access::Write)?;
-    let pattern: Vec<u8> = (0..COUNT * PAGE).map(|n| (n ^ n >> 8) as u8).collect();
-    let mut seen = vec![0; pattern.len()];
-    shared.write(0, &pattern)?;
-    mapping.read(0, &mut seen)?;
-    ensure(
-        seen == pattern,
-        "the mapping shows other bytes than the page",
+/// Tries what needs no other domain: pages are granted to another one and
+/// taken back, what nobody grants is refused, and events arrive.
+///
+/// Returns the number of this domain.
+///
+/// # Errors
+/// A driver is not there, or something does not work as it should.
+pub fn alone() -> Result<u16, Error> {
+    let (allocator, mapper, channels) =
+        (Allocator::open()?, Mapper::open()?, EventChannels::open()?);
+    let domain = own_domain()?;
+    let other = u16::from(domain == 0);
+    let shared = allocator.share(other, COUNT, true)?;
+    let mut bytes = [1; PAGE];
+    shared.read((COUNT - 1) * PAGE, &mut bytes)?;
+    ensure(bytes == [0; PAGE], "a new page is not empty")?;
+    // The last reference that there can be: nobody has that many.
+    is_refused(
+        mapper.map(other, &[u32::MAX], Access::Read),
+        "a page that nobody grants is mapped",
     )?;
-    let back: Vec<u8> = pattern.iter().map(|byte| !byte).collect();
-    mapping.write(0, &back)?;
-    shared.read(0, &mut seen)?;
-    ensure(
-        seen == back,
-        "the page has other bytes than were written to its mapping",
-    )
+    let near = channels.offer(domain)?;
+    let far = channels.connect(domain, near.number())?;
+    for (from, to) in [(&near, &far), (&far, &near)] {
+        from.notify()?;
+        arrives(&channels, to)?;
+    }
+    Ok(domain)
+}
+
+/// Waits for a notification of `port`, and takes those of others.
+fn arrives(channels: &EventChannels, port: &Port) -> Result<(), Error> {
+    let start = Instant::now();
+    while start.elapsed() < LIMIT {
+        // A new channel is notified once by Xen itself.
+        if channels.wait(LIMIT)? == Some(port.number()) {
+            return port.unmask();
+        }
+    }
+    Err(Error::SelfTest("an event does not arrive"))
 }
 
 fn is_refused(result: Result<Memory, Error>, otherwise: &'static str) -> Result<(), Error> {
@@ -80,112 +94,243 @@ fn is_refused(result: Result<Memory, Error>, otherwise: &'static str) -> Result<
     }
 }
 
-fn what_is_not_granted_is_refused(
-    allocator: &Allocator,
-    mapper: &Mapper,
-    domain: u16,
+/// Looks again at each event, and at the limit's end.
+fn until(
+    channels: &EventChannels,
+    port: &Port,
+    otherwise: &'static str,
+    mut holds: impl FnMut() -> Result<bool, Error>,
 ) -> Result<(), Error> {
-    // Granted to the control domain, or in that to the first guest.
-    let foreign = allocator.share(u16::from(domain == 0), 1, true)?;
-    let result = mapper.map(domain, foreign.references(), Access::Read);
-    is_refused(result, "a page that is granted to another domain is mapped")?;
+    let start = Instant::now();
+    while !holds()? {
+        ensure(start.elapsed() < LIMIT, otherwise)?;
+        if channels
+            .wait(LIMIT.saturating_sub(start.elapsed()))?
+            .is_some()
+        {
+            port.unmask()?;
+        }
+    }
+    Ok(())
+}
 
-    let readable = allocator.share(domain, 1, false)?;
-    let result = mapper.map(domain, readable.references(), Access::Write);
-    is_refused(
-        result,
-        "a page that is granted for reading is mapped for writing",
-    )?;
-    readable.write(0, b"read")?;
-    let mut seen = [0; 4];
-    let mapping = mapper.map(domain, readable.references(), Access::Read)?;
+/// What the domain that offers writes; its complement is the answer.
+fn pattern() -> Vec<u8> {
+    (0..COUNT * PAGE).map(|n| (n % 251) as u8).collect()
+}
+
+fn complement() -> Vec<u8> {
+    pattern().iter().map(|byte| !byte).collect()
+}
+
+/// What the other domain has to know; as text for people to carry over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invitation {
+    /// Who offers.
+    domain: u16,
+    /// The event channel.
+    port: u32,
+    /// [`COUNT`] pages to write, one to read, and one of somebody else's.
+    references: [u32; COUNT + 2],
+}
+
+impl fmt::Display for Invitation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.domain, self.port)?;
+        self.references
+            .iter()
+            .try_for_each(|reference| write!(f, ":{reference}"))
+    }
+}
+
+impl FromStr for Invitation {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let numbers: Option<Vec<u32>> = text.split(':').map(|part| part.parse().ok()).collect();
+        let parsed = numbers.and_then(|numbers| {
+            let (domain, rest) = numbers.split_first()?;
+            let (port, references) = rest.split_first()?;
+            Some(Self {
+                domain: (*domain).try_into().ok()?,
+                port: *port,
+                references: references.try_into().ok()?,
+            })
+        });
+        parsed.ok_or(Error::Invitation)
+    }
+}
+
+/// One end of a test: pages and events for another domain.
+#[derive(Debug)]
+pub struct Offer {
+    channels: EventChannels,
+    port: Port,
+    pages: Shared,
+    readable: Shared,
+    /// Granted to yet another domain.
+    foreign: Shared,
+    domain: u16,
+}
+
+impl Offer {
+    /// Shares pages with `domain`.
+    ///
+    /// # Errors
+    /// A driver is not there, or has no more.
+    pub fn new(domain: u16) -> Result<Self, Error> {
+        let (allocator, channels) = (Allocator::open()?, EventChannels::open()?);
+        let pages = allocator.share(domain, COUNT, true)?;
+        pages.write(0, &pattern())?;
+        Ok(Self {
+            port: channels.offer(domain)?,
+            channels,
+            pages,
+            readable: allocator.share(domain, 1, false)?,
+            foreign: allocator.share(domain ^ 1, 1, true)?,
+            domain: own_domain()?,
+        })
+    }
+
+    /// What to tell the other domain.
+    #[must_use]
+    pub fn invitation(&self) -> Invitation {
+        let shared = [&self.pages, &self.readable, &self.foreign];
+        let all = shared.into_iter().flat_map(Shared::references);
+        let mut references = [0; COUNT + 2];
+        references
+            .iter_mut()
+            .zip(all)
+            .for_each(|(to, from)| *to = *from);
+        Invitation {
+            domain: self.domain,
+            port: self.port.number(),
+            references,
+        }
+    }
+
+    /// Plays its part while the other domain does [`accept`].
+    ///
+    /// # Errors
+    /// Within the limit of a step something does not happen as it should.
+    pub fn serve(self) -> Result<(), Error> {
+        let Self {
+            channels,
+            port,
+            pages,
+            readable,
+            ..
+        } = self;
+        let done = |step: u8| readable.write(0, &[step]).and_then(|()| port.notify());
+        let starts_with = |offset: usize, expected: &[u8]| {
+            let mut seen = vec![0; expected.len()];
+            pages.read(offset, &mut seen)?;
+            Ok(seen == expected)
+        };
+        let answer = complement();
+        until(&channels, &port, "nobody answers", || {
+            starts_with(0, &answer)
+        })?;
+        done(STEPS[0])?;
+        let otherwise = "the end of a mapping does not clear its byte";
+        until(&channels, &port, otherwise, || starts_with(MARK, &[0]))?;
+        done(STEPS[1])?;
+        let otherwise = "nobody has the pages taken back";
+        until(&channels, &port, otherwise, || starts_with(0, TAKE_BACK))?;
+        drop(pages);
+        done(STEPS[2])?;
+        // The other end closes the channel and the page when it has seen that.
+        std::thread::sleep(Duration::from_millis(100));
+        Ok(())
+    }
+}
+
+/// What the domain that accepts has found.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Report {
+    /// To map a page that is granted, use it and unmap it, in nanoseconds.
+    pub map_ns: u64,
+    /// To use one that is kept.
+    pub kept_ns: u64,
+}
+
+/// The other end: maps what another domain offers, has both look at the bytes,
+/// checks that what it is not granted is refused, and measures what a kept
+/// mapping saves.
+///
+/// # Errors
+/// Something does not work as it should, or the domain does not play its part.
+pub fn accept(invitation: &Invitation) -> Result<Report, Error> {
+    let Invitation {
+        domain, references, ..
+    } = invitation;
+    let (pages, [readable, foreign]) = references.split_at(COUNT) else {
+        return Err(Error::Invitation);
+    };
+    let mapper = Mapper::open()?;
+    let channels = EventChannels::open()?;
+    let port = channels.connect(*domain, invitation.port)?;
+    let steps = mapper.map(*domain, &[*readable], Access::Read)?;
+    let reached = |step: u8| {
+        until(&channels, &port, "the other domain does not see it", || {
+            let mut seen = [0];
+            steps.read(0, &mut seen)?;
+            Ok(seen[0] == step)
+        })
+    };
+
+    let mapping = mapper.map(*domain, pages, Access::Write)?;
+    let mut seen = vec![0; COUNT * PAGE];
     mapping.read(0, &mut seen)?;
     ensure(
-        &seen == b"read",
-        "a page that is mapped for reading shows other bytes",
+        seen == pattern(),
+        "the mapping shows other bytes than the pages have",
+    )?;
+    mapping.write(0, &complement())?;
+    port.notify()?;
+    reached(STEPS[0])?;
+    let write = Access::Write;
+    is_refused(
+        mapper.map(*domain, &[*readable], write),
+        "a page that is granted for reading is mapped for writing",
+    )?;
+    is_refused(
+        mapper.map(*domain, &[pages[0], *foreign], Access::Read),
+        "a page that is granted to another domain is mapped",
     )?;
 
-    let references = readable.references().to_vec();
-    drop((mapping, readable));
-    let result = mapper.map(domain, &references, Access::Read);
-    is_refused(result, "a grant that was taken back is mapped")
-}
-
-fn events_arrive(
-    channels: &EventChannels,
-    allocator: &Allocator,
-    mapper: &Mapper,
-    domain: u16,
-) -> Result<(), Error> {
-    let near = channels.offer(domain)?;
-    let far = channels.connect(domain, near.number())?;
-    let expect = |port: &Port| -> Result<(), Error> {
-        let got = channels.wait(LIMIT)?;
-        ensure(got == Some(port.number()), "an event does not arrive")?;
-        port.unmask()
-    };
-    // A new channel is notified once by Xen itself, so that nothing is lost.
-    while let Some(port) = channels.wait(Duration::ZERO)? {
-        [&near, &far]
-            .into_iter()
-            .find(|end| end.number() == port)
-            .map_or(Ok(()), Port::unmask)?;
-    }
-    for _ in 0..2 {
-        near.notify()?;
-        expect(&far)?;
-        far.notify()?;
-        expect(&near)?;
-    }
-    ends_are_told(allocator, mapper, domain, &|| expect(&near), &far)
-}
-
-/// The driver clears a byte and notifies `port` at the end of a mapping, and
-/// of a grant; `expect` waits for that.
-fn ends_are_told(
-    allocator: &Allocator,
-    mapper: &Mapper,
-    domain: u16,
-    expect: &dyn Fn() -> Result<(), Error>,
-    port: &Port,
-) -> Result<(), Error> {
-    let mut byte = [1];
-    let shared = allocator.share(domain, 1, true)?;
-    shared.write(7, &byte)?;
-    let mapping = mapper.map(domain, shared.references(), Access::Write)?;
-    mapping.notify_at_end(7, Some(port))?;
+    mapping.notify_at_end(MARK, Some(&port))?;
     drop(mapping);
-    expect()?;
-    shared.read(7, &mut byte)?;
-    ensure(byte == [0], "the end of a mapping does not clear its byte")?;
-
-    shared.write(9, &[1])?;
-    let mapping = mapper.map(domain, shared.references(), Access::Read)?;
-    shared.notify_at_end(9, Some(port))?;
-    drop(shared);
-    expect()?;
-    mapping.read(9, &mut byte)?;
-    ensure(byte == [0], "the end of a grant does not clear its byte")
+    reached(STEPS[1])?;
+    let report = costs(&mapper, *domain, pages)?;
+    mapper
+        .map(*domain, &pages[..1], write)?
+        .write(0, TAKE_BACK)?;
+    port.notify()?;
+    reached(STEPS[2])?;
+    for page in pages {
+        is_refused(
+            mapper.map(*domain, &[*page], Access::Read),
+            "a grant that was taken back is mapped",
+        )?;
+    }
+    Ok(report)
 }
 
 /// The time of a mapping with its end, and of a look-up.
-fn costs(
-    allocator: &Allocator,
-    mapper: Mapper,
-    domain: u16,
-) -> Result<(Duration, Duration), Error> {
-    let shared = allocator.share(domain, COUNT, true)?;
-    let peer = Arc::new(Peer::new(mapper, domain));
+fn costs(mapper: &Mapper, domain: u16, references: &[u32]) -> Result<Report, Error> {
+    let peer = Arc::new(Peer::new(mapper.clone(), domain));
     let mut once = Pages::new(Arc::clone(&peer), None, &Arc::default());
     let mut kept = Pages::new(peer, NonZeroUsize::new(COUNT), &Arc::default());
-    let mapped = time(&mut once, shared.references())?;
+    let map_ns = time(&mut once, references)?;
     // The first round maps them.
-    time(&mut kept, shared.references())?;
-    Ok((mapped, time(&mut kept, shared.references())?))
+    time(&mut kept, references)?;
+    let kept_ns = time(&mut kept, references)?;
+    Ok(Report { map_ns, kept_ns })
 }
 
-/// The mean time of using a page.
-fn time<G>(pages: &mut Pages<G>, references: &[u32]) -> Result<Duration, Error>
+/// The mean time of using a page, in nanoseconds.
+fn time<G>(pages: &mut Pages<G>, references: &[u32]) -> Result<u64, Error>
 where
     G: Granter<Page = Memory, Error = Error>,
 {
@@ -198,5 +343,44 @@ where
             black_box(byte);
         }
     }
-    Ok(start.elapsed() / (ROUNDS * references.len() as u32))
+    let uses = ROUNDS * references.len() as u32;
+    Ok((start.elapsed() / uses).as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_invitation_is_read_as_it_was_written_and_nothing_else_is() {
+        let invitation = Invitation {
+            domain: 3,
+            port: 17,
+            references: [8, 9, 10, 11, 12, u32::MAX],
+        };
+        let text = invitation.to_string();
+        assert_eq!(text, "3:17:8:9:10:11:12:4294967295");
+        assert_eq!(text.parse::<Invitation>().unwrap(), invitation);
+        for wrong in [
+            "",
+            "3",
+            "3:17",
+            "3:17:8:9:10:11:12",
+            "3:17:8:9:10:11:12:13:14",
+            "70000:17:8:9:10:11:12:13",
+            "3:17:8:9:10:11:12:x",
+        ] {
+            assert!(matches!(
+                wrong.parse::<Invitation>(),
+                Err(Error::Invitation)
+            ));
+        }
+    }
+
+    #[test]
+    fn the_mark_is_not_cleared_by_either_side_itself() {
+        assert_ne!(pattern()[MARK], 0);
+        assert_ne!(complement()[MARK], 0);
+        assert_ne!(complement()[..TAKE_BACK.len()], *TAKE_BACK);
+    }
 }

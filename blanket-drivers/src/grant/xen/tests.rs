@@ -1,7 +1,7 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-use super::{Error, Memory, checked, is_provider, self_test, store};
+use super::{Error, Memory, checked, is_provider, selftest, store};
 use crate::grant::PAGE;
 use crate::grant::xen::abi::{self, Range};
 use crate::grant::xen::{allocator, mapper};
@@ -128,7 +128,7 @@ fn without_xen_the_self_test_names_what_is_missing() {
     if is_provider() {
         return;
     }
-    let error = self_test().unwrap_err();
+    let error = selftest::alone().unwrap_err();
     assert!(matches!(error, Error::Device { .. }), "{error}");
     assert!(error.to_string().contains("modprobe"), "{error}");
 }

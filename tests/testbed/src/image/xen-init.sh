@@ -56,5 +56,6 @@ until console=$(xenstore-read /local/domain/1/console/tty 2>/dev/null) && [ -c "
     sleep 0.1
 done
 blanket-agent join "$agent" "$console" &
+[ ! -x /etc/xen/beside ] || /etc/xen/beside &
 wait $node
 poweroff -f

@@ -69,6 +69,7 @@ pub struct NodeBuilder {
     nics: Vec<Nic>,
     payloads: Vec<Payload>,
     injected: Vec<(PathBuf, String)>,
+    beside: Option<(PathBuf, String)>,
     boot_limit: Duration,
     time_limit: Duration,
 }
@@ -143,6 +144,14 @@ impl NodeBuilder {
     /// with its permission bits. It is there from the start and costs next to nothing.
     pub fn inject(mut self, file: impl Into<PathBuf>, path: impl Into<String>) -> Self {
         self.injected.push((file.into(), path.into()));
+        self
+    }
+
+    /// Runs a shell script in the control domain of a real Xen, beside the node, with a program
+    /// of the host's in `/usr/bin`. [`Node::console`] has what it prints. Without effect on nodes
+    /// that are not Xen's.
+    pub fn beside(mut self, program: impl Into<PathBuf>, script: impl Into<String>) -> Self {
+        self.beside = Some((program.into(), script.into()));
         self
     }
 
@@ -246,6 +255,7 @@ impl Node {
             nics: Vec::new(),
             payloads: Vec::new(),
             injected: Vec::new(),
+            beside: None,
             boot_limit: Duration::from_secs(180),
             time_limit: Duration::from_secs(20 * 60),
         }

@@ -62,6 +62,12 @@ impl NodeBuilder {
         }
         let mut tree = Tree::default();
         tree.file("etc/xen/node.cfg", 0o644, self.domain(cards));
+        if let Some((program, script)) = &self.beside {
+            let name = program.file_name().unwrap_or_default().to_string_lossy();
+            tree.host_file(&format!("usr/bin/{name}"), program)?;
+            let script = format!("#!/usr/bin/busybox sh\n{script}\n");
+            tree.file("etc/xen/beside", 0o755, script);
+        }
         let initrd = folder.path().join("host.cpio");
         fs::copy(&host.initrd, &initrd)
             .and_then(|_| fs::File::options().append(true).open(&initrd))

@@ -263,14 +263,17 @@ fn a_request_through_the_rings_is_answered_by_the_node_also_after_a_restore() {
             std::thread::sleep(Duration::from_millis(1));
         }
         bench.ask();
-        let sent = netif
-            .metrics()
-            .iter()
-            .find(|(n, _)| *n == "tx_packets")
-            .unwrap()
-            .1;
-        assert_eq!(sent, 3);
+        let counter = |netif: &Netif, name: &str| {
+            let counters = netif.metrics();
+            counters.iter().find(|(n, _)| *n == name).unwrap().1
+        };
+        assert_eq!(counter(&netif, "tx_packets"), 3);
         netif.halt();
+        // Each page was mapped for its own request and no longer.
+        let maps = counter(&netif, "grant_maps");
+        assert!(maps >= 3 + counter(&netif, "rx_packets"));
+        assert_eq!(counter(&netif, "grant_unmaps"), maps);
+        assert_eq!(counter(&netif, "grant_hits"), 0);
         assert!(bench.channels.bound().is_empty());
         assert_eq!(bench.faults.load(Ordering::SeqCst), 0);
     });
