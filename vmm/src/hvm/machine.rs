@@ -20,6 +20,7 @@ use super::boot::{Entry, Payload};
 use super::bus::HvmBus;
 use super::kvm::Host;
 use super::parts::Parts;
+use super::time::Stopped;
 use super::wiring::KvmWiring;
 use super::{cpuid, registers};
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
@@ -53,6 +54,8 @@ pub struct Machine {
     /// The MSRs that make up a vCPU's state.
     pub(super) msrs: Vec<u32>,
     pub(super) vm: Arc<VmFd>,
+    /// The guest's clocks, while it is paused.
+    pub(super) stopped: Option<Stopped>,
     _workers: Workers,
 }
 
@@ -122,6 +125,7 @@ impl Machine {
             cpuid: cpuid.as_slice().to_vec(),
             msrs: parts.host.msrs,
             vm,
+            stopped: None,
             _workers: workers,
         })
     }
@@ -180,11 +184,15 @@ impl machine::Machine for Machine {
 
     fn pause(&mut self) -> Result<(), lifecycle::Error> {
         self.stop_vcpus();
+        self.stopped = Some(Stopped::now(&self.vm));
         self.each_device(|device| device.pause())
     }
 
     fn resume(&mut self) -> Result<(), lifecycle::Error> {
         self.each_device(|device| device.resume())?;
+        if let Some(stopped) = self.stopped.take() {
+            stopped.go_on(&self.vm, &self.vcpus);
+        }
         for vcpu in &self.vcpus {
             vcpu.resume();
         }
@@ -192,6 +200,8 @@ impl machine::Machine for Machine {
     }
 
     fn reset(&mut self) -> Result<(), Error> {
+        // It starts anew, and so may its clocks.
+        self.stopped = None;
         self.each_device(|device| device.reset())?;
         self.bus.pci.reroute();
         for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {
