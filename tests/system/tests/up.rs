@@ -27,7 +27,8 @@ fn make_fresh(node: &Client) {
                 blanket --home /run/other uplink >/dev/null; rm -r /run/other";
     node.sh(wait).timeout(LONG).text().unwrap();
     let script = "for p in /proc/[0-9]*; do \
-                  grep -qs hold $p/cmdline && kill -9 ${p#/proc/}; done; sleep 0.5; \
+                  if ls -l $p/fd 2>/dev/null | grep -q /dev/kvm; then kill -9 ${p#/proc/}; fi; \
+                  done; sleep 0.5; \
                   modprobe -r vhost_net vhost_vsock; modprobe -r kvm_amd tun; \
                   echo never > /sys/kernel/mm/transparent_hugepage/enabled; \
                   [ ! -e /dev/kvm ] && [ ! -e /sys/class/misc/tun ]";
