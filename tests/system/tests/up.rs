@@ -27,7 +27,7 @@ fn make_fresh(node: &Client) {
                 blanket --home /run/other uplink >/dev/null; rm -r /run/other";
     node.sh(wait).timeout(LONG).text().unwrap();
     let script = "for p in /proc/[0-9]*; do \
-                  if ls -l $p/fd 2>/dev/null | grep -q /dev/kvm; then kill -9 ${p#/proc/}; fi; \
+                  if ls -l $p/fd 2>/dev/null | grep -q kvm; then kill -9 ${p#/proc/}; fi; \
                   done; sleep 0.5; \
                   modprobe -r vhost_net vhost_vsock; modprobe -r kvm_amd tun; \
                   echo never > /sys/kernel/mm/transparent_hugepage/enabled; \
@@ -92,7 +92,7 @@ fn a_machine_becomes_a_node_and_is_left_as_it_was() {
 
         let done = says(node, "blanket up --hugepages 64M");
         assert!(
-            done.contains("provider: ec2 (Amazon EC2), nitro, m5.large"),
+            done.contains("provider: ec2 (Amazon EC2), nitro, m5.xlarge, us-east-1a"),
             "{done}"
         );
         assert!(done.contains("guests get: hvm machine, because"), "{done}");
