@@ -122,9 +122,12 @@ impl Held {
     }
 }
 
+/// How long guests that were asked to shut down are waited for.
+const GRACE: Duration = Duration::from_secs(60);
+
 /// Saves all guests to the directory `to` and ends them, the smallest first: so
-/// most of them are safe if there is no time for all. After `deadline`, and when
-/// one cannot be saved before that, guests are asked to shut down instead.
+/// most of them are safe if there is no time for all. With a `deadline`, those
+/// that cannot be saved before are asked to shut down, and waited for.
 pub(crate) fn save_all(home: &Home, to: &Path, deadline: Option<Instant>) -> Result<Vec<Outcome>> {
     let mut guests = Vec::new();
     for vm in home.vms()? {
@@ -137,14 +140,22 @@ pub(crate) fn save_all(home: &Home, to: &Path, deadline: Option<Instant>) -> Res
     }
     let held = Held::make(to)?;
     guests.sort_by_key(|(_, info)| info.as_ref().map(|info| info.config.memory()));
-    let outcomes = guests.iter().map(|(vm, info)| {
+    let mut outcomes = Vec::new();
+    let mut unsaved = Vec::new();
+    for (vm, info) in &guests {
         let outcome = outcome_of(&held, vm, info.as_deref(), deadline);
         if outcome.problem.is_some() && deadline.is_some() {
             shut_down(vm);
+            unsaved.push(vm);
         }
-        outcome
-    });
-    let outcomes = outcomes.collect();
+        outcomes.push(outcome);
+    }
+    let grace = Instant::now() + GRACE;
+    for vm in unsaved {
+        if let Some((_, process)) = vm.process()? {
+            process.wait(grace.saturating_duration_since(Instant::now()))?;
+        }
+    }
     // The names in it.
     held.lock
         .sync_all()

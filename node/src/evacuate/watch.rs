@@ -104,6 +104,10 @@ impl Signals {
         self.0.set_read_timeout(time)?;
         match (&self.0).read(&mut [0]) {
             Ok(_) => Ok(true),
+            // By a signal: those that count have left their byte.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {
+                self.came_within(Some(Duration::from_millis(1)))
+            }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 Ok(false)
             }

@@ -205,6 +205,8 @@ mount --bind /usr/lib/modules /run/debian/usr/lib/modules
 cp /usr/bin/blanket /usr/bin/blanket-vmm /run/debian/usr/bin/
 cd /run/debian/etc/systemd/system
 rm sysinit.target.wants/testbed-*
+mkdir -p /run/debian/var/log/journal /run/debian/volume
+mount -t tmpfs tmpfs /run/debian/volume
 for unit in systemd-udevd.service systemd-udev-trigger.service lighttpd.service acpid.service     acpid.socket acpid.path systemd-logind.service console-getty.service getty.target     systemd-timesyncd.service systemd-remount-fs.service; do ln -sf /dev/null $unit; done
 "#;
 
@@ -245,6 +247,11 @@ impl Debian<'_> {
         refuses(self.0, &Self::line(script))
     }
 
+    /// What its services had to say, when it is off.
+    fn journal(&self) -> String {
+        says(self.0, "chroot /run/debian journalctl -a --no-pager -n 300")
+    }
+
     /// Shuts it down as an administrator does.
     fn shuts_down(&self) {
         self.0
@@ -278,17 +285,14 @@ fn with_systemd_guests_are_saved_at_the_machines_end_and_back_at_its_next_boot()
         let etc = "find /etc -type d; find /etc -type f -exec sha256sum {} +; find /etc -type l; \
                    systemctl list-unit-files --no-legend --state=enabled; cut -d \" \" -f 1 /proc/modules";
         let before = debian.says(etc);
-        let done = debian.says("blanket up");
+        let done = debian.says("blanket up --evacuate-to /volume");
         for unit in ["blanket.service", "blanket-watch.service"] {
             assert!(done.contains(&format!("enable and start {unit}")), "{done}");
             debian.says(&format!(
                 "systemctl is-active {unit} && systemctl is-enabled {unit}"
             ));
         }
-        assert!(
-            done.contains("guests are saved to /var/lib/blanket/evacuated"),
-            "{done}"
-        );
+        assert!(done.contains("guests are saved to /volume when"), "{done}");
         assert!(debian.says("blanket up").starts_with("nothing to do\n"));
 
         debian.says(
@@ -301,10 +305,9 @@ fn with_systemd_guests_are_saved_at_the_machines_end_and_back_at_its_next_boot()
         debian.says("until blanket logs web | grep -q \"tick 3\"; do sleep 0.5; done");
         let known = counted(&debian.says("blanket logs web"));
         debian.shuts_down();
-        says(
-            node,
-            "[ -e /run/debian/var/lib/blanket/evacuated/web.json ]",
-        );
+        let saved = node.sh("ls /run/debian/volume").run().unwrap();
+        let saved = String::from_utf8_lossy(&saved.stdout).into_owned();
+        assert_eq!(saved, "web.json\nweb.snapshot\n", "{}", debian.journal());
         // As after a real boot.
         says(node, "modprobe -r kvm_amd tun && [ ! -e /dev/kvm ]");
 
@@ -320,7 +323,7 @@ fn with_systemd_guests_are_saved_at_the_machines_end_and_back_at_its_next_boot()
         );
         let refused = debian.refuses("blanket down");
         assert!(refused.contains("guests are running: web"), "{refused}");
-        debian.says("blanket evacuate && blanket rm web");
+        debian.says("blanket evacuate --to /volume && blanket rm web");
         debian.says("blanket down");
         assert_eq!(difference(&before, &debian.says(etc)), "");
         debian.refuses("systemctl cat blanket.service");
