@@ -100,13 +100,13 @@ impl Signals {
     }
 
     /// Whether a signal came before `time` was over.
-    fn came_within(&self, time: Option<Duration>) -> Result<bool> {
-        self.0.set_read_timeout(time)?;
+    fn came_within(&self, time: Duration) -> Result<bool> {
+        self.0.set_read_timeout(Some(time))?;
         match (&self.0).read(&mut [0]) {
             Ok(_) => Ok(true),
             // By a signal: those that count have left their byte.
             Err(error) if error.kind() == ErrorKind::Interrupted => {
-                self.came_within(Some(Duration::from_millis(1)))
+                self.came_within(Duration::from_millis(1))
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 Ok(false)
@@ -124,7 +124,7 @@ pub(crate) fn watch(home: &Home, to: &Path) -> Result<()> {
     let provider = report(&Machine::this(), Some(&asking)).provider;
     let Some(interval) = poll_interval(provider) else {
         eprintln!("the provider ({provider}) tells no notices: nothing to watch here");
-        signals.came_within(None)?;
+        while !signals.came_within(SLOWEST)? {}
         return Ok(());
     };
     eprintln!(
@@ -163,7 +163,7 @@ pub(crate) fn watch(home: &Home, to: &Path) -> Result<()> {
                 pause = (pause * 2).min(SLOWEST);
             }
         }
-        if signals.came_within(Some(pause))? {
+        if signals.came_within(pause)? {
             return Ok(());
         }
     }

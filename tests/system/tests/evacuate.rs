@@ -113,7 +113,7 @@ fn a_guest_is_saved_before_its_spot_machine_is_taken_away_and_goes_on_with_its_m
 }
 
 #[test]
-fn guests_of_both_kinds_that_cannot_be_saved_are_named_and_the_others_are_saved() {
+fn a_guest_that_cannot_be_saved_is_named_and_the_others_are_saved() {
     natively(
         || native("evacuate").unwrap(),
         |host| {

@@ -2,6 +2,7 @@
 //! systemd, and on a Debian with it.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
+use std::process::Command;
 use std::time::Duration;
 
 use blanket_system_tests::{Vm, on_node, payload, provider};
@@ -273,6 +274,70 @@ fn counted(text: &str) -> u32 {
         .filter_map(|number| number.trim().parse().ok())
         .next_back();
     last.unwrap_or_else(|| panic!("it does not count: {text}"))
+}
+
+/// A repository with the package kmod, and without it the Debian, in which programs run by `chroot`.
+const WITHOUT_KMOD: &str = r#"mount -t ext4 -o loop /payload/guest/disk.raw /mnt
+mount --bind /usr/lib/modules /mnt/usr/lib/modules
+for folder in dev proc sys; do mount --rbind /$folder /mnt/$folder; done
+cp /usr/bin/blanket /usr/bin/blanket-vmm /mnt/usr/bin/
+mkdir /mnt/repository
+cp /kmod.deb /mnt/repository
+rm -rf /mnt/etc/apt/sources.list /mnt/etc/apt/sources.list.d/*
+echo 'deb [trusted=yes] file:/repository ./' > /mnt/etc/apt/sources.list
+chroot /mnt sh -c 'dpkg --purge --force-depends kmod
+cd /repository
+{ dpkg-deb -f kmod.deb; echo Filename: ./kmod.deb; echo Size: $(stat -c %s kmod.deb)
+echo SHA256: $(sha256sum < kmod.deb | cut -d " " -f 1); } > Packages'
+"#;
+
+#[test]
+fn a_missing_package_is_installed_and_goes_when_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let download = "apt-get -q download kmod && mv kmod_*.deb kmod.deb";
+    let downloaded = Command::new("sh")
+        .args(["-c", download])
+        .current_dir(&folder)
+        .status();
+    assert!(downloaded.unwrap().success(), "no package kmod");
+    let deb = folder.path().join("kmod.deb");
+    let with_deb = || describe().inject(&deb, "/kmod.deb");
+    on_node(with_deb, |node| {
+        make_fresh(node);
+        says(node, WITHOUT_KMOD);
+        let inside = |command: &str| {
+            format!("PATH=/usr/sbin:/usr/bin chroot /mnt env --unset=TMPDIR {command}")
+        };
+        let has_kmod = inside("test -x /usr/sbin/modprobe");
+        let failed = refuses(
+            node,
+            &inside("sh -c 'mv /repository/kmod.deb /repository/away; blanket up'"),
+        );
+        assert!(
+            failed.contains("packages, cannot install kmod: "),
+            "{failed}"
+        );
+        let done = says(
+            node,
+            &inside("sh -c 'mv /repository/away /repository/kmod.deb; blanket up'"),
+        );
+        assert!(done.contains("done     install kmod"), "{done}");
+        assert!(done.contains("load kvm_amd"), "{done}");
+        assert!(says(node, &inside("blanket up")).starts_with("nothing to do\n"));
+        let down = says(node, &inside("blanket down"));
+        assert!(
+            down.contains("left     install kmod (--purge removes it)"),
+            "{down}"
+        );
+        says(node, &has_kmod);
+        let down = says(node, &inside("blanket down --purge"));
+        assert!(down.contains("undone   install kmod"), "{down}");
+        refuses(node, &has_kmod);
+        says(
+            node,
+            "[ ! -e /dev/kvm ] && [ ! -e /mnt/var/lib/blanket/up.json ]",
+        );
+    });
 }
 
 #[test]
