@@ -3,6 +3,9 @@
 //! ```text
 //! STATE/vms/NAME/   config.toml, record.json, exit.json, *.log
 //! STATE/uplinks/    the self-test of each interface
+//! STATE/evacuated/  guests that were saved, all at once
+//! STATE/notices.json  the provider's notices for which that was done
+//! STATE/up.json     what `blanket up` has changed
 //! RUN/NAME/         api.sock, serial.sock, console.sock
 //! ```
 //!
@@ -87,6 +90,21 @@ impl Home {
     /// Where the uplinks' self-tests are kept.
     pub(crate) fn uplinks(&self) -> PathBuf {
         self.state.with_file_name("uplinks")
+    }
+
+    /// What `blanket up` has changed on this machine.
+    pub(crate) fn up_record(&self) -> PathBuf {
+        self.state.with_file_name("up.json")
+    }
+
+    /// Where guests are saved unless another place is named.
+    pub(crate) fn evacuated(&self) -> PathBuf {
+        self.state.with_file_name("evacuated")
+    }
+
+    /// The provider's notices for which guests have been saved.
+    pub(crate) fn notices(&self) -> PathBuf {
+        self.state.with_file_name("notices.json")
     }
 
     /// The directories of `name`, which need not exist.

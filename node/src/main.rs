@@ -1,6 +1,7 @@
 //! The `blanket` command: the VMs on this node.
 
 mod commands;
+mod evacuate;
 mod failure;
 mod home;
 mod machine;
@@ -8,6 +9,7 @@ mod name;
 mod process;
 mod table;
 mod terminal;
+mod up;
 mod vm;
 
 use std::path::PathBuf;
@@ -16,7 +18,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    console, doctor, info, life, logs, provider, ps, run, set, snapshot, stop, supervise, uplink,
+    console, doctor, evacuate as evacuation, info, life, logs, provider, ps, run, set, snapshot,
+    stop, supervise, up as node, uplink,
 };
 
 /// Virtual machines on this node.
@@ -37,6 +40,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Make a node of this machine: what Blanket needs of it, now and at each boot.
+    Up(node::Args),
+    /// Undo what `blanket up` has done.
+    Down(node::DownArgs),
     /// Start a new VM.
     Run(Box<run::Args>),
     /// List VMs.
@@ -63,6 +70,9 @@ enum Command {
     Snapshot(snapshot::Args),
     /// Start a VM that goes on where a snapshot was made.
     Restore(Box<snapshot::RestoreArgs>),
+    /// Save all guests to a directory and end them, now or when the provider is about to take this
+    /// machine away. `blanket restore --evacuated` brings them back.
+    Evacuate(evacuation::Args),
     /// Start VMs again from their kernels, as the reset button does.
     Reset(life::Args),
     /// Press a SysRq key of a guest's kernel (pv machines).
@@ -87,6 +97,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     }
     let home = home::Home::locate(cli.home.as_deref())?;
     match cli.command {
+        Command::Up(args) => node::up(&home, &args),
+        Command::Down(args) => node::down(&home, &args),
+        Command::Evacuate(args) => evacuation::evacuate(&home, &args),
         Command::Run(args) => run::run(&home, *args, cli.home.as_deref()),
         Command::Ps(args) => ps::ps(&home, &args),
         Command::Console(args) => console::console(&home, &args),

@@ -33,7 +33,7 @@ mod platform;
 mod service;
 mod text;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -268,6 +268,14 @@ impl Metadata {
             remedy: remedy.map(|service| service.remedy.to_owned()),
         }
     }
+}
+
+/// How often [`notices`] of this provider want to be polled; `None` if it tells none.
+#[must_use]
+pub fn poll_interval(provider: &str) -> Option<Duration> {
+    let known = PROVIDERS.iter().find(|known| known.name == provider)?;
+    let service = known.service.filter(|it| !it.notices.is_empty())?;
+    Some(service.interval)
 }
 
 /// What the provider of the name `provider` is about to do to this machine:

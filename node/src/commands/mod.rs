@@ -2,6 +2,7 @@
 
 pub(crate) mod console;
 pub(crate) mod doctor;
+pub(crate) mod evacuate;
 pub(crate) mod info;
 pub(crate) mod life;
 pub(crate) mod logs;
@@ -12,6 +13,7 @@ pub(crate) mod set;
 pub(crate) mod snapshot;
 pub(crate) mod stop;
 pub(crate) mod supervise;
+pub(crate) mod up;
 pub(crate) mod uplink;
 
 use std::io::Write;
@@ -29,7 +31,7 @@ fn print_json<T: Serialize>(value: &T) -> anyhow::Result<()> {
 }
 
 /// Prints text; unlike `print!` an output that was closed is an error.
-fn print(text: &str) -> anyhow::Result<()> {
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()?;

@@ -104,7 +104,7 @@ fn describe_metadata(report: &Report) -> String {
     text.to_owned()
 }
 
-fn describe_notice(notice: &Notice) -> String {
+pub(crate) fn describe_notice(notice: &Notice) -> String {
     let mut text = notice.action.clone();
     if let Some(at) = notice.at {
         text.push_str(&format!(" not before {at}"));

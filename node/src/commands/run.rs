@@ -19,6 +19,7 @@ use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::machine;
 use crate::name::VmName;
+use crate::up::{SERVICE, System, has_program};
 use crate::vm::{Exit, last_line};
 
 /// How long a monitor may take until its guest runs. Reserving much memory in
@@ -260,7 +261,7 @@ impl Launch<'_> {
     fn command(&self) -> Result<Command> {
         let vm = self.vm;
         let program = env::current_exe().context("cannot find this program")?;
-        let mut command = Command::new(program);
+        let mut command = own_scope(&vm.name, &program);
         command.arg("supervise").arg(vm.name.as_str());
         command.arg("--monitor").arg(self.monitor);
         if let Some(home) = self.how.home {
@@ -321,6 +322,24 @@ impl Launch<'_> {
         };
         socket.map(connect).transpose()
     }
+}
+
+/// `program`, in a scope of systemd's on machines that `blanket up` has
+/// prepared: guests then outlive the session or service that started them, and
+/// at the machine's end are left alone until they are saved.
+fn own_scope(name: &VmName, program: &Path) -> Command {
+    let system = System::this();
+    let unit = Path::new("/etc/systemd/system").join(SERVICE);
+    let root = rustix::process::geteuid().is_root();
+    if !(root && system.has_systemd() && system.has(unit) && has_program("systemd-run")) {
+        return Command::new(program);
+    }
+    let mut command = Command::new("systemd-run");
+    command.args(["--scope", "--quiet", "--collect", "--slice=machine.slice"]);
+    command.arg(format!("--property=Before={SERVICE}"));
+    command.arg(format!("--description=Blanket guest {name}"));
+    command.arg("--").arg(program);
+    command
 }
 
 fn cannot_start(vm: &VmDir, exit: Option<Exit>) -> anyhow::Error {

@@ -1,11 +1,11 @@
 //! `blanket snapshot` and `blanket restore`.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use blanket_vmm::api::types::{Action, VmState};
@@ -16,6 +16,7 @@ use blanket_vmm::snapshot::{DiskMark, Snapshot, write_disks};
 use super::life::suspend_one;
 use super::print;
 use super::run::{Start, check_readable, settle};
+use crate::evacuate::bring_back;
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
@@ -49,18 +50,41 @@ pub(crate) struct Args {
     timeout: u64,
 }
 
+/// How a VM is saved.
+pub(crate) struct Save<'a> {
+    pub(crate) file: &'a Path,
+    /// End the VM then.
+    pub(crate) stop: bool,
+    /// So long the guest may take to suspend itself, if it is to do that.
+    pub(crate) suspend: Option<Duration>,
+    /// When it is too late.
+    pub(crate) deadline: Option<Instant>,
+}
+
 pub(crate) fn snapshot(home: &Home, args: &Args) -> Result<ExitCode> {
     let vm = home.existing(&args.name)?;
+    let how = Save {
+        file: &args.file,
+        stop: args.stop,
+        suspend: args.suspend.then(|| Duration::from_secs(args.timeout)),
+        deadline: None,
+    };
+    save(&vm, &how)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Saves a VM. When that fails it runs on, if it ran.
+pub(crate) fn save(vm: &VmDir, how: &Save) -> Result<()> {
     let client = vm.live_client()?;
     let before = client.info()?;
     let ran = before.state == VmState::Running;
-    if ran && args.suspend {
-        suspend_one(&vm, Duration::from_secs(args.timeout))?;
+    if let (true, Some(timeout)) = (ran, how.suspend) {
+        suspend_one(vm, timeout)?;
     } else if ran {
         client.act(Action::Pause)?;
     }
     let disks = before.config.disk.into_iter().map(|disk| disk.path);
-    let written = write(&vm, &client, args, disks.collect());
+    let written = write(vm, &client, how, disks.collect());
     if let Err(error) = written {
         if ran {
             // What went wrong first is what counts.
@@ -68,15 +92,38 @@ pub(crate) fn snapshot(home: &Home, args: &Args) -> Result<ExitCode> {
         }
         return Err(error);
     }
-    if ran && !args.stop {
+    if ran && !how.stop {
         client.act(Action::Resume)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
+}
+
+/// A file that takes nothing once it is too late.
+#[derive(Debug)]
+struct InTime {
+    file: File,
+    deadline: Option<Instant>,
+}
+
+impl Write for InTime {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.deadline.is_some_and(|end| Instant::now() >= end) {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the time was over before it was written",
+            ));
+        }
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// Writes the file, whole or not at all, and ends the VM if that is wanted.
-fn write(vm: &VmDir, client: &Client, args: &Args, disks: Vec<PathBuf>) -> Result<()> {
-    let mut new = args.file.clone().into_os_string();
+fn write(vm: &VmDir, client: &Client, how: &Save, disks: Vec<PathBuf>) -> Result<()> {
+    let mut new = how.file.to_owned().into_os_string();
     new.push(".partial");
     let result = (|| {
         // Whoever reads it reads the guest's secrets.
@@ -86,29 +133,34 @@ fn write(vm: &VmDir, client: &Client, args: &Args, disks: Vec<PathBuf>) -> Resul
             .truncate(true)
             .mode(0o600)
             .open(&new)?;
-        let mut out = BufWriter::new(file);
+        let mut out = BufWriter::new(InTime {
+            file,
+            deadline: how.deadline,
+        });
         client.snapshot(&mut out)?;
         out.flush()?;
-        out.get_ref().sync_all()?;
-        if args.stop {
+        out.get_ref().file.sync_all()?;
+        if how.stop {
             end(vm, client)?;
         }
+        // What is left takes no time worth mentioning, and the VM has ended.
+        out.get_mut().deadline = None;
         // Nobody writes to the disks now.
         let marks: Vec<_> = disks
             .into_iter()
             .map(DiskMark::of)
             .collect::<std::io::Result<_>>()?;
         write_disks(&mut out, &marks)?;
-        let file = out.into_inner()?;
+        let file = out.into_inner()?.file;
         file.sync_all()?;
-        fs::rename(&new, &args.file)?;
+        fs::rename(&new, how.file)?;
         anyhow::Ok(())
     })();
     if result.is_err() {
         // It need not be there.
         let _ = fs::remove_file(&new);
     }
-    result.with_context(|| format!("the snapshot {}", args.file.display()))
+    result.with_context(|| format!("the snapshot {}", how.file.display()))
 }
 
 /// Powers the VM off and waits until its disks are closed.
@@ -136,8 +188,13 @@ fn end(vm: &VmDir, client: &Client) -> Result<()> {
     disk or a tap is on this node may change."
 )]
 pub(crate) struct RestoreArgs {
-    /// The snapshot.
-    file: PathBuf,
+    /// The snapshot; with --evacuated, the directory.
+    #[arg(required_unless_present = "evacuated")]
+    file: Option<PathBuf>,
+
+    /// All guests that `blanket evacuate` has saved. Each one's file is removed once it runs.
+    #[arg(long, conflicts_with_all = ["name", "changed_disks", "user"])]
+    evacuated: bool,
 
     /// Name of the VM, unique on this node [default: the saved one's].
     #[arg(long)]
@@ -161,37 +218,75 @@ pub(crate) fn restore(
     args: RestoreArgs,
     home_flag: Option<&Path>,
 ) -> Result<ExitCode> {
-    check_readable(&args.file)?;
-    let context = || format!("the snapshot {}", args.file.display());
-    let snapshot = Snapshot::open(&args.file).with_context(context)?;
-    let head = snapshot.head().clone();
-    let name = match args.name {
-        Some(name) => name,
-        None => head.name.parse().map_err(|_| {
-            failure(
-                "the snapshot has no name that a VM can have",
-                "give it one with --name",
-            )
-        })?,
+    let file = match args.file {
+        from if args.evacuated => {
+            if args.vm != VmConfig::default() {
+                return Err(failure(
+                    "--evacuated brings guests back as they were: it takes no options of theirs",
+                    "restore each by its file",
+                ));
+            }
+            return bring_back(home, &from.unwrap_or_else(|| home.evacuated()), home_flag);
+        }
+        Some(file) => file,
+        None => return Err(failure("no snapshot is named", "name one")),
     };
-    let mut config = head.config;
-    let console = |port| without_own_places(port, &head.name);
-    config.serial = config.serial.map(console);
-    config.console = config.console.map(console);
-    let config = settle(config.overlaid(args.vm), &home.vm(&name))?;
-    if !args.changed_disks {
-        check_disks(&config, &snapshot.disks().with_context(context)?)?;
-    }
-    let start = Start {
-        config: &config,
+    let back = Restore {
+        file: &file,
+        name: args.name,
+        changed_disks: args.changed_disks,
         user: args.user.as_deref(),
-        home: home_flag,
-        attach: false,
-        snapshot: Some(&args.file),
+        over: args.vm,
     };
-    start.claim_and_start(home, &name)?;
+    let name = back.start(home, home_flag)?;
     print(&format!("{name}\n"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// How a saved VM is started.
+pub(crate) struct Restore<'a> {
+    pub(crate) file: &'a Path,
+    pub(crate) name: Option<VmName>,
+    pub(crate) changed_disks: bool,
+    pub(crate) user: Option<&'a str>,
+    /// What it is configured otherwise.
+    pub(crate) over: VmConfig,
+}
+
+impl Restore<'_> {
+    /// Starts it; its name.
+    pub(crate) fn start(self, home: &Home, home_flag: Option<&Path>) -> Result<VmName> {
+        check_readable(self.file)?;
+        let context = || format!("the snapshot {}", self.file.display());
+        let snapshot = Snapshot::open(self.file).with_context(context)?;
+        let head = snapshot.head().clone();
+        let name = match self.name {
+            Some(name) => name,
+            None => head.name.parse().map_err(|_| {
+                failure(
+                    "the snapshot has no name that a VM can have",
+                    "give it one with --name",
+                )
+            })?,
+        };
+        let mut config = head.config;
+        let console = |port| without_own_places(port, &head.name);
+        config.serial = config.serial.map(console);
+        config.console = config.console.map(console);
+        let config = settle(config.overlaid(self.over), &home.vm(&name))?;
+        if !self.changed_disks {
+            check_disks(&config, &snapshot.disks().with_context(context)?)?;
+        }
+        let start = Start {
+            config: &config,
+            user: self.user,
+            home: home_flag,
+            attach: false,
+            snapshot: Some(self.file),
+        };
+        start.claim_and_start(home, &name)?;
+        Ok(name)
+    }
 }
 
 /// The port of a VM called `name`; in the new VM's directory where it was in

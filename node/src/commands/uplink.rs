@@ -11,6 +11,7 @@ use super::{print, print_json};
 use crate::failure::{describe, failure};
 use crate::home::Home;
 use crate::table;
+use crate::up::usable;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -93,10 +94,7 @@ fn candidates(name: Option<&str>) -> Result<Vec<Interface>> {
     let names: Vec<_> = all.iter().map(|it| it.name.clone()).collect();
     let found: Vec<_> = match name {
         Some(name) => all.into_iter().filter(|it| it.name == name).collect(),
-        None => all
-            .into_iter()
-            .filter(|it| it.up && it.carrier && !it.addresses.is_empty())
-            .collect(),
+        None => usable(all).collect(),
     };
     if found.is_empty() {
         let what = match name {

@@ -21,6 +21,7 @@ use super::boot::{Entry, Payload};
 use super::bus::HvmBus;
 use super::kvm::Host;
 use super::parts::Parts;
+use super::time::Stopped;
 use super::wiring::KvmWiring;
 use super::{cpuid, registers};
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
@@ -56,6 +57,8 @@ pub struct Machine {
     /// The MSRs that make up a vCPU's state.
     pub(super) msrs: Vec<u32>,
     pub(super) vm: Arc<VmFd>,
+    /// The guest's clocks, while it is paused.
+    pub(super) stopped: Option<Stopped>,
     _workers: Workers,
 }
 
@@ -125,6 +128,7 @@ impl Machine {
             cpu: parts.host.cpu,
             msrs: parts.host.msrs,
             vm,
+            stopped: None,
             _workers: workers,
         })
     }
@@ -187,11 +191,15 @@ impl machine::Machine for Machine {
 
     fn pause(&mut self) -> Result<(), lifecycle::Error> {
         self.stop_vcpus();
+        self.stopped = Some(Stopped::now(&self.vm));
         self.each_device(|device| device.pause())
     }
 
     fn resume(&mut self) -> Result<(), lifecycle::Error> {
         self.each_device(|device| device.resume())?;
+        if let Some(stopped) = self.stopped.take() {
+            stopped.go_on(&self.vm, &self.vcpus);
+        }
         for vcpu in &self.vcpus {
             vcpu.resume();
         }
@@ -199,6 +207,8 @@ impl machine::Machine for Machine {
     }
 
     fn reset(&mut self) -> Result<(), Error> {
+        // It starts anew, and so may its clocks.
+        self.stopped = None;
         self.each_device(|device| device.reset())?;
         self.bus.pci.reroute();
         for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {

@@ -9,6 +9,7 @@ pub mod machine;
 mod parts;
 mod registers;
 mod saved;
+mod time;
 mod wiring;
 
 pub use crate::machine::Error;

@@ -6,14 +6,15 @@
 use blanket_devices::lifecycle::{self, Lifecycle, SavedState};
 use blanket_memory::GuestRam;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
-    kvm_cpuid_entry2, kvm_irqchip,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_cpuid_entry2,
+    kvm_irqchip,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::machine::Machine;
+use super::time::Stopped;
 use crate::machine::lock;
 use crate::vcpu::state::VcpuState;
 
@@ -33,7 +34,7 @@ struct Saved {
     cpuid: Vec<kvm_cpuid_entry2>,
     cpus: Vec<SavedState>,
     chips: Vec<kvm_irqchip>,
-    /// Nanoseconds of the paravirtual clock.
+    /// Nanoseconds of the paravirtual clock. Not every KVM has it.
     clock: Option<u64>,
     /// The register that selects PCI configuration space, at port 0xcf8.
     pci_address: u32,
@@ -81,8 +82,7 @@ impl Machine {
             cpuid: self.cpuid.clone(),
             cpus,
             chips: read_chips(&self.vm)?,
-            // Not every KVM has it.
-            clock: self.vm.get_clock().ok().map(|clock| clock.clock),
+            clock: self.stopped.and_then(|stopped| stopped.clock),
             pci_address: u32::from_le_bytes(pci_address),
             virtio: virtio.collect::<Result<_, _>>()?,
             serial: self.serial.save()?,
@@ -104,16 +104,15 @@ impl Machine {
         for chip in &saved.chips {
             self.vm.set_irqchip(chip).map_err(failed)?;
         }
-        if let Some(clock) = saved.clock {
-            let clock = kvm_clock_data {
-                clock,
-                ..Default::default()
-            };
-            self.vm.set_clock(&clock).map_err(failed)?;
-        }
         for (vcpu, saved) in self.vcpus.iter().zip(&saved.cpus) {
             VcpuState::unpack(saved)?.write(&vcpu.paused_fd())?;
         }
+        // The counters were among the registers; both clocks go on with the vCPUs.
+        let now = Stopped::now(&self.vm);
+        self.stopped = Some(Stopped {
+            clock: saved.clock,
+            ..now
+        });
         let pci = &self.bus.pci;
         pci.write_port(0, &saved.pci_address.to_le_bytes());
         for (device, saved) in self.virtio.iter().zip(&saved.virtio) {

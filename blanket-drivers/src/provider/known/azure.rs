@@ -3,6 +3,8 @@
 //! "Azure Instance Metadata Service" and "Scheduled Events for Linux VMs" of
 //! the Azure documentation.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::provider::facts::{Facts, Source};
@@ -48,6 +50,8 @@ const SERVICE: Service = Service {
     document: INSTANCE,
     details: &[],
     notices: &[EVENTS, NAME],
+    // A preemption is told 30 seconds before.
+    interval: Duration::from_secs(1),
     read,
     read_notices,
     remedy: "let TCP to 169.254.169.254 out",

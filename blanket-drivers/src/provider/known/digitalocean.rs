@@ -2,6 +2,8 @@
 //!
 //! "Droplet Metadata API" of the DigitalOcean documentation.
 
+use std::time::Duration;
+
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
 use crate::provider::identify::{Mark, Provider, proof};
@@ -34,6 +36,7 @@ const SERVICE: Service = Service {
     document: DOCUMENT,
     details: &[],
     notices: &[],
+    interval: Duration::ZERO,
     read,
     read_notices: |_| Vec::new(),
     remedy: "let TCP to 169.254.169.254 out",

@@ -3,6 +3,8 @@
 //! "Identify EC2 instances", "Instance metadata" and "Instance identity
 //! documents" of the EC2 user guide.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::provider::facts::{Facts, Source};
@@ -86,6 +88,8 @@ const SERVICE: Service = Service {
     document: DOCUMENT,
     details: &[HOSTNAME, IPV6, LIFE_CYCLE, PUBLIC_IPV4],
     notices: &[SPOT, REBALANCE, MAINTENANCE],
+    // "Spot Instance interruption notices" of the EC2 User Guide.
+    interval: Duration::from_secs(5),
     read,
     read_notices,
     remedy: "turn it on (aws ec2 modify-instance-metadata-options --http-endpoint enabled), with a \

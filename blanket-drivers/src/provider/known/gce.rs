@@ -3,6 +3,8 @@
 //! "Detect if a VM is running in Compute Engine" and "Predefined metadata keys"
 //! of the Compute Engine documentation.
 
+use std::time::Duration;
+
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::{Begins, Is};
 use crate::provider::identify::{Mark, Provider, hint, proof};
@@ -48,6 +50,8 @@ const SERVICE: Service = Service {
     document: ID,
     details: &[TYPE, NAME, ZONE, INTERFACES, PREEMPTIBLE],
     notices: &[PREEMPTED, MAINTENANCE],
+    // A preemption is told 30 seconds before.
+    interval: Duration::from_secs(5),
     read,
     read_notices,
     remedy: "let TCP to 169.254.169.254 out",

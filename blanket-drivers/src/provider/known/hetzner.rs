@@ -2,6 +2,8 @@
 //!
 //! "Server Metadata" of the Hetzner Cloud API documentation.
 
+use std::time::Duration;
+
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
 use crate::provider::identify::{Mark, Provider, proof};
@@ -36,6 +38,7 @@ const SERVICE: Service = Service {
     document: SUMMARY,
     details: &[NETWORKS],
     notices: &[],
+    interval: Duration::ZERO,
     read,
     read_notices: |_| Vec::new(),
     remedy: "let TCP to 169.254.169.254 out",

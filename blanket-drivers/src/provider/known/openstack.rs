@@ -3,6 +3,7 @@
 //! "Metadata" of Nova's user guide.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
@@ -58,6 +59,7 @@ const SERVICE: Service = Service {
     document: META_DATA,
     details: &[NETWORK_DATA, TYPE, LOCAL_IPV4, PUBLIC_IPV4],
     notices: &[],
+    interval: Duration::ZERO,
     read,
     read_notices: |_| Vec::new(),
     remedy: "let TCP to 169.254.169.254 out, by the route that DHCP gave",

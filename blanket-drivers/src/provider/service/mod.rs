@@ -31,6 +31,8 @@ pub struct Service {
     pub(super) details: &'static [&'static str],
     /// What tells of things to come.
     pub(super) notices: &'static [&'static str],
+    /// How often to ask for these, as the provider recommends.
+    pub(super) interval: Duration,
     /// Reads what was answered; `None` if the document is not this provider's.
     pub(super) read: fn(&Answers) -> Option<Instance>,
     /// Reads what was answered of `notices`.

@@ -71,6 +71,7 @@ pub(super) fn leaf(path: &str, state: &State) -> Option<String> {
         };
     }
     let spot = state.event == Some(Event::Preemption);
+    let at = state.at.as_deref().unwrap_or("2030-01-21T09:00:43Z");
     let maintenance = match state.event {
         Some(Event::Maintenance) => json!([{
             "Code": "system-reboot", "Description": "scheduled reboot", "State": "active",
@@ -96,9 +97,9 @@ pub(super) fn leaf(path: &str, state: &State) -> Option<String> {
         "/placement/region" => Some(own.region.clone()),
         "/events/maintenance/scheduled" => Some(maintenance.to_string()),
         "/spot/instance-action" if spot => {
-            Some(json!({"action": "terminate", "time": "2030-01-21T09:00:43Z"}).to_string())
+            Some(json!({"action": "terminate", "time": at}).to_string())
         }
-        "/spot/termination-time" if spot => Some("2030-01-21T09:00:43Z".to_owned()),
+        "/spot/termination-time" if spot => Some(at.to_owned()),
         _ => None,
     }
 }

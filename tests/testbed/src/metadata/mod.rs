@@ -91,6 +91,8 @@ struct State {
     instance: Instance,
     behavior: Behavior,
     event: Option<Event>,
+    /// When it takes place, as RFC 3339 writes it; years ahead otherwise.
+    at: Option<String>,
     /// EC2's tokens, and until when they are valid.
     tokens: Vec<(String, Instant)>,
     requests: Vec<String>,
@@ -138,7 +140,14 @@ impl Metadata {
 
     /// Announces an event, or takes it back.
     pub fn announce(&self, event: Option<Event>) {
-        self.state().event = event;
+        let mut state = self.state();
+        (state.event, state.at) = (event, None);
+    }
+
+    /// Announces an event for a time such as `2030-01-21T09:00:43Z` (EC2).
+    pub fn announce_at(&self, event: Event, at: impl Into<String>) {
+        let mut state = self.state();
+        (state.event, state.at) = (Some(event), Some(at.into()));
     }
 
     /// The requests so far, such as `GET /latest/meta-data/instance-id`.
