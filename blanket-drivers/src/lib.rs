@@ -1,8 +1,10 @@
 //! What hides one provider's machine behind Blanket's uniform host I/O.
 
+mod kept;
 pub mod mac;
 pub mod probe;
 pub mod provider;
 pub mod store;
 pub mod tap;
 pub mod uplink;
+pub mod volume;

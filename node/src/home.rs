@@ -3,6 +3,7 @@
 //! ```text
 //! STATE/vms/NAME/   config.toml, record.json, exit.json, *.log
 //! STATE/uplinks/    the self-test of each interface
+//! STATE/stores/     the self-test of each volume
 //! RUN/NAME/         api.sock, serial.sock, console.sock
 //! ```
 //!
@@ -87,6 +88,11 @@ impl Home {
     /// Where the uplinks' self-tests are kept.
     pub(crate) fn uplinks(&self) -> PathBuf {
         self.state.with_file_name("uplinks")
+    }
+
+    /// Where the volumes' self-tests are kept.
+    pub(crate) fn stores(&self) -> PathBuf {
+        self.state.with_file_name("stores")
     }
 
     /// The directories of `name`, which need not exist.

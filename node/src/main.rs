@@ -16,7 +16,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    console, doctor, info, life, logs, provider, ps, run, set, snapshot, stop, supervise, uplink,
+    console, doctor, info, life, logs, provider, ps, run, set, snapshot, stop, store, supervise,
+    uplink,
 };
 
 /// Virtual machines on this node.
@@ -71,6 +72,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Tell which ways to other nodes there are, and what each carries.
     Uplink(uplink::Args),
+    /// Tell which volumes there are, what they can do, and how each is served.
+    Store(store::Args),
     /// Tell who provides this machine, and what they say about it.
     Provider(provider::Args),
     #[command(hide = true)]
@@ -105,6 +108,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),
         Command::Provider(args) => provider::provider(&args),
+        Command::Store(args) => store::store(&home, &args),
         Command::Supervise(args) => supervise::supervise(&home, &args),
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod run;
 pub(crate) mod set;
 pub(crate) mod snapshot;
 pub(crate) mod stop;
+pub(crate) mod store;
 pub(crate) mod supervise;
 pub(crate) mod uplink;
 

@@ -2,6 +2,7 @@
 //!
 //! "Droplet Metadata API" of the DigitalOcean documentation.
 
+use crate::provider::disk::{DiskMark, Field, Place, disk};
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
 use crate::provider::identify::{Mark, Provider, proof};
@@ -17,8 +18,11 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform: |facts: &Facts| metal_or("kvm", facts),
     local,
+    disks: DISKS,
     service: Some(&SERVICE),
 };
+
+const DISKS: &[DiskMark] = &[disk(Field::Vendor, Is("DO"), Place::Network)];
 
 const MARKS: &[Mark] = &[
     proof(Source::Smbios, "sys_vendor", Is("DigitalOcean")),

@@ -2,6 +2,7 @@
 //!
 //! "Server Metadata" of the Hetzner Cloud API documentation.
 
+use crate::provider::disk::{DiskMark, Field, Place, disk};
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
 use crate::provider::identify::{Mark, Provider, proof};
@@ -18,8 +19,11 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform: |facts: &Facts| metal_or("kvm", facts),
     local,
+    disks: DISKS,
     service: Some(&SERVICE),
 };
+
+const DISKS: &[DiskMark] = &[disk(Field::Vendor, Is("HC"), Place::Network)];
 
 const MARKS: &[Mark] = &[
     proof(Source::Smbios, "sys_vendor", Is("Hetzner")),

@@ -20,6 +20,7 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform,
     local,
+    disks: &[],
     service: Some(&SERVICE),
 };
 
