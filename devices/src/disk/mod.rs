@@ -160,6 +160,9 @@ impl<T> Engine<T> {
 
     /// Starts the writes anew that found no room.
     pub(crate) fn retry(&mut self) {
+        if self.held.requests.is_empty() {
+            return;
+        }
         for request in self.held.take() {
             let again = request.clone();
             // SAFETY: as long as its token is taken, so is the memory: whoever

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: measurements, against a peer where there is one.
 
 mod boot;
+mod drivers;
 pub mod floor;
 mod pv;
 pub mod row;
@@ -38,6 +39,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "boot",
         about: "exec to the guest's init, memory and start of the monitor, against QEMU",
         run: boot::run,
+    },
+    Benchmark {
+        name: "drivers",
+        about: "disk and network of a guest, against the same I/O on the node itself; probing",
+        run: drivers::run,
     },
     Benchmark {
         name: "pv",
