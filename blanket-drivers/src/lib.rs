@@ -2,9 +2,11 @@
 
 pub mod cpu;
 pub mod grant;
+mod kept;
 pub mod mac;
 pub mod probe;
 pub mod provider;
 pub mod store;
 pub mod tap;
 pub mod uplink;
+pub mod volume;

@@ -124,10 +124,11 @@ fuzz_target!(|input: Input| {
         direct: false,
         backing: false,
         engine: Engine::Auto,
+        stripe: Vec::new(),
     });
     assert!(image.is_ok() || !intact);
     let Ok(image) = image else { return };
-    let mut store = image.queue(4, Box::new(|| Ok(()))).expect("a thread");
+    let mut store = image.queue(4, &|| Box::new(|| Ok(()))).expect("a thread");
     // What an intact image must hold.
     let mut model = vec![0u8; CAPACITY];
     for ask in input.requests {

@@ -66,6 +66,7 @@ fn bus() -> XenBus {
         direct: false,
         backing: false,
         engine: Engine::Auto,
+        stripe: Vec::new(),
     });
     let block = Block::new(&options, image.expect("an image"), || Box::new(|| Ok(())));
     let memory = ram();

@@ -39,6 +39,7 @@ fuzz_target!(|input: Input| {
         format: Some(Format::Raw),
         direct: false,
         backing: false,
+        stripe: Vec::new(),
         engine: if input.thread {
             Engine::Sync
         } else {

@@ -6,6 +6,7 @@
 //! STATE/evacuated/  guests that were saved, all at once
 //! STATE/notices.json  the provider's notices for which that was done
 //! STATE/up.json     what `blanket up` has changed
+//! STATE/stores/     the self-test of each volume
 //! RUN/NAME/         api.sock, serial.sock, console.sock
 //! ```
 //!
@@ -90,6 +91,11 @@ impl Home {
     /// Where the uplinks' self-tests are kept.
     pub(crate) fn uplinks(&self) -> PathBuf {
         self.state.with_file_name("uplinks")
+    }
+
+    /// Where the volumes' self-tests are kept.
+    pub(crate) fn stores(&self) -> PathBuf {
+        self.state.with_file_name("stores")
     }
 
     /// What `blanket up` has changed on this machine.

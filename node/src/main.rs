@@ -19,7 +19,7 @@ use clap::{Parser, Subcommand};
 
 use commands::{
     console, doctor, evacuate as evacuation, info, life, logs, provider, ps, run, set, snapshot,
-    stop, supervise, up as node, uplink,
+    stop, store, supervise, up as node, uplink,
 };
 
 /// Virtual machines on this node.
@@ -81,6 +81,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Tell which ways to other nodes there are, and what each carries.
     Uplink(uplink::Args),
+    /// Tell which volumes there are, what they can do, and how each is served.
+    Store(store::Args),
     /// Tell who provides this machine, and what they say about it.
     Provider(provider::Args),
     #[command(hide = true)]
@@ -118,6 +120,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),
         Command::Provider(args) => provider::provider(&args),
+        Command::Store(args) => store::store(&home, &args),
         Command::Supervise(args) => supervise::supervise(&home, &args),
     }
 }

@@ -176,7 +176,11 @@ pub struct DiskConfig {
     /// images from people who may read any file that the monitor can.
     #[serde(default)]
     pub backing: bool,
-    /// I/O engine: `auto`, `io_uring` or `sync`.
+    /// The other volumes of a striped set (see `blanket store stripe`) of which
+    /// `path` is one, in any order; separated by colons in a flag.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stripe: Vec<PathBuf>,
+    /// I/O engine: `auto`, `io_uring`, `polled` or `sync`.
     #[serde(default)]
     pub engine: blanket_drivers::store::Engine,
     /// Virtqueues or rings, 1 to 16; as many as vCPUs, up to 4, if absent.
@@ -186,6 +190,18 @@ pub struct DiskConfig {
     /// the disk (persistent grants) [default: on].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persistent: Option<bool>,
+}
+
+impl DiskConfig {
+    /// Every file and device that it is on.
+    pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.path).chain(&self.stripe)
+    }
+
+    /// The same, to change them.
+    pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        std::iter::once(&mut self.path).chain(&mut self.stripe)
+    }
 }
 
 /// A network interface.
@@ -302,7 +318,7 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared_memory: Option<bool>,
 
-    /// A disk: FILE, or path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,direct=on][,backing=on][,engine=auto|io_uring|sync][,queues=N].
+    /// A disk: FILE, or path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,direct=on][,backing=on][,engine=auto|io_uring|polled|sync][,stripe=FILE:FILE...][,queues=N].
     /// May be repeated; the first is /dev/vda.
     #[arg(long, value_name = "DISK", value_parser = parse_disk)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -527,11 +543,23 @@ fn parse_keys<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
 }
 
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    if text.contains('=') {
-        parse_keys(text)
-    } else {
-        parse_keys(&format!("path={text}"))
+    if !text.contains('=') {
+        return parse_keys(&format!("path={text}"));
     }
+    // Lists have no form of their own in flags.
+    let (stripe, keys): (Vec<_>, Vec<_>) = text
+        .split(',')
+        .partition(|part| part.starts_with("stripe="));
+    let mut disk: DiskConfig = parse_keys(&keys.join(","))?;
+    let volumes = stripe
+        .iter()
+        .filter_map(|part| part.strip_prefix("stripe="));
+    disk.stripe = volumes
+        .flat_map(|names| names.split(':'))
+        .filter(|name| !name.is_empty())
+        .map(PathBuf::from)
+        .collect();
+    Ok(disk)
 }
 
 fn parse_net(text: &str) -> Result<NetConfig, String> {
@@ -573,6 +601,7 @@ mod tests {
     fn flags_toml_and_json_say_the_same() {
         let by_flags = flags(
             "--kernel vmlinuz --memory 1G --cpus 2 --disk a.img --disk path=b.qcow2,readonly=on,engine=io_uring,persistent=off \
+             --disk path=/dev/c,stripe=/dev/d:/dev/e \
              --net tap,host_ip=10.0.0.1/24,mac=52:54:00:00:00:01 --net vhost-user=/run/vu.sock,queues=2 --serial socket=s,log=l --hugepages 2m --rng false",
         )
         .unwrap();
@@ -591,6 +620,9 @@ mod tests {
             readonly = true
             engine = "io_uring"
             persistent = false
+            [[disk]]
+            path = "/dev/c"
+            stripe = ["/dev/d", "/dev/e"]
             [[net]]
             host_ip = "10.0.0.1/24"
             mac = "52:54:00:00:00:01"

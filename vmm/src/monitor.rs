@@ -296,6 +296,10 @@ impl Monitor {
                 Ok(()) => None,
                 Err(error) => Some(self.end(Ending::Failed(format!("suspend: {error}")))),
             },
+            Event::DiskFull => match vm.full() {
+                Ok(()) => None,
+                Err(error) => Some(self.end(Ending::Failed(format!("full disk: {error}")))),
+            },
             Event::Reset if vm.config.on_reboot.unwrap_or_default() == OnReboot::Exit => {
                 Some(self.end(Ending::Reboot))
             }
@@ -369,6 +373,16 @@ impl Vm {
             state: self.state,
             action,
         })
+    }
+
+    /// A disk has no room: the guest stops until there is some, as its time
+    /// would run on. It may have been resumed since, with success.
+    fn full(&mut self) -> Result<(), blanket_devices::lifecycle::Error> {
+        if self.state == VmState::Running && self.machine.waits_for_room() {
+            self.machine.pause()?;
+            self.state = VmState::Paused;
+        }
+        Ok(())
     }
 
     /// Whether the machine may go on.

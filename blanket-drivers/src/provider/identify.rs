@@ -1,5 +1,6 @@
 //! Which provider the facts speak of.
 
+use super::disk::DiskMark;
 use super::facts::{Fact, Facts, Source};
 use super::instance::Instance;
 use super::service::Service;
@@ -23,6 +24,8 @@ pub struct Provider {
     pub(super) platform: fn(&Facts) -> &'static str,
     /// What the facts say about the instance.
     pub(super) local: fn(&Facts) -> Instance,
+    /// What its volumes are told by; the first that fits counts.
+    pub(super) disks: &'static [DiskMark],
     /// Its metadata service, if it has one.
     pub service: Option<&'static Service>,
 }
@@ -51,7 +54,8 @@ pub(super) enum Test {
 }
 
 impl Test {
-    fn holds(self, value: &str) -> bool {
+    /// Whether it does.
+    pub(super) fn holds(self, value: &str) -> bool {
         let same = |part: Option<&str>, text: &str| {
             part.is_some_and(|part| part.eq_ignore_ascii_case(text))
         };

@@ -25,6 +25,7 @@
 //!
 //! [`probe`](crate::probe) tells what the machine can do, whoever provides it.
 
+mod disk;
 mod facts;
 mod identify;
 mod instance;
@@ -37,6 +38,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+pub use disk::{DiskFacts, Place, place};
 pub use facts::{Fact, Facts, Machine, SMBIOS_FIELDS, Source};
 pub use identify::Provider;
 pub use instance::{Instance, Notice, NoticeKind};
@@ -44,6 +46,7 @@ pub use service::{Answers, Asking, LONGEST_ANSWER, Refusal, Service};
 
 use identify::Verdict;
 use service::Survey;
+pub(crate) use text::clean;
 
 /// Every provider that can be told, the more particular ones first.
 pub const PROVIDERS: &[&Provider] = known::KNOWN;

@@ -5,7 +5,7 @@ pub(super) const LONGEST: usize = 256;
 
 /// One line of plain text from bytes that may be anything: what is no letter,
 /// digit, blank or sign of ASCII becomes `?`. `None` if nothing is left.
-pub(super) fn clean(raw: &[u8]) -> Option<String> {
+pub(crate) fn clean(raw: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(raw);
     let text = text.trim_matches(|c: char| c.is_whitespace() || c == '\0');
     let plain = |c: char| c.is_ascii_graphic() || c == ' ' || c.is_alphanumeric();

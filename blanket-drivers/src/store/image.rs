@@ -11,6 +11,7 @@ use super::probe::{self, Geometry};
 use super::qcow2::{Layers, check_tables};
 use super::raw::RawFile;
 use super::ring::{self, RingStore};
+use super::stripe::{self, Layout, StripeStore};
 use super::thread::{Backend, ThreadStore};
 use super::transfer::{Limits, QCOW2_MAGIC};
 use super::{Engine, Format, SECTOR, Store, ThreadSetup, lock};
@@ -32,6 +33,9 @@ pub struct Spec {
     pub backing: bool,
     /// What carries out the I/O.
     pub engine: Engine,
+    /// The other volumes of a striped set of which `path` is one, in any order
+    /// ([`super::stripe`]); none for an image or device of its own.
+    pub stripe: Vec<PathBuf>,
 }
 
 /// Why an image cannot be used.
@@ -115,6 +119,17 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// `io_uring` cannot poll for this one's completions.
+    #[error(
+        "disk {path}: there are no queues to be polled; use engine=auto, or another device (NVMe has some with the kernel's parameter nvme.poll_queues=1)"
+    )]
+    Polled {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The volumes are no striped set.
+    #[error(transparent)]
+    Stripe(#[from] stripe::Error),
     /// A queue cannot be made.
     #[error("disk {path}: cannot make an I/O queue: {source}")]
     Queue {
@@ -133,10 +148,20 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
-    backend: Backend,
+    body: Body,
     limits: Limits,
     physical_block: u32,
-    ring: bool,
+    /// Block devices in it.
+    devices: Vec<(u32, u32)>,
+}
+
+/// What an image consists of.
+#[derive(Debug)]
+enum Body {
+    /// One file or device, and what serves it.
+    One(Backend, Engine),
+    /// Volumes, in the order in which they are striped.
+    Striped(Layout, Vec<Image>),
 }
 
 impl Image {
@@ -146,6 +171,9 @@ impl Image {
     /// It is missing, not accessible, in use, empty, damaged, or the engine
     /// that was asked for cannot be had. The message has the remedy.
     pub fn open(spec: &Spec) -> Result<Self, Error> {
+        if !spec.stripe.is_empty() {
+            return Self::open_striped(spec);
+        }
         let path = spec.path.clone();
         let io_error = |source| open_error(&spec.path, source);
         let file = open_file(&path, spec.readonly).map_err(io_error)?;
@@ -168,13 +196,14 @@ impl Image {
             Some(Format::Qcow2) if !is_qcow2 => Err(Error::NotQcow2 { path }),
             Some(Format::Qcow2) => Self::open_qcow2(spec, file, &geometry),
             None if is_qcow2 => Self::open_qcow2(spec, file, &geometry),
+            None if stripe::is_marked(&file) => Err(stripe::Error::Alone { path }.into()),
             _ => Self::open_raw(spec, file, &geometry),
         }
     }
 
     fn open_qcow2(spec: &Spec, file: File, geometry: &Geometry) -> Result<Self, Error> {
         let path = spec.path.clone();
-        if spec.engine == Engine::IoUring {
+        if matches!(spec.engine, Engine::IoUring | Engine::Polled) {
             let source = io::Error::other("qcow2 images are served by a thread");
             return Err(Error::Engine { path, source });
         }
@@ -195,9 +224,34 @@ impl Image {
         Ok(Self {
             path,
             limits,
-            backend: Backend::Qcow2(Arc::new(layers)),
+            body: Body::One(Backend::Qcow2(Arc::new(layers)), Engine::Sync),
             physical_block: geometry.physical,
-            ring: false,
+            devices: Vec::new(),
+        })
+    }
+
+    /// Opens a striped set's volumes.
+    fn open_striped(spec: &Spec) -> Result<Self, Error> {
+        let (layout, volumes) = stripe::open(spec)?;
+        let all = |of: fn(&Limits) -> bool| volumes.iter().all(|one| of(&one.limits));
+        let most = |of: fn(&Self) -> u32| volumes.iter().map(of).max().unwrap_or(512);
+        let limits = Limits {
+            capacity: layout.capacity(),
+            block: most(Self::block_size),
+            // Each volume has its own.
+            mem_align: 1,
+            readonly: spec.readonly,
+            discard: all(|limits| limits.discard),
+            keep_raw: false,
+            private: false,
+            durable: all(|limits| limits.durable),
+        };
+        Ok(Self {
+            path: spec.path.clone(),
+            limits,
+            physical_block: most(Self::physical_block_size),
+            devices: volumes.iter().flat_map(|one| one.devices.clone()).collect(),
+            body: Body::Striped(layout, volumes),
         })
     }
 
@@ -205,7 +259,8 @@ impl Image {
         let path = spec.path.clone();
         let mut block = geometry.logical;
         let mut mem_align = 1;
-        if spec.direct {
+        let is_direct = spec.direct || spec.engine == Engine::Polled;
+        if is_direct {
             direct(&file, spec)?;
             block = match probe::direct_block(&file, block) {
                 Ok(block) => block,
@@ -230,47 +285,47 @@ impl Image {
             discard: !spec.readonly && probe::discard(&file, geometry),
             keep_raw: spec.format.is_none(),
             private: false,
+            durable: is_direct && probe::is_durable(&file),
         };
         if limits.capacity == 0 {
             let len = geometry.len;
             return Err(Error::Empty { path, len });
         }
-        let ring = match spec.engine {
-            Engine::Sync => false,
-            engine => match ring::probe() {
-                Ok(()) => true,
-                Err(source) if engine == Engine::IoUring => {
-                    return Err(Error::Engine { path, source });
-                }
-                Err(error) => {
-                    tracing::info!(path = %path.display(), %error, "no io_uring: a thread does the disk's I/O");
-                    false
-                }
-            },
-        };
+        let engine = choose(spec, &file)?;
         Ok(Self {
             path,
             limits,
-            backend: Backend::Raw(Arc::new(RawFile { file, limits })),
+            devices: probe::device_number(&file).into_iter().collect(),
+            body: Body::One(Backend::Raw(Arc::new(RawFile { file, limits })), engine),
             physical_block: geometry.physical.max(block),
-            ring,
         })
     }
 
-    /// Makes a store for `depth` requests at a time. A thread, if the engine
-    /// needs one, runs `setup` first.
+    /// Makes a store for `depth` requests at a time. Each thread, if the engine
+    /// needs any, runs a `setup()` first.
     ///
     /// Rings and threads are made here and now: call it before the process
     /// confines itself.
     ///
     /// # Errors
     /// No ring, no thread, or `setup` failed.
-    pub fn queue(&self, depth: u16, setup: ThreadSetup) -> Result<Box<dyn Store>, Error> {
-        let store: io::Result<Box<dyn Store>> = match &self.backend {
-            Backend::Raw(raw) if self.ring => {
-                RingStore::new(Arc::clone(raw), depth).map(|store| Box::new(store) as _)
+    pub fn queue(
+        &self,
+        depth: u16,
+        setup: &dyn Fn() -> ThreadSetup,
+    ) -> Result<Box<dyn Store>, Error> {
+        let store: io::Result<Box<dyn Store>> = match &self.body {
+            Body::Striped(layout, volumes) => {
+                let stores = volumes.iter().map(|one| one.queue(depth, setup));
+                let stores = stores.collect::<Result<_, _>>()?;
+                StripeStore::new(*layout, self.limits, stores, depth.max(1))
+                    .map(|store| Box::new(store) as _)
             }
-            backend => ThreadStore::new(backend.clone(), depth.max(1), setup)
+            Body::One(Backend::Raw(raw), engine @ (Engine::IoUring | Engine::Polled)) => {
+                let polled = *engine == Engine::Polled;
+                RingStore::new(Arc::clone(raw), depth, polled).map(|store| Box::new(store) as _)
+            }
+            Body::One(backend, _) => ThreadStore::new(backend.clone(), depth.max(1), setup())
                 .map(|store| Box::new(store) as _),
         };
         store.map_err(|source| Error::Queue {
@@ -313,19 +368,32 @@ impl Image {
     /// How the bytes are laid out.
     #[must_use]
     pub fn format(&self) -> Format {
-        match self.backend {
-            Backend::Raw(_) => Format::Raw,
-            Backend::Qcow2(_) => Format::Qcow2,
+        match self.body {
+            Body::One(Backend::Qcow2(_), _) => Format::Qcow2,
+            _ => Format::Raw,
         }
+    }
+
+    /// Whether a request that has completed is durable without a flush: the
+    /// device has no volatile cache, nor is there a page cache.
+    #[must_use]
+    pub fn is_durable(&self) -> bool {
+        self.limits.durable
+    }
+
+    /// The block devices that it is on, by major and minor number.
+    #[must_use]
+    pub fn devices(&self) -> &[(u32, u32)] {
+        &self.devices
     }
 
     /// The engine that was chosen, never [`Engine::Auto`].
     #[must_use]
     pub fn engine(&self) -> Engine {
-        if self.ring {
-            Engine::IoUring
-        } else {
-            Engine::Sync
+        match &self.body {
+            Body::One(_, engine) => *engine,
+            // All are opened alike.
+            Body::Striped(_, volumes) => volumes.first().map_or(Engine::Sync, Self::engine),
         }
     }
 
@@ -340,16 +408,49 @@ impl Image {
             .collect()
     }
 
+    /// Its file, if it is a raw image.
+    pub(super) fn raw_file(&self) -> Option<&File> {
+        match &self.body {
+            Body::One(Backend::Raw(raw), _) => Some(&raw.file),
+            _ => None,
+        }
+    }
+
     /// Makes everything that its stores have completed durable.
     ///
     /// # Errors
     /// The node's disk is full or broken.
     pub fn flush(&self) -> io::Result<()> {
-        match &self.backend {
-            Backend::Raw(raw) if raw.limits.readonly => Ok(()),
-            Backend::Raw(raw) => raw.file.sync_data(),
-            Backend::Qcow2(layers) => layers.flush(),
+        match &self.body {
+            _ if self.limits.readonly => Ok(()),
+            Body::One(Backend::Raw(raw), _) => raw.file.sync_data(),
+            Body::One(Backend::Qcow2(layers), _) => layers.flush(),
+            // All of them, also behind one that fails.
+            Body::Striped(_, volumes) => volumes
+                .iter()
+                .map(Self::flush)
+                .fold(Ok(()), |first, next| first.and(next)),
         }
+    }
+}
+
+/// The engine for a raw image.
+fn choose(spec: &Spec, file: &File) -> Result<Engine, Error> {
+    let path = spec.path.clone();
+    if spec.engine == Engine::Polled && !probe::can_be_polled(file) {
+        return Err(Error::Polled { path });
+    }
+    if spec.engine == Engine::Sync {
+        return Ok(Engine::Sync);
+    }
+    match ring::probe() {
+        Ok(()) if spec.engine == Engine::Polled => Ok(Engine::Polled),
+        Ok(()) => Ok(Engine::IoUring),
+        Err(error) if spec.engine == Engine::Auto => {
+            tracing::info!(path = %path.display(), %error, "no io_uring: a thread does the disk's I/O");
+            Ok(Engine::Sync)
+        }
+        Err(source) => Err(Error::Engine { path, source }),
     }
 }
 

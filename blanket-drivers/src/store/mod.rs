@@ -1,8 +1,9 @@
 //! Block stores: images and devices behind one batched, asynchronous interface.
 //!
-//! [`Image::open`] opens and locks an image or a block device; [`Image::queue`]
-//! makes one [`Store`] per virtqueue: an io_uring for raw images, a thread
-//! where there is no io_uring and for qcow2.
+//! [`Image::open`] opens and locks an image, a block device or a striped set of
+//! them; [`Image::queue`] makes one [`Store`] per virtqueue: an io_uring for raw
+//! images (with polled completions, if that is asked for), a thread where there
+//! is no io_uring and for qcow2, and one of these per volume for a striped set.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -16,12 +17,15 @@ mod probe;
 mod qcow2;
 mod raw;
 mod ring;
+mod selftest;
+pub mod stripe;
 #[cfg(test)]
 mod tests;
 mod thread;
 mod transfer;
 
 pub use image::{Error, Image, Spec};
+pub use selftest::{Figures, Measured, Report, measure};
 
 /// Unit of offsets and lengths: an image has a whole number of these (bytes).
 pub const SECTOR: u64 = 512;
@@ -75,8 +79,26 @@ pub enum Engine {
     /// io_uring, or an error.
     #[serde(rename = "io_uring")]
     IoUring,
+    /// io_uring whose reads and writes are polled for instead of waiting for
+    /// interrupts, or an error. Needs a block device with poll queues, and
+    /// bypasses the page cache. Whoever serves the queue spins while something
+    /// is in flight.
+    Polled,
     /// A thread that does one request at a time.
     Sync,
+}
+
+impl Engine {
+    /// The name that configurations have for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::IoUring => "io_uring",
+            Self::Polled => "polled",
+            Self::Sync => "sync",
+        }
+    }
 }
 
 /// What a request does.
@@ -116,6 +138,30 @@ pub struct Completion {
     pub token: u64,
     /// Bytes read or written (all of them), 0 for the others; or what failed.
     pub result: io::Result<u32>,
+    /// What is left to do of a write that found no room ([`is_full`]): it can
+    /// be submitted again when there is some, with another token if need be.
+    pub rest: Option<Request>,
+}
+
+impl Completion {
+    /// Of a request that is over and done with.
+    #[must_use]
+    pub fn new(token: u64, result: io::Result<u32>) -> Self {
+        Self {
+            token,
+            result,
+            rest: None,
+        }
+    }
+}
+
+/// Whether this is for want of room below: the same may work later.
+#[must_use]
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 /// One owner's queue into an image or a device.

@@ -100,11 +100,35 @@ pub(super) fn discard(file: &File, geometry: &Geometry) -> bool {
         // Behind the end, where there is nothing to lose.
         return punch(file, geometry.len.next_multiple_of(4096), 4096).is_ok();
     }
-    let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+    queue_says(file, "write_zeroes_max_bytes").is_some_and(|most| most != "0")
+}
+
+/// The number of a block device, by which `/sys/dev/block` has it.
+pub(super) fn device_number(file: &File) -> Option<(u32, u32)> {
+    let metadata = file.metadata().ok()?;
+    let rdev = metadata.rdev();
+    let is_device = metadata.file_type().is_block_device();
+    is_device.then(|| (libc::major(rdev), libc::minor(rdev)))
+}
+
+/// What the kernel says about a block device's queue.
+fn queue_says(file: &File, attribute: &str) -> Option<String> {
+    let (major, minor) = device_number(file)?;
     let device = format!("/sys/dev/block/{major}:{minor}");
     // A partition's queue is its disk's.
-    ["queue", "../queue"].iter().any(|queue| {
-        fs::read_to_string(format!("{device}/{queue}/write_zeroes_max_bytes"))
-            .is_ok_and(|most| most.trim() != "0")
+    ["queue", "../queue"].iter().find_map(|queue| {
+        let text = fs::read_to_string(format!("{device}/{queue}/{attribute}")).ok()?;
+        Some(text.trim().to_owned())
     })
+}
+
+/// Whether a block device has no volatile cache: what it has completed is
+/// durable.
+pub(super) fn is_durable(file: &File) -> bool {
+    queue_says(file, "write_cache").as_deref() == Some("write through")
+}
+
+/// Whether a block device has queues whose completions can be polled for.
+pub(super) fn can_be_polled(file: &File) -> bool {
+    queue_says(file, "io_poll").as_deref() == Some("1")
 }

@@ -15,8 +15,8 @@ use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 
-use super::transfer::{Limits, Transfer};
-use super::{Operation, Request, Spec, lock};
+use super::transfer::{Limits, Transfer, carry_out};
+use super::{Completion, Operation, Request, Spec, lock};
 
 /// Most layers of backing files: an image may name itself as its backing file.
 const MAX_LAYERS: usize = 64;
@@ -56,6 +56,7 @@ impl Layers {
             discard: !readonly,
             keep_raw: false,
             private: true,
+            durable: false,
         };
         Ok(Self {
             access: RwLock::new(access),
@@ -68,15 +69,13 @@ impl Layers {
         &self.limits
     }
 
-    /// Carries out a request; the bytes moved.
-    pub(super) fn run(&self, request: Request) -> io::Result<u32> {
-        let mut transfer = Transfer::new(request, &self.limits)?;
-        match transfer.operation {
-            Operation::Flush => self.flush()?,
-            Operation::Discard | Operation::WriteZeroes => self.give_back(&transfer)?,
-            Operation::Read | Operation::Write => self.move_bytes(&mut transfer)?,
-        }
-        Ok(transfer.done())
+    /// Carries out a request.
+    pub(super) fn run(&self, request: Request) -> Completion {
+        carry_out(request, &self.limits, |transfer| match transfer.operation {
+            Operation::Flush => self.flush(),
+            Operation::Discard | Operation::WriteZeroes => self.give_back(transfer),
+            Operation::Read | Operation::Write => self.move_bytes(transfer),
+        })
     }
 
     /// Makes everything that has completed durable.

@@ -6,8 +6,8 @@ use std::os::fd::AsRawFd;
 
 use blanket_memory::IoVec;
 
-use super::transfer::{Limits, Transfer, is_transient, no_progress};
-use super::{Operation, Request};
+use super::transfer::{Limits, Transfer, carry_out, is_transient, no_progress};
+use super::{Completion, Operation, Request};
 
 /// An open raw image.
 #[derive(Debug)]
@@ -23,15 +23,19 @@ pub(super) struct RawFile {
 pub(super) const PUNCH: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 
 impl RawFile {
-    /// Carries out a request; the bytes moved.
-    pub(super) fn run(&self, request: Request) -> io::Result<u32> {
-        let mut transfer = Transfer::new(request, &self.limits)?;
+    /// Carries out a request.
+    pub(super) fn run(&self, request: Request) -> Completion {
+        carry_out(request, &self.limits, |transfer| self.work(transfer))
+    }
+
+    fn work(&self, transfer: &mut Transfer) -> io::Result<()> {
+        if transfer.is_done() {
+            return Ok(());
+        }
         match transfer.operation {
             Operation::Flush => self.file.sync_data()?,
             Operation::Discard | Operation::WriteZeroes => {
-                if !transfer.is_done() {
-                    punch(&self.file, transfer.offset, transfer.len)?;
-                }
+                punch(&self.file, transfer.offset, transfer.len)?;
             }
             Operation::Read | Operation::Write => {
                 while !transfer.is_done() {
@@ -48,7 +52,7 @@ impl RawFile {
                 }
             }
         }
-        Ok(transfer.done())
+        Ok(())
     }
 
     fn move_bytes(&self, write: bool, piece: &[IoVec], offset: u64) -> io::Result<u32> {

@@ -3,6 +3,10 @@
 //! The ring may do nothing but the four operations below on the one registered
 //! file: system call filters do not see what a ring does, so the ring itself
 //! is restricted (Linux 5.10).
+//!
+//! Completions are polled for on a second ring, since such a ring takes nothing
+//! but reads and writes. Nothing signals there: while something is in flight the
+//! store keeps its event readable, so that its owner's loop comes back and looks.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -29,25 +33,39 @@ const OPERATIONS: [u8; 4] = [
     opcode::Fallocate::CODE,
 ];
 
+/// What a ring takes whose completions are polled for.
+const POLLED_OPERATIONS: [u8; 2] = [opcode::Readv::CODE, opcode::Writev::CODE];
+
 /// `IORING_UNREGISTER_FILES` of `linux/io_uring.h`: all that a running ring may
 /// still be asked to change.
 const UNREGISTER_FILES: u8 = 3;
 
-/// Makes a restricted ring on `file` that signals `event`.
-fn build(file: RawFd, event: &EventFd, entries: u32) -> io::Result<IoUring> {
-    let ring = IoUring::builder()
-        .dontfork()
-        .setup_r_disabled()
-        .build(entries)?;
+/// Makes a restricted ring on `file` that signals `event`, or has to be polled.
+fn build(file: RawFd, event: Option<&EventFd>, entries: u32) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.dontfork().setup_r_disabled();
+    if event.is_none() {
+        builder.setup_iopoll();
+    }
+    let ring = builder.build(entries)?;
     let submitter = ring.submitter();
     let mut probe = Probe::new();
     submitter.register_probe(&mut probe)?;
-    if !OPERATIONS.iter().all(|op| probe.is_supported(*op)) {
+    let operations = match event {
+        Some(_) => &OPERATIONS[..],
+        None => &POLLED_OPERATIONS,
+    };
+    if !operations.iter().all(|op| probe.is_supported(*op)) {
         return Err(io::ErrorKind::Unsupported.into());
     }
     submitter.register_files(&[file])?;
-    submitter.register_eventfd(event.as_raw_fd())?;
-    let mut restrictions: Vec<_> = OPERATIONS.map(Restriction::sqe_op).into();
+    if let Some(event) = event {
+        submitter.register_eventfd(event.as_raw_fd())?;
+    }
+    let mut restrictions: Vec<_> = operations
+        .iter()
+        .map(|op| Restriction::sqe_op(*op))
+        .collect();
     restrictions.push(Restriction::register_op(UNREGISTER_FILES));
     restrictions.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
     submitter.register_restrictions(&mut restrictions)?;
@@ -64,12 +82,29 @@ fn build(file: RawFd, event: &EventFd, entries: u32) -> io::Result<IoUring> {
 /// Why not: `ENOSYS` or `EPERM` where the kernel or a container forbids it.
 pub(super) fn probe() -> io::Result<()> {
     let event = EventFd::new(EFD_NONBLOCK)?;
-    build(event.as_raw_fd(), &event, 1).map(drop)
+    build(event.as_raw_fd(), Some(&event), 1).map(drop)
+}
+
+/// A ring whose completions are polled for.
+struct Polled {
+    ring: IoUring,
+    in_flight: usize,
+    /// The device turned out not to be polled: what comes takes the other ring.
+    refused: bool,
+}
+
+/// What a ring says of a request.
+struct RingResult {
+    index: u64,
+    result: i32,
+    /// Of the ring that is polled.
+    polled: bool,
 }
 
 /// A store on a ring.
 pub(super) struct RingStore {
     ring: IoUring,
+    polled: Option<Polled>,
     image: Arc<RawFile>,
     event: EventFd,
     /// The requests in the ring; the index is their `user_data`. Never resized.
@@ -77,22 +112,29 @@ pub(super) struct RingStore {
     free: Vec<usize>,
     /// Completed without the ring: refused, or empty.
     ready: Vec<Completion>,
-    /// Results taken from the ring; kept for its room.
-    results: Vec<(u64, i32)>,
+    /// Taken from the rings; kept for its room.
+    results: Vec<RingResult>,
 }
 
 impl RingStore {
-    /// A ring for `depth` requests.
+    /// A ring for `depth` requests; if `polled`, another one beside it.
     ///
     /// # Errors
     /// The kernel refuses the ring, or memory for it is missing.
-    pub(super) fn new(image: Arc<RawFile>, depth: u16) -> io::Result<Self> {
+    pub(super) fn new(image: Arc<RawFile>, depth: u16, polled: bool) -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK)?;
         let entries = u32::from(depth).max(1);
-        let ring = build(image.file.as_raw_fd(), &event, entries)?;
+        let file = image.file.as_raw_fd();
+        let ring = build(file, Some(&event), entries)?;
+        let polled = polled.then(|| build(file, None, entries)).transpose()?;
         let depth = entries as usize;
         Ok(Self {
             ring,
+            polled: polled.map(|ring| Polled {
+                ring,
+                in_flight: 0,
+                refused: false,
+            }),
             image,
             event,
             slots: std::iter::repeat_with(|| None).take(depth).collect(),
@@ -104,7 +146,7 @@ impl RingStore {
 
     /// Returns a completion without the ring.
     fn finish(&mut self, token: u64, result: io::Result<u32>) {
-        self.ready.push(Completion { token, result });
+        self.ready.push(Completion::new(token, result));
         let _ = self.event.write(1);
     }
 
@@ -113,13 +155,21 @@ impl RingStore {
         let Some(transfer) = self.slots[index].as_mut() else {
             return Ok(());
         };
+        let data = matches!(transfer.operation, Operation::Read | Operation::Write);
         let entry = step(transfer, &self.image)?
             .flags(Flags::FIXED_FILE)
             .user_data(index as u64);
+        let ring = match &mut self.polled {
+            Some(polled) if data && !polled.refused => {
+                polled.in_flight += 1;
+                &mut polled.ring
+            }
+            _ => &mut self.ring,
+        };
         // SAFETY: the vectors and their memory live until the completion: the
         // slot keeps the vectors in place, the submitter the memory, and `drop`
         // waits for whatever is still in the ring.
-        unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)
+        unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)
     }
 
     /// Takes a slot back.
@@ -130,14 +180,14 @@ impl RingStore {
     }
 
     /// Handles a result of the ring. Queues again what is not done.
-    fn handle(&mut self, index: usize, result: i32) -> Option<Completion> {
+    fn handle(&mut self, index: usize, result: i32, polled: bool) -> Option<Completion> {
         let transfer = self.slots.get_mut(index)?.as_mut()?;
         let operation = transfer.operation;
         let data = matches!(operation, Operation::Read | Operation::Write);
         let outcome = match u32::try_from(result) {
             Err(_) => {
                 let error = io::Error::from_raw_os_error(-result);
-                if is_transient(&error) {
+                if is_transient(&error) || (polled && self.is_not_polled(&error)) {
                     None
                 } else {
                     Some(Err(error))
@@ -154,9 +204,61 @@ impl RingStore {
                 Err(error) => Err(error),
             },
         };
-        let token = self.take(index)?.token;
-        Some(Completion { token, result })
+        Some(self.take(index)?.finish(result))
     }
+
+    /// Whether this says that the device cannot be polled: it is not, then.
+    fn is_not_polled(&mut self, error: &io::Error) -> bool {
+        let says_so = error.raw_os_error() == Some(libc::EOPNOTSUPP);
+        if let Some(polled) = &mut self.polled
+            && says_so
+            && !std::mem::replace(&mut polled.refused, true)
+        {
+            tracing::warn!("the device cannot be polled: it interrupts");
+        }
+        says_so
+    }
+
+    /// Takes what the rings have completed.
+    fn collect(&mut self) {
+        let result = |polled| {
+            move |entry: io_uring::cqueue::Entry| RingResult {
+                index: entry.user_data(),
+                result: entry.result(),
+                polled,
+            }
+        };
+        self.results
+            .extend(self.ring.completion().map(result(false)));
+        let Some(polled) = &mut self.polled else {
+            return;
+        };
+        if polled.in_flight > 0 {
+            // This is what polls. If it fails, the next round finds out.
+            let _ = polled.ring.submit();
+            let before = self.results.len();
+            self.results
+                .extend(polled.ring.completion().map(result(true)));
+            polled.in_flight -= (self.results.len() - before).min(polled.in_flight);
+        }
+    }
+}
+
+/// Starts what is in a ring. What the kernel has no room for now stays there,
+/// and `event` has the owner come back.
+fn start(ring: &mut IoUring, event: &EventFd) -> io::Result<()> {
+    while !ring.submission().is_empty() {
+        match ring.submit() {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if is_transient(&error) || error.kind() == io::ErrorKind::ResourceBusy => {
+                let _ = event.write(1);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// The entry for a transfer's next step.
@@ -215,39 +317,32 @@ impl Store for RingStore {
     }
 
     fn commit(&mut self) -> io::Result<()> {
-        while !self.ring.submission().is_empty() {
-            match self.ring.submit() {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error)
-                    if is_transient(&error) || error.kind() == io::ErrorKind::ResourceBusy =>
-                {
-                    // No room in the kernel for now. They stay queued; the event
-                    // has the owner come back.
-                    let _ = self.event.write(1);
-                    return Ok(());
-                }
-                Err(error) => return Err(error),
+        if let Some(polled) = &mut self.polled {
+            start(&mut polled.ring, &self.event)?;
+            if polled.in_flight > 0 {
+                // Full (EAGAIN) is as good as signalled.
+                let _ = self.event.write(1);
             }
         }
-        Ok(())
+        start(&mut self.ring, &self.event)
     }
 
     fn complete(&mut self, out: &mut Vec<Completion>) {
         // Clear the event first: what completes from now on sets it again.
         let _ = self.event.read();
         out.append(&mut self.ready);
+        self.collect();
         let mut results = std::mem::take(&mut self.results);
-        results.extend(
-            self.ring
-                .completion()
-                .map(|entry| (entry.user_data(), entry.result())),
-        );
-        for (index, result) in results.drain(..) {
+        for RingResult {
+            index,
+            result,
+            polled,
+        } in results.drain(..)
+        {
             let Ok(index) = usize::try_from(index) else {
                 continue;
             };
-            out.extend(self.handle(index, result));
+            out.extend(self.handle(index, result, polled));
         }
         self.results = results;
         if let Err(error) = self.commit() {
@@ -304,8 +399,11 @@ impl Drop for RingStore {
         self.drain(&mut Vec::new());
         // The kernel takes rings down in the background. Let the image go now,
         // or its lock would be in the way of whoever opens it next.
-        if let Err(error) = self.ring.submitter().unregister_files() {
-            tracing::warn!(%error, "io_uring does not let its file go");
+        let polled = self.polled.as_ref().map(|polled| &polled.ring);
+        for ring in polled.into_iter().chain([&self.ring]) {
+            if let Err(error) = ring.submitter().unregister_files() {
+                tracing::warn!(%error, "io_uring does not let its file go");
+            }
         }
     }
 }

@@ -22,7 +22,7 @@ pub(super) enum Backend {
 }
 
 impl Backend {
-    fn run(&self, request: Request) -> io::Result<u32> {
+    fn run(&self, request: Request) -> Completion {
         match self {
             Self::Raw(raw) => raw.run(request),
             Self::Qcow2(layers) => layers.run(request),
@@ -80,9 +80,7 @@ impl ThreadStore {
 
 fn serve(backend: &Backend, work: &Receiver<Request>, done: &Sender<Completion>, signal: &EventFd) {
     for request in work {
-        let token = request.token;
-        let result = backend.run(request);
-        if done.send(Completion { token, result }).is_err() {
+        if done.send(backend.run(request)).is_err() {
             break;
         }
         // Full (EAGAIN) is as good as signalled.

@@ -5,7 +5,7 @@ use std::io;
 use blanket_memory::{IoVec, iovec};
 use imago::io_buffers::IoBuffer;
 
-use super::{Operation, Request};
+use super::{Completion, Operation, Request, is_full};
 
 /// Most vectors in one system call (`IOV_MAX`).
 const MAX_VECTORS: usize = 1024;
@@ -35,10 +35,17 @@ pub(super) struct Limits {
     pub(super) keep_raw: bool,
     /// All data goes through a private buffer.
     pub(super) private: bool,
+    /// What has completed is durable already: there is nothing to flush.
+    pub(super) durable: bool,
 }
 
 impl Limits {
-    fn check(&self, request: &Request) -> io::Result<()> {
+    /// Whether a request is one of whole blocks within the disk that may be
+    /// made.
+    ///
+    /// # Errors
+    /// `InvalidInput`, `PermissionDenied` or `Unsupported`; see [`super::Store`].
+    pub(super) fn check(&self, request: &Request) -> io::Result<()> {
         let invalid = |message| Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         let len = match request.operation {
             Operation::Flush => return Ok(()),
@@ -115,6 +122,24 @@ pub(super) struct Transfer {
     vectors: Vec<IoVec>,
     bounce: Option<Bounce>,
     done: u32,
+    /// Whether a flush has nothing to do.
+    durable: bool,
+}
+
+/// Carries out a request with `work`, which advances its transfer.
+pub(super) fn carry_out(
+    request: Request,
+    limits: &Limits,
+    work: impl FnOnce(&mut Transfer) -> io::Result<()>,
+) -> Completion {
+    let token = request.token;
+    match Transfer::new(request, limits) {
+        Ok(mut transfer) => {
+            let result = work(&mut transfer).map(|()| transfer.done());
+            transfer.finish(result)
+        }
+        Err(error) => Completion::new(token, Err(error)),
+    }
 }
 
 impl Transfer {
@@ -144,7 +169,25 @@ impl Transfer {
             vectors: request.vectors,
             bounce,
             done: 0,
+            durable: limits.durable,
         })
+    }
+
+    /// The completion, with what is left if a write found no room.
+    pub(super) fn finish(self, result: io::Result<u32>) -> Completion {
+        let writes = matches!(self.operation, Operation::Write | Operation::WriteZeroes);
+        let full = result.as_ref().is_err_and(is_full);
+        Completion {
+            token: self.token,
+            result,
+            rest: (writes && full).then_some(Request {
+                operation: self.operation,
+                offset: self.offset,
+                len: self.len,
+                vectors: self.vectors,
+                token: self.token,
+            }),
+        }
     }
 
     /// Bytes done.
@@ -155,7 +198,7 @@ impl Transfer {
     /// Whether nothing is left to do.
     pub(super) fn is_done(&self) -> bool {
         match self.operation {
-            Operation::Flush => false,
+            Operation::Flush => self.durable,
             Operation::Discard | Operation::WriteZeroes => self.len == 0,
             Operation::Read | Operation::Write => self.vectors.is_empty(),
         }

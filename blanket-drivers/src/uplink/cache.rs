@@ -1,18 +1,17 @@
 //! Where the self-test's results are kept, and which uplink the user wants.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Kind, Report, measure, netlink};
+use crate::kept;
 
 /// Goes up when an uplink changes so that old measurements say nothing.
 const VERSION: u32 = 1;
-/// Bytes of a file at most; ours have a few thousand.
-const LONGEST: u64 = 64 << 10;
 
 /// What a measurement is valid for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,9 +95,7 @@ impl Cache {
     /// is as good as none.
     #[must_use]
     pub fn load(&self, interface: &str) -> Option<Record> {
-        let file = fs::File::open(self.path(interface)).ok()?;
-        let mut bytes = Vec::new();
-        io::Read::read_to_end(&mut io::Read::take(file, LONGEST), &mut bytes).ok()?;
+        let bytes = kept::load(&self.path(interface))?;
         Record::parse(&bytes).filter(|record| record.key.interface == interface)
     }
 
@@ -107,18 +104,7 @@ impl Cache {
     /// # Errors
     /// The directory cannot be written to.
     pub fn store(&self, record: &Record) -> io::Result<()> {
-        fs::create_dir_all(&self.folder)?;
-        let path = self.path(&record.key.interface);
-        let new = path.with_extension(format!("{}.new", std::process::id()));
-        let mut file = fs::File::create(&new)?;
-        let written = serde_json::to_writer_pretty(&mut file, record)
-            .map_err(io::Error::from)
-            .and_then(|()| file.write_all(b"\n"))
-            .and_then(|()| fs::rename(&new, path));
-        if written.is_err() {
-            let _ = fs::remove_file(&new);
-        }
-        written
+        kept::store(&self.path(&record.key.interface), record)
     }
 
     /// What is known about an interface, and whether it was known before:

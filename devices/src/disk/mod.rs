@@ -43,7 +43,31 @@ struct Pending<T> {
     flushing: bool,
 }
 
+/// Writes that found no room, as far as they are not done.
+struct Held {
+    requests: Vec<Request>,
+    metrics: Arc<Metrics>,
+}
+
+impl Held {
+    /// All of them: they are to be tried again.
+    fn take(&mut self) -> Vec<Request> {
+        let requests = std::mem::take(&mut self.requests);
+        self.metrics.release(requests.len());
+        requests
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.take();
+    }
+}
+
 /// A store and the requests in flight, each with the caller's `T`.
+///
+/// A write that finds no room on the node is kept: its guest does not know that
+/// there is a file below its disk. It is tried again with [`Engine::retry`].
 ///
 /// Dropping it waits for what is in flight, before it lets go of the tags.
 pub(crate) struct Engine<T> {
@@ -53,6 +77,8 @@ pub(crate) struct Engine<T> {
     pending: Vec<Option<Pending<T>>>,
     free: Vec<usize>,
     completions: Vec<Completion>,
+    /// Their tokens are not free.
+    held: Held,
 }
 
 /// Why a request was not started. The caller has its tag back.
@@ -68,6 +94,10 @@ impl<T> Engine<T> {
     pub(crate) fn new(store: Box<dyn Store>, identity: Arc<Identity>) -> Self {
         Self {
             store,
+            held: Held {
+                requests: Vec::new(),
+                metrics: Arc::clone(&identity.metrics),
+            },
             identity,
             pending: Vec::new(),
             free: Vec::new(),
@@ -128,6 +158,34 @@ impl<T> Engine<T> {
         }
     }
 
+    /// Starts the writes anew that found no room.
+    pub(crate) fn retry(&mut self) {
+        if self.held.requests.is_empty() {
+            return;
+        }
+        for request in self.held.take() {
+            let again = request.clone();
+            // SAFETY: as long as its token is taken, so is the memory: whoever
+            // submitted it waits for its outcome.
+            if let Err(error) = unsafe { self.store.submit(request) } {
+                // The store is full of others: the next time.
+                tracing::debug!(%error, "a held write waits on");
+                self.hold(again);
+            }
+        }
+        self.commit();
+    }
+
+    fn hold(&mut self, request: Request) {
+        self.held.requests.push(request);
+        if self.identity.metrics.hold() {
+            tracing::warn!(
+                disk = self.identity.name,
+                "no room on the node for what the guest writes: the VM is paused; make room where the image is, then resume it"
+            );
+        }
+    }
+
     /// Starts what was submitted.
     pub(crate) fn commit(&mut self) {
         if let Err(error) = self.store.commit() {
@@ -165,6 +223,10 @@ impl<T> Engine<T> {
             let Ok(token) = usize::try_from(completion.token) else {
                 continue;
             };
+            if let Some(rest) = completion.rest {
+                self.hold(rest);
+                continue;
+            }
             let Some(pending) = self.pending.get_mut(token).and_then(Option::take) else {
                 continue;
             };
@@ -235,7 +297,7 @@ impl<T> Engine<T> {
 
     /// Counts a failure and logs a disk's first: a guest can make many.
     fn report(&self, operation: Operation, error: &io::Error) {
-        if self.identity.metrics.failed() {
+        if self.identity.metrics.failed_with(error) {
             tracing::warn!(
                 disk = self.identity.name,
                 ?operation,
@@ -267,6 +329,17 @@ pub(crate) fn request(operation: Operation, offset: u64, len: u64) -> Request {
 /// The byte at which a sector begins; none if there is no such byte.
 pub(crate) fn offset(sector: u64) -> Option<u64> {
     sector.checked_mul(SECTOR)
+}
+
+/// Whether a disk at rest can be saved: nothing of the guest's waits in it.
+///
+/// # Errors
+/// It cannot, in the words for the user.
+pub(crate) fn check_settled(metrics: &Metrics) -> Result<(), String> {
+    match metrics.held() {
+        0 => Ok(()),
+        _ => metrics.trouble().map_or(Ok(()), Err),
+    }
 }
 
 /// Whether a saved disk's capacity (bytes) is this image's.

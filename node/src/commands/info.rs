@@ -166,6 +166,9 @@ fn describe_device(device: &DeviceInfo) -> String {
         device.path.as_ref().map(|path| path.display().to_string()),
     );
     add("engine", device.engine.clone());
+    if let Some(trouble) = &device.trouble {
+        text.push_str(&format!("; trouble: {trouble}"));
+    }
     text
 }
 

@@ -12,6 +12,7 @@ pub(crate) mod run;
 pub(crate) mod set;
 pub(crate) mod snapshot;
 pub(crate) mod stop;
+pub(crate) mod store;
 pub(crate) mod supervise;
 pub(crate) mod up;
 pub(crate) mod uplink;

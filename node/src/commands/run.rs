@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use blanket_drivers::probe::Virtualization;
 use blanket_vmm::api::types::{Action, VmState};
-use blanket_vmm::config::{CharConfig, MachineChoice, VmConfig};
+use blanket_vmm::config::{CharConfig, DiskConfig, MachineChoice, VmConfig};
 
-use super::{console, print};
+use super::{console, print, store};
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::machine;
@@ -60,7 +60,10 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
     };
     let mut config = base.overlaid(args.vm);
     let why = machine::choose(&mut config, Virtualization::of_this_machine());
-    let config = settle(config, &home.vm(&args.name))?;
+    let mut config = settle(config, &home.vm(&args.name))?;
+    for disk in &mut config.disk {
+        store::choose_engine(home, disk);
+    }
     if args.attach && machine::console(&config).socket().is_none() {
         return Err(failure(
             format!(
@@ -113,7 +116,7 @@ pub(super) fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
         let CharConfig { socket, log, .. } = port;
         [socket, log].into_iter().flatten()
     });
-    let disks = config.disk.iter_mut().map(|disk| &mut disk.path);
+    let disks = config.disk.iter_mut().flat_map(DiskConfig::paths_mut);
     let backends = config.net.iter_mut();
     let backends = backends.filter_map(|net| net.vhost_user.as_mut());
     let others = disks.chain(backends).chain(port_paths);
@@ -124,7 +127,7 @@ pub(super) fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
     }
     config.validate()?;
     let images = config.kernel.iter().chain(&config.initrd);
-    for path in images.chain(config.disk.iter().map(|disk| &disk.path)) {
+    for path in images.chain(config.disk.iter().flat_map(DiskConfig::paths)) {
         check_readable(path)?;
     }
     Ok(config)
@@ -365,7 +368,7 @@ fn end(vm: &VmDir, supervisor: &mut Child) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blanket_vmm::config::{ByteSize, DiskConfig};
+    use blanket_vmm::config::ByteSize;
 
     fn vm(dir: &Path) -> VmDir {
         let home = Home::locate(Some(dir)).unwrap();
@@ -421,6 +424,7 @@ mod tests {
                 engine: blanket_drivers::store::Engine::Auto,
                 queues: None,
                 persistent: Some(false),
+                stripe: Vec::new(),
             }],
             net: vec![Default::default()],
             serial: Some(CharConfig::default()),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::{self, Client};
-use blanket_vmm::config::{CharConfig, VmConfig};
+use blanket_vmm::config::{CharConfig, DiskConfig, VmConfig};
 use blanket_vmm::snapshot::{DiskMark, Snapshot, write_disks};
 
 use super::life::suspend_one;
@@ -83,7 +83,12 @@ pub(crate) fn save(vm: &VmDir, how: &Save) -> Result<()> {
     } else if ran {
         client.act(Action::Pause)?;
     }
-    let disks = before.config.disk.into_iter().map(|disk| disk.path);
+    let disks = before
+        .config
+        .disk
+        .iter()
+        .flat_map(DiskConfig::paths)
+        .cloned();
     let written = write(vm, &client, how, disks.collect());
     if let Err(error) = written {
         if ran {
@@ -306,7 +311,11 @@ fn without_own_places(port: CharConfig, name: &str) -> CharConfig {
 fn check_disks(config: &VmConfig, marks: &[DiskMark]) -> Result<()> {
     for mark in marks {
         // One that was replaced on the command line is somebody's decision.
-        let used = config.disk.iter().any(|disk| disk.path == mark.path);
+        let used = config
+            .disk
+            .iter()
+            .flat_map(DiskConfig::paths)
+            .any(|path| *path == mark.path);
         if used && DiskMark::of(mark.path.clone())? != *mark {
             return Err(failure(
                 format!(

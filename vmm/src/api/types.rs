@@ -184,6 +184,9 @@ pub struct DeviceInfo {
     /// Disk: the I/O engine that was chosen, like `io_uring`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<String>,
+    /// Disk: what is wrong with it, and the remedy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
 }
 
 /// A VM as its monitor describes it.

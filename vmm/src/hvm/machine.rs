@@ -27,6 +27,7 @@ use super::{cpuid, registers};
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
 use crate::config::VmConfig;
 use crate::jail::Class;
+use crate::machine::health::{self, Health};
 use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
     self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
@@ -45,6 +46,7 @@ pub struct Machine {
     pub(super) serial: Serial,
     pub(super) virtio: Vec<Arc<Mutex<VirtioPci>>>,
     described: Vec<DeviceInfo>,
+    health: Vec<Health>,
     payload: Payload,
     /// Where the kernel starts that has been loaded and has not run.
     pub(super) loaded: Option<Entry>,
@@ -92,9 +94,10 @@ impl Machine {
             ram: parts.ram.clone(),
             virtio: Vec::new(),
             described: Vec::new(),
+            health: Vec::new(),
         };
         for (i, disk) in parts.disks.into_iter().enumerate() {
-            builder.add_disk(i, disk)?;
+            builder.add_disk(i, disk, events)?;
         }
         for (i, interface) in parts.interfaces.into_iter().enumerate() {
             builder.add_interface(i, interface)?;
@@ -120,6 +123,7 @@ impl Machine {
             serial,
             virtio: builder.virtio,
             described: builder.described,
+            health: builder.health,
             payload: parts.payload,
             loaded: Some(entry),
             power_on,
@@ -272,7 +276,13 @@ impl machine::Machine for Machine {
     }
 
     fn devices(&self) -> Vec<DeviceInfo> {
-        self.described.clone()
+        let mut described = self.described.clone();
+        self.health.iter().for_each(|it| it.tell(&mut described));
+        described
+    }
+
+    fn waits_for_room(&self) -> bool {
+        self.health.iter().any(Health::waits_for_room)
     }
 
     fn metrics(&self) -> Metrics {
@@ -389,24 +399,26 @@ struct Builder {
     ram: GuestRam,
     virtio: Vec<Arc<Mutex<VirtioPci>>>,
     described: Vec<DeviceInfo>,
+    health: Vec<Health>,
 }
 
 impl Builder {
-    fn add_disk(&mut self, index: usize, disk: Disk) -> Result<(), Error> {
-        let engine = match disk.image.engine() {
-            blanket_drivers::store::Engine::IoUring => "io_uring",
-            _ => "sync",
-        };
+    fn add_disk(&mut self, index: usize, disk: Disk, events: &EventSink) -> Result<(), Error> {
+        let engine = health::engine(&disk.image);
+        let name = format!("blk{index}");
+        let volumes = disk.image.devices().to_vec();
         let device = Block::new(
-            &format!("blk{index}"),
+            &name,
             disk.image,
             disk.serial.as_deref(),
             disk.queues,
             || setup(Class::Store),
         )?;
+        let health = Health::new(&name, volumes, device.counters(), events);
+        self.health.push(health);
         let info = self.add(Box::new(device), "virtio-blk")?;
         info.path = Some(disk.path);
-        info.engine = Some(engine.to_owned());
+        info.engine = Some(engine);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! What all kinds of machines have in common, and which kind a guest gets.
 
 mod error;
+pub(crate) mod health;
 pub(crate) mod open;
 
 use std::collections::BTreeMap;
@@ -127,6 +128,9 @@ pub trait Machine: Send {
 
     /// The devices, for people.
     fn devices(&self) -> Vec<DeviceInfo>;
+
+    /// Whether a write waits for room on the node.
+    fn waits_for_room(&self) -> bool;
 
     /// The counters now.
     fn metrics(&self) -> Metrics;

@@ -58,6 +58,7 @@ pub(crate) fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error>
         direct: config.direct,
         backing: config.backing,
         engine: config.engine,
+        stripe: config.stripe.clone(),
     })?;
     Ok(Disk {
         serial: config.serial.clone(),

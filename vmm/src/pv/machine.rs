@@ -33,6 +33,7 @@ use super::time::Time;
 use crate::api::types::{self, DeviceInfo, Metrics, Target};
 use crate::config::{ByteSize, VmConfig};
 use crate::jail::Class;
+use crate::machine::health::{self, Health};
 use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
     self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
@@ -55,6 +56,7 @@ pub struct Machine {
     kernel: Kernel,
     cpu: Shown,
     described: Vec<DeviceInfo>,
+    health: Vec<Health>,
     _workers: Workers,
 }
 
@@ -101,11 +103,13 @@ impl Machine {
         let cpus: Arc<Vec<Cpu>> = Arc::new(interrupts.into_iter().map(Cpu::new).collect());
         let events = Arc::new(events(&parts.vm, &parts, &cpus));
         let workers = spawn_workers(config.io_threads())?;
-        let mut described = Vec::new();
+        let (mut described, mut health) = (Vec::new(), Vec::new());
         let mut backends: Vec<Box<dyn Backend>> = Vec::new();
         for (i, (disk, persistent)) in (0..).zip(parts.disks) {
+            let volumes = disk.image.devices().to_vec();
             let (backend, info) = add_disk(i, disk, persistent)?;
-            backends.push(backend);
+            health.push(Health::new(&info.name, volumes, backend.counters(), sink));
+            backends.push(Box::new(backend));
             described.push(info);
         }
         for (i, interface) in (0..).zip(parts.interfaces) {
@@ -160,6 +164,7 @@ impl Machine {
             kernel: parts.kernel,
             cpu: parts.cpu,
             described,
+            health,
             _workers: workers,
         })
     }
@@ -212,16 +217,9 @@ fn start_vcpus(
         .collect()
 }
 
-fn add_disk(
-    index: u32,
-    disk: Disk,
-    persistent: bool,
-) -> Result<(Box<dyn Backend>, DeviceInfo), Error> {
+fn add_disk(index: u32, disk: Disk, persistent: bool) -> Result<(Block, DeviceInfo), Error> {
     let name = format!("blk{index}");
-    let engine = match disk.image.engine() {
-        blanket_drivers::store::Engine::IoUring => "io_uring",
-        _ => "sync",
-    };
+    let engine = health::engine(&disk.image);
     let options = blkif::Options {
         name: &name,
         position: index,
@@ -232,11 +230,11 @@ fn add_disk(
     let info = DeviceInfo {
         kind: "xen-vbd".to_owned(),
         path: Some(disk.path),
-        engine: Some(engine.to_owned()),
+        engine: Some(engine),
         name,
         ..DeviceInfo::default()
     };
-    Ok((Box::new(backend), info))
+    Ok((backend, info))
 }
 
 fn add_interface(
@@ -428,7 +426,13 @@ impl machine::Machine for Machine {
     }
 
     fn devices(&self) -> Vec<DeviceInfo> {
-        self.described.clone()
+        let mut described = self.described.clone();
+        self.health.iter().for_each(|it| it.tell(&mut described));
+        described
+    }
+
+    fn waits_for_room(&self) -> bool {
+        self.health.iter().any(Health::waits_for_room)
     }
 
     fn metrics(&self) -> Metrics {

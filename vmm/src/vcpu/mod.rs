@@ -59,6 +59,9 @@ pub enum Event {
     /// It has suspended itself: it goes on when the machine does, here or
     /// elsewhere.
     Suspended,
+    /// There is no room on the node for what it writes to a disk: its write
+    /// waits.
+    DiskFull,
     /// The vCPU cannot go on; the message says why.
     Failed(String),
 }

@@ -43,7 +43,7 @@ const BENCHMARKS: &[Benchmark] = &[
     },
     Benchmark {
         name: "drivers",
-        about: "persistent grants against a mapping for each request",
+        about: "disk and network of a guest, against the node itself; probing; persistent grants",
         run: drivers::run,
     },
     Benchmark {

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::provider::disk::{DiskMark, Field, Place, disk};
 use crate::provider::facts::{Facts, Source};
-use crate::provider::identify::Test::{Begins, Is};
+use crate::provider::identify::Test::{Begins, Is, Passes};
 use crate::provider::identify::{Mark, Provider, hint, proof};
 use crate::provider::instance::{Instance, Notice, NoticeKind, bounded, list, string, time};
 use crate::provider::platform::metal_or;
@@ -22,8 +23,31 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform: |facts: &Facts| metal_or("hyper-v", facts),
     local: |_| Instance::default(),
+    disks: DISKS,
     service: Some(&SERVICE),
 };
+
+// Names and controllers as in the udev rules of Azure's Linux agent.
+const DISKS: &[DiskMark] = &[
+    disk(
+        Field::Model,
+        Begins("Microsoft NVMe Direct Disk"),
+        Place::InstanceStore,
+    ),
+    disk(
+        Field::Model,
+        Begins("MSFT NVMe Accelerator"),
+        Place::Network,
+    ),
+    disk(Field::Path, Passes(is_resource_disk), Place::InstanceStore),
+    disk(Field::Model, Is("Virtual Disk"), Place::Network),
+];
+
+/// The second disk of the first controller, on machines of either generation.
+fn is_resource_disk(path: &str) -> bool {
+    path.contains("/00000000-0001-")
+        || path.contains("/f8b3781a-1e82-4818-a1c3-63d806ec15bb/") && path.ends_with(":1")
+}
 
 const MARKS: &[Mark] = &[
     // The same on every machine of Azure's, and on no other with Hyper-V.

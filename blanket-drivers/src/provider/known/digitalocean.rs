@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use crate::provider::disk::{DiskMark, Field, Place, disk};
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::Is;
 use crate::provider::identify::{Mark, Provider, proof};
@@ -19,8 +20,11 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform: |facts: &Facts| metal_or("kvm", facts),
     local: of_serial,
+    disks: DISKS,
     service: Some(&SERVICE),
 };
+
+const DISKS: &[DiskMark] = &[disk(Field::Vendor, Is("DO"), Place::Network)];
 
 const MARKS: &[Mark] = &[
     proof(Source::Smbios, "sys_vendor", Is("DigitalOcean")),

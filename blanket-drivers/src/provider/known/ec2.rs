@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::provider::disk::{DiskMark, Field, Place, disk};
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::{Begins, Ends, Is, Passes};
 use crate::provider::identify::{Mark, Provider, hint, proof};
@@ -22,8 +23,23 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform,
     local,
+    disks: DISKS,
     service: Some(&SERVICE),
 };
+
+// "Identify NVMe block devices" of the EC2 user guide.
+const DISKS: &[DiskMark] = &[
+    disk(
+        Field::Model,
+        Is("Amazon EC2 NVMe Instance Storage"),
+        Place::InstanceStore,
+    ),
+    disk(
+        Field::Model,
+        Is("Amazon Elastic Block Store"),
+        Place::Network,
+    ),
+];
 
 const MARKS: &[Mark] = &[
     // Nitro, and bare metal.

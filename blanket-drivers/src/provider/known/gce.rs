@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::provider::disk::{DiskMark, Field, Place, disk};
 use crate::provider::facts::{Facts, Source};
 use crate::provider::identify::Test::{Begins, Is};
 use crate::provider::identify::{Mark, Provider, hint, proof};
@@ -20,8 +21,17 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform: |facts: &Facts| metal_or("kvm", facts),
     local: |_| Instance::default(),
+    disks: DISKS,
     service: Some(&SERVICE),
 };
+
+// Names of the NVMe and SCSI disks in Google's guest configuration (udev rules).
+const DISKS: &[DiskMark] = &[
+    disk(Field::Model, Begins("nvme_card-pd"), Place::Network),
+    disk(Field::Model, Begins("nvme_card"), Place::InstanceStore),
+    disk(Field::Model, Is("EphemeralDisk"), Place::InstanceStore),
+    disk(Field::Model, Is("PersistentDisk"), Place::Network),
+];
 
 const MARKS: &[Mark] = &[
     proof(Source::Smbios, "product_name", Is("Google Compute Engine")),

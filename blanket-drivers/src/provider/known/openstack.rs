@@ -21,6 +21,7 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform,
     local,
+    disks: &[],
     service: Some(&SERVICE),
 };
 

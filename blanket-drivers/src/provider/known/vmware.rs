@@ -13,6 +13,7 @@ pub(super) const PROVIDER: Provider = Provider {
     marks: MARKS,
     platform: |_| "vmware",
     local: |_| Instance::default(),
+    disks: &[],
     service: None,
 };
 

@@ -17,6 +17,7 @@ pub(super) const PROVIDER: Provider = Provider {
         id: facts.get(Source::Xen, "uuid").map(str::to_owned),
         ..Instance::default()
     },
+    disks: &[],
     service: None,
 };
 

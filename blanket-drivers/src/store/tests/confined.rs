@@ -46,8 +46,8 @@ fn confine(calls: &[libc::c_long]) -> io::Result<()> {
 /// Every operation, in a thread that may only do what a store's owner may.
 fn all_operations(spec: &Spec) {
     let image = Image::open(spec).unwrap();
-    let setup = || Box::new(|| confine(THREAD_SYSCALLS));
-    let mut store = image.queue(8, setup()).unwrap();
+    let setup = || Box::new(|| confine(THREAD_SYSCALLS)) as ThreadSetup;
+    let mut store = image.queue(8, &setup).unwrap();
     std::thread::spawn(move || {
         confine(RING_SYSCALLS).unwrap();
         let store = &mut *store;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::super::Error;
+use super::super::{Error, stripe};
 use super::*;
 
 const SECTORS: u64 = 1024;
@@ -123,6 +123,27 @@ fn raw_spec(dir: &Path, engine: Engine, direct: bool) -> Spec {
     }
 }
 
+/// A set of so many volumes. They are named in another order when it is used.
+fn striped_spec(dir: &Path, volumes: u64, chunk: u64) -> Spec {
+    let paths = (0..volumes).map(|i| {
+        let path = dir.join(format!("volume{i}"));
+        let file = std::fs::File::create(&path).unwrap();
+        // The smallest one counts; what is left of it after the last whole
+        // chunk is not used.
+        let len = stripe::DATA_START + LEN as u64 / volumes + i * 8192 + chunk - 512;
+        file.set_len(len).unwrap();
+        path
+    });
+    let mut paths: Vec<_> = paths.collect();
+    stripe::create(&paths, chunk, false).unwrap();
+    paths.reverse();
+    Spec {
+        format: None,
+        stripe: paths.split_off(1),
+        ..spec(&paths[0])
+    }
+}
+
 /// A qcow2 image over a raw one that says 0x22.
 fn layered_spec(dir: &Path) -> Spec {
     raw_image(dir, LEN, 0x22);
@@ -189,6 +210,23 @@ proptest! {
         let spec = raw_spec(dir.path(), Engine::Sync, direct);
         if ring_or_skip(&spec) {
             follow_the_model(&spec, 0x11, steps);
+        }
+    }
+
+    #[test]
+    fn a_striped_set_does_what_a_disk_does(
+        steps in prop::collection::vec(step(), 1..40),
+        direct in any::<bool>(),
+        ring in any::<bool>(),
+        volumes in prop::sample::select(vec![2, 4]),
+        chunk in 12..=16u32,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = if ring { Engine::Auto } else { Engine::Sync };
+        let spec = striped_spec(dir.path(), volumes, 1 << chunk);
+        let spec = Spec { engine, direct, ..spec };
+        if ring_or_skip(&spec) {
+            follow_the_model(&spec, 0, steps);
         }
     }
 
@@ -296,6 +334,7 @@ fn queues_of_one_image_work_at_the_same_time() {
     let dir = tempfile::tempdir().unwrap();
     queues_share(&raw_spec(dir.path(), Engine::Auto, false));
     queues_share(&raw_spec(dir.path(), Engine::Sync, false));
+    queues_share(&striped_spec(dir.path(), 2, 4096));
     if have_qemu_img() {
         queues_share(&layered_spec(dir.path()));
         qemu_img(dir.path(), &["check", "top.qcow2"]);

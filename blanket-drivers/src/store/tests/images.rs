@@ -284,7 +284,7 @@ fn a_failed_thread_setup_is_reported() {
     })
     .unwrap();
     let error = image
-        .queue(1, Box::new(|| Err(io::Error::other("no filter"))))
+        .queue(1, &|| Box::new(|| Err(io::Error::other("no filter"))))
         .err();
     assert!(error.unwrap().to_string().contains("no filter"));
 }

@@ -3,6 +3,7 @@
 
 mod confined;
 mod engines;
+mod full;
 mod images;
 
 use std::io;
@@ -11,7 +12,9 @@ use std::process::Command;
 
 use blanket_memory::IoVec;
 
-use super::{Completion, Engine, Format, Image, Operation, Request, Spec, Store};
+use super::{
+    Completion, Engine, Format, Image, Operation, Request, Spec, Store, ThreadSetup, is_full,
+};
 
 fn spec(path: &Path) -> Spec {
     Spec {
@@ -21,11 +24,12 @@ fn spec(path: &Path) -> Spec {
         direct: false,
         backing: true,
         engine: Engine::Auto,
+        stripe: Vec::new(),
     }
 }
 
 fn queue(image: &Image) -> Box<dyn Store> {
-    image.queue(8, Box::new(|| Ok(()))).unwrap()
+    image.queue(8, &|| Box::new(|| Ok(()))).unwrap()
 }
 
 /// A request without memory.

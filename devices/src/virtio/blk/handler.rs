@@ -207,6 +207,7 @@ impl MutEventSubscriber for BlockHandler {
 
 impl Handler for BlockHandler {
     fn kick(&mut self) {
+        self.engine.retry();
         self.serve();
     }
 

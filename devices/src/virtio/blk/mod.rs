@@ -83,7 +83,7 @@ impl Block {
     ) -> Result<Self, store::Error> {
         let queues = queues.max(1);
         let stores = (0..queues)
-            .map(|_| image.queue(QUEUE_SIZE, setup()).map(Some))
+            .map(|_| image.queue(QUEUE_SIZE, &setup).map(Some))
             .collect::<Result<_, _>>()?;
         let mut id = [0; ID_BYTES];
         let serial = serial.map_or_else(|| image.default_serial(), str::to_owned);
@@ -231,6 +231,11 @@ impl Device for Block {
     }
 
     fn save(&self, _: &[Box<dyn QueueHandler>]) -> Result<SavedState, lifecycle::Error> {
+        let settled = disk::check_settled(&self.shared.identity.metrics);
+        settled.map_err(|message| lifecycle::Error::Device {
+            device: self.name().to_owned(),
+            message,
+        })?;
         let state = State {
             writeback: self.shared.writeback.load(Ordering::Relaxed),
             capacity: self.image.capacity(),

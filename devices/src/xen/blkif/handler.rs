@@ -320,6 +320,7 @@ impl MutEventSubscriber for RingHandler {
 
 impl Handler for RingHandler {
     fn kick(&mut self) {
+        self.engine.retry();
         self.serve();
     }
 

@@ -30,6 +30,7 @@ use super::bus::{Backend, Context, Error};
 use super::channel::Channel;
 use super::grant::Access;
 use super::ring::Indices;
+pub use crate::disk::Metrics;
 use crate::disk::{self, DEPTH, Identity};
 use crate::lifecycle::{self, SavedState};
 use crate::worker::{HandlerId, Workers};
@@ -113,7 +114,7 @@ impl Block {
     ) -> Result<Self, store::Error> {
         let queues = options.queues.max(1);
         let stores = (0..queues)
-            .map(|_| image.queue(DEPTH, setup()))
+            .map(|_| image.queue(DEPTH, &setup))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             image,
@@ -129,6 +130,12 @@ impl Block {
             }),
             grants: Arc::default(),
         })
+    }
+
+    /// The disk's counters; they outlive it.
+    #[must_use]
+    pub fn counters(&self) -> Arc<Metrics> {
+        Arc::clone(&self.identity.metrics)
     }
 
     /// Maps the rings of `setup` and binds their channels. `indices` are a
@@ -347,6 +354,8 @@ impl Backend for Block {
     }
 
     fn save(&self) -> Result<SavedState, lifecycle::Error> {
+        let settled = disk::check_settled(&self.identity.metrics);
+        settled.map_err(|error| self.failed(&error))?;
         let connection = match (&self.setup, &self.handlers) {
             (Some(setup), Handlers::Parked(_, handlers)) => Some(Connection {
                 setup: setup.clone(),

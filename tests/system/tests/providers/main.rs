@@ -92,6 +92,33 @@ fn looks_like(node: &Node, expected: &Expected) {
         assert_eq!(report["instance"]["id"], identity, "{report}");
         assert_eq!(report["instance"]["addresses"][0], "10.0.0.10", "{report}");
     }
+    volume_is_told(node, expected);
+}
+
+/// `blanket store` finds the disk, by the right driver, and tells where it is if that can be told.
+fn volume_is_told(node: &Node, expected: &Expected) {
+    let text = node.sh("blanket store --json --no-test").text().unwrap();
+    let all: Value = serde_json::from_str(&text).unwrap();
+    let all = all.as_array().unwrap();
+    let volume = all.iter().find(|it| it["name"] == expected.disk);
+    let volume = volume.unwrap_or_else(|| panic!("no {}: {text}", expected.disk));
+    let drivers = match &expected.disk[..2] {
+        "vd" => &["virtio_blk"][..],
+        "nv" => &["nvme"],
+        "xv" => &["vbd", "xen_blkfront"],
+        _ => &["vmw_pvscsi", "virtio_scsi", "hv_storvsc"],
+    };
+    let driver = volume["driver"].as_str().unwrap_or_default();
+    assert!(drivers.contains(&driver), "{volume}");
+    // QEMU's volumes have no cloud's names.
+    let place = match expected.told.0 {
+        "bare-metal" => "local",
+        _ => "unknown",
+    };
+    assert_eq!(volume["place"], place, "{volume}");
+    assert!(volume["size"].as_u64() > Some(0), "{volume}");
+    assert_eq!(volume["limits"]["logical_block"], 512, "{volume}");
+    assert_eq!(volume["uses"], serde_json::json!([]), "{volume}");
 }
 
 /// What `blanket provider` says.

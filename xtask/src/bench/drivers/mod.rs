@@ -1,9 +1,12 @@
-//! What hides the provider's machine, against that machine itself.
+//! What a guest gets of this machine's disk and network, beside what the
+//! machine itself gets of them in the same run; and what persistent grants save.
 
 mod grants;
+mod io;
+mod probing;
 
-use anyhow::Result;
-use blanket_testbed::{GuestImages, workloads};
+use anyhow::{Result, bail};
+use blanket_testbed::{GuestImages, Host, workloads};
 
 use super::row::Row;
 use crate::build;
@@ -17,9 +20,12 @@ const RUNS: usize = 5;
 /// Measures all of it.
 ///
 /// # Errors
-/// Something does not build, or a machine or a guest does not do what is
-/// asked.
+/// There are no native guests on this machine, or one of them does not do
+/// what is asked.
 pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>> {
+    if let Some(obstacle) = Host::obstacle() {
+        bail!("no native guests: {obstacle}");
+    }
     setup::run(progress)?;
     let step = progress.step("build Blanket for release");
     build::programs(workspace, &step, build::RELEASE)?;
@@ -29,5 +35,8 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     workloads()?;
     step.done("");
     let programs = workspace.programs(build::RELEASE);
-    grants::rows(&programs, progress)
+    let mut rows = io::rows(&programs, progress)?;
+    rows.extend(probing::rows(&programs, progress)?);
+    rows.extend(grants::rows(&programs, progress)?);
+    Ok(rows)
 }

@@ -43,6 +43,7 @@ fn image_of(dir: &Path, len: usize) -> (PathBuf, Spec) {
         direct: false,
         backing: false,
         engine: Engine::Auto,
+        stripe: Vec::new(),
     };
     (path, spec)
 }

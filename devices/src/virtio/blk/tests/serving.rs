@@ -241,10 +241,8 @@ impl Store for Slow {
         self.held.len()
     }
     fn drain(&mut self, out: &mut Vec<Completion>) {
-        out.extend(self.held.drain(..).map(|request| Completion {
-            token: request.token,
-            result: Ok(0),
-        }));
+        let done = |request: Request| Completion::new(request.token, Ok(0));
+        out.extend(self.held.drain(..).map(done));
     }
 }
 

@@ -95,6 +95,7 @@ fn a_halted_disk_lets_its_image_go() {
         direct: false,
         backing: false,
         engine: Engine::Auto,
+        stripe: Vec::new(),
     };
     assert!(Image::open(&spec).is_err());
     bench.handler.quiesce();

@@ -80,6 +80,7 @@ fn image(path: &std::path::Path, kind: &Kind) -> Image {
         direct: false,
         backing: false,
         engine: kind.engine,
+        stripe: Vec::new(),
     };
     Image::open(&spec).unwrap()
 }
