@@ -89,6 +89,7 @@ pub fn disk(capacity: u64) -> Block {
         direct: false,
         backing: false,
         engine: Engine::Auto,
+        stripe: Vec::new(),
     });
     let image = image.expect("an image");
     Block::new("disk0", image, None, 1, || Box::new(|| Ok(()))).expect("a disk")
