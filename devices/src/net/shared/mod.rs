@@ -74,6 +74,8 @@ pub(super) struct SharedPeer {
     attached: AtomicU16,
     /// What the backend may leave undone on frames to the guest.
     offloads: AtomicU32,
+    /// How often there were new rings.
+    generation: Arc<AtomicU16>,
 }
 
 impl SharedPeer {
@@ -93,6 +95,7 @@ impl SharedPeer {
             queues: queues.collect::<io::Result<_>>()?,
             attached: AtomicU16::new(pairs),
             offloads: AtomicU32::new(0),
+            generation: Arc::default(),
             backend,
         })
     }
@@ -154,6 +157,7 @@ impl Peer for SharedPeer {
             queues: self.queues.clone(),
             attached: self.attached.load(Ordering::Relaxed),
             features: self.features(),
+            generation: Arc::clone(&self.generation),
         }));
     }
 
@@ -174,6 +178,7 @@ struct Driver {
     queues: Vec<Arc<SharedQueue>>,
     attached: u16,
     features: u64,
+    generation: Arc<AtomicU16>,
 }
 
 impl vhost_user::Rings for Driver {
@@ -184,11 +189,14 @@ impl vhost_user::Rings for Driver {
             backing: Backing::Small,
             shared: true,
         };
-        let memory = blanket_memory::build_at(&spec, &[(GuestAddress(0), size)])
+        // Each time at another address: DPDK takes memory at the same one for
+        // that which it has mapped already.
+        let start = u64::from(self.generation.fetch_add(1, Ordering::Relaxed)) << 32;
+        let memory = blanket_memory::build_at(&spec, &[(GuestAddress(start), size)])
             .map_err(io::Error::other)?;
         let mut described = Vec::new();
         for (i, queue) in (0u16..).zip(&self.queues) {
-            let rings = Rings::new(&memory, u64::from(i) * QUEUE_BYTES, self.features)?;
+            let rings = Rings::new(&memory, start + u64::from(i) * QUEUE_BYTES, self.features)?;
             described.extend(queue.describe(&rings, i < self.attached)?);
             queue.replace(Some(rings));
         }

@@ -21,6 +21,11 @@ const LONGEST: u16 = 17;
 /// Where the header has `num_buffers` (virtio 1.2, 5.1.6).
 const NUM_BUFFERS: usize = 10;
 
+/// As the kernel says it of a TAP.
+fn would_block() -> io::Error {
+    io::Error::from_raw_os_error(libc::EAGAIN)
+}
+
 /// The rings of one backend.
 pub(super) struct Rings {
     rx: Rx,
@@ -276,7 +281,7 @@ impl FrameQueue for SharedQueue {
             let Some(rings) = &mut *rx else {
                 // Of a backend that has gone.
                 let _ = self.calls[0].read();
-                return Err(io::ErrorKind::WouldBlock.into());
+                return Err(would_block());
             };
             let received = rings.receive(vectors).and_then(|received| {
                 rings.ring.want_calls(received.is_none())?;
@@ -292,7 +297,7 @@ impl FrameQueue for SharedQueue {
                     let _ = self.calls[0].read();
                     quiet = true;
                 }
-                Ok(None) => return Err(io::ErrorKind::WouldBlock.into()),
+                Ok(None) => return Err(would_block()),
                 Err(reason) => {
                     self.give_up(&reason);
                     *rx = None;
@@ -304,7 +309,7 @@ impl FrameQueue for SharedQueue {
     unsafe fn writev(&self, vectors: &[IoVec]) -> io::Result<usize> {
         let mut tx = self.tx();
         let Some(rings) = &mut *tx else {
-            return Err(io::ErrorKind::WouldBlock.into());
+            return Err(would_block());
         };
         if !rings.accepts(vectors) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -314,11 +319,11 @@ impl FrameQueue for SharedQueue {
                 self.kick(1, kick);
                 Ok(IoVec::total(vectors))
             }
-            Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
+            Ok(None) => Err(would_block()),
             Err(reason) => {
                 self.give_up(&reason);
                 *tx = None;
-                Err(io::ErrorKind::WouldBlock.into())
+                Err(would_block())
             }
         }
     }

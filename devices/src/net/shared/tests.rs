@@ -117,7 +117,7 @@ fn frame(len: usize) -> Vec<u8> {
 }
 
 fn would_block<T: std::fmt::Debug>(result: io::Result<T>) -> bool {
-    result.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    result.is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
 }
 
 #[test]
