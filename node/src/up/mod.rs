@@ -1,6 +1,6 @@
 //! `blanket up` and `blanket down`: a machine becomes a node, and no node again.
 //!
-//! [`wants`] lists what Blanket wants of the machine. What is not so is a
+//! [`wants()`] lists what Blanket wants of the machine. What is not so is a
 //! [`Change`], which is written down in the [`Book`] before it is made. Undoing
 //! goes through the book from its end.
 

@@ -313,6 +313,11 @@ fn a_guest_of_xen_without_nested_virtualization_says_what_is_missing() {
             let doctor = node.sh("blanket doctor").run().unwrap();
             let text = String::from_utf8_lossy(&doctor.stdout);
             assert!(text.contains("neither VMX nor SVM"), "{text}");
+            let up = node.sh("blanket up").run().unwrap();
+            let error = String::from_utf8_lossy(&up.stderr);
+            assert!(!up.status.success(), "{up}");
+            assert!(error.contains("cannot load kvm_pvm: "), "{error}");
+            assert!(error.contains("nested virtualization"), "{error}");
         },
     );
 }
