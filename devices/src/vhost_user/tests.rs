@@ -261,6 +261,69 @@ fn a_backend_that_has_gone_takes_the_link_along_and_its_successor_brings_it_back
     drop(second.join().unwrap());
 }
 
+#[test]
+fn a_guests_own_queues_are_passed_through_and_stop_where_they_can_be() {
+    use crate::virtio::net::PassedNet;
+    use crate::virtio::testing::Driver;
+    use crate::virtio::{Activation, Device};
+    use virtio_queue::QueueT;
+
+    let mac = blanket_drivers::mac::MacAddress([2, 0, 0, 0, 0, 1]);
+    // What the backend says counts only if the driver has got so far.
+    for (told, next) in [(2, 2), (9, 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let backend = std::thread::spawn(move || serve(listener.accept().unwrap().0, 1, told));
+        let kept = Opened::connect(&path, 1).unwrap();
+        let kept = kept.keep(|| Box::new(|| Ok(()))).unwrap();
+        let ram = setup().memory;
+        let mut net = PassedNet::new("net0", kept, &ram, mac, None).unwrap();
+        // Merged buffers are the backend's; it has no event indices.
+        assert_eq!(net.features() & (1 << 15 | 1), 1 << 15);
+        assert_eq!(net.transport_features(), 1 << 32);
+        assert_eq!(net.config()[6], 0, "the link is down");
+        let mut drivers = [(0, 0x1000), (1, 0x4000)].map(|(i, at)| Driver::new(&ram, i, at, 16));
+        for driver in &mut drivers {
+            for _ in 0..3 {
+                driver.add(&[(0x8000, 64, true)]);
+            }
+        }
+        let interrupts = Arc::clone(&drivers[0].interrupts);
+        let mut handlers = net
+            .activate(Activation {
+                ram: ram.clone(),
+                features: 1 << 32 | 1 << 15,
+                queues: drivers.iter().map(|driver| driver.queue(false)).collect(),
+                interrupt: Arc::clone(&interrupts) as Arc<dyn crate::virtio::Interrupt>,
+            })
+            .unwrap();
+        handlers[0].kick();
+        until("link", || net.config()[6] == 1);
+        until("interrupt", || interrupts.config_count() == 1);
+        handlers[0].quiesce();
+        for queue in handlers[0].queues() {
+            let state = (queue.queue.next_avail(), queue.queue.next_used());
+            assert_eq!(state, (next, 0));
+        }
+        net.reset(handlers);
+        drop(net);
+        let of = backend.join().unwrap();
+        let kicks = of
+            .iter()
+            .filter(|message| message.request == SET_VRING_ENABLE);
+        assert_eq!(kicks.count(), 2);
+    }
+    let private = Memory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let _backend = backend(UnixListener::bind(&path).unwrap());
+    let kept = Opened::connect(&path, 1).unwrap();
+    let kept = kept.keep(|| Box::new(|| Ok(()))).unwrap();
+    let error = PassedNet::new("net0", kept, &private, mac, None).err();
+    assert!(error.unwrap().to_string().contains("--shared-memory"));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 

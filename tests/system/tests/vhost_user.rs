@@ -27,9 +27,9 @@ fn start_testpmd(node: &Client, options: &str) {
     .unwrap();
     let ready = "until [ -S /run/vu0 ] && [ -S /run/vu1 ]; do sleep 1; pidof dpdk-testpmd; \
                  done; sleep 1; pidof dpdk-testpmd";
-    let up = node.sh(ready).timeout(LONG).run().unwrap();
+    let up = node.sh(ready).timeout(LONG).run();
     let log = node.sh("cat /run/testpmd.log").run().unwrap();
-    assert!(up.status.success(), "{up}\n{log}");
+    assert!(up.is_ok_and(|up| up.status.success()), "{log}");
 }
 
 fn stop_testpmd(node: &Client) {
@@ -76,7 +76,7 @@ fn data_arrives(first: &Client, second: &Client, mib: u32) {
     for (from, to, address) in [(first, second, "10.9.0.1"), (second, first, "10.9.0.2")] {
         let made = from.sh(format!(
             "mkdir -p /run/www && dd if=/dev/urandom of=/run/www/data bs=1M count={mib} \
-             2>/dev/null && httpd -p {address}:80 -h /run/www && cat /run/www/data | {sum}"
+             2>/dev/null && {{ pidof httpd || httpd -p {address}:80 -h /run/www; }} >/dev/null && cat /run/www/data | {sum}"
         ));
         let made = made.timeout(LONG).text().unwrap();
         let got = to.sh(format!(
@@ -144,7 +144,7 @@ fn two_pv_guests_talk_through_testpmd_also_after_its_end_and_their_pauses() {
                     assert!(vm.blanket("resume", "").unwrap().status.success());
                 }
                 pings(host, &first);
-                data_arrives(&second, &first, 4);
+                data_arrives(&first, &second, 4);
                 assert_eq!(counter(&one, "rx_errors") + counter(&two, "rx_errors"), 0);
                 assert_eq!(counter(&one, "tx_errors") + counter(&two, "tx_errors"), 0);
                 // Saved and restored, the guest goes on with the backend that is there.
@@ -192,7 +192,7 @@ fn testpmd_files() -> Vec<String> {
     let script = "plugins=$(echo /usr/lib/x86_64-linux-gnu/dpdk/pmds-*); \
                   set -- /usr/bin/dpdk-testpmd; \
                   for name in net_vhost mempool_ring bus_vdev; do \
-                  set -- \"$@\" $plugins/librte_$name.so.*.*; done; \
+                  set -- \"$@\" $plugins/librte_$name.so; done; \
                   printf '%s\\n' \"$@\"; \
                   ldd \"$@\" | sed -n 's/.*=> \\(\\/[^ ]*\\) .*/\\1/p' | sort -u";
     let output = Command::new("sh").args(["-c", script]).output().unwrap();
@@ -244,6 +244,6 @@ fn two_hvm_guests_talk_through_testpmd_by_their_own_queues() {
             assert!(vm.blanket("resume", "").unwrap().status.success());
         }
         pings(node, &first);
-        data_arrives(&second, &first, 1);
+        data_arrives(&first, &second, 1);
     });
 }
