@@ -2,6 +2,8 @@
 //! through a store, and the counters.
 
 mod metrics;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::RawFd;

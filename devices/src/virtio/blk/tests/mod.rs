@@ -42,6 +42,7 @@ fn image_of(dir: &Path, len: usize) -> (PathBuf, Spec) {
         format: Some(Format::Raw),
         direct: false,
         backing: false,
+        stripe: Vec::new(),
         engine: Engine::Auto,
         stripe: Vec::new(),
     };

@@ -94,6 +94,7 @@ fn a_halted_disk_lets_its_image_go() {
         format: None,
         direct: false,
         backing: false,
+        stripe: Vec::new(),
         engine: Engine::Auto,
         stripe: Vec::new(),
     };

@@ -79,6 +79,7 @@ fn image(path: &std::path::Path, kind: &Kind) -> Image {
         format: Some(Format::Raw),
         direct: false,
         backing: false,
+        stripe: Vec::new(),
         engine: kind.engine,
         stripe: Vec::new(),
     };
