@@ -182,10 +182,11 @@ impl Store for StripeStore {
 
     fn commit(&mut self) -> io::Result<()> {
         // All of them, also behind one that fails.
-        self.volumes
-            .iter_mut()
-            .map(|volume| volume.commit())
-            .fold(Ok(()), |first, next| first.and(next))
+        let mut all = Ok(());
+        for volume in &mut self.volumes {
+            all = all.and(volume.commit());
+        }
+        all
     }
 
     fn complete(&mut self, out: &mut Vec<Completion>) {
