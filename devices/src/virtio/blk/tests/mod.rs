@@ -44,7 +44,6 @@ fn image_of(dir: &Path, len: usize) -> (PathBuf, Spec) {
         backing: false,
         stripe: Vec::new(),
         engine: Engine::Auto,
-        stripe: Vec::new(),
     };
     (path, spec)
 }

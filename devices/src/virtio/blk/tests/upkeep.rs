@@ -96,7 +96,6 @@ fn a_halted_disk_lets_its_image_go() {
         backing: false,
         stripe: Vec::new(),
         engine: Engine::Auto,
-        stripe: Vec::new(),
     };
     assert!(Image::open(&spec).is_err());
     bench.handler.quiesce();

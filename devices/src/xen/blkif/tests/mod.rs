@@ -81,7 +81,6 @@ fn image(path: &std::path::Path, kind: &Kind) -> Image {
         backing: false,
         stripe: Vec::new(),
         engine: kind.engine,
-        stripe: Vec::new(),
     };
     Image::open(&spec).unwrap()
 }
