@@ -102,10 +102,13 @@ pub(super) fn serve_iperf(guest: &Client) -> Result<()> {
 /// One run of iperf3 between the host and a guest, in Gb/s: from the guest if
 /// `flag` is `-R`.
 pub(super) fn iperf(host: &Client, address: &str, flag: &str) -> Result<f64> {
-    let text = host
-        .sh(format!("iperf3 -J -t {SECONDS} -c {address} {flag}"))
-        .timeout(LIMIT)
-        .text()?;
+    // The server takes a moment to start, and to be done with a run.
+    const TRIES: u32 = 50;
+    let run = format!(
+        "for n in $(seq {TRIES}); do iperf3 -J -t {SECONDS} -c {address} {flag} >/tmp/iperf && \
+         ! grep -q '\"error\":' /tmp/iperf && break; sleep 0.2; done; cat /tmp/iperf"
+    );
+    let text = host.sh(run).timeout(LIMIT).text()?;
     let report: Value = serde_json::from_str(&text)?;
     let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
     Ok(bits.with_context(|| format!("iperf3 says {text}"))? / 1e9)

@@ -77,7 +77,7 @@ pub enum Error {
     #[error("the pages are mapped for reading")]
     ReadOnly,
     /// A call failed.
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {what}: {source}; the other domain may be gone, or `dmesg` tells more")]
     System {
         /// What was to be done.
         what: &'static str,

@@ -26,6 +26,9 @@ const ROUNDS: u32 = 64;
 /// How long the other domain may take for a step.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// How long an offer stands: somebody has to carry the invitation over.
+const OFFER_LIMIT: Duration = Duration::from_secs(600);
+
 /// A byte that the driver clears at the end of a mapping; its page is not the
 /// first.
 const MARK: usize = PAGE + 7;
@@ -98,14 +101,15 @@ fn is_refused(result: Result<Memory, Error>, otherwise: &'static str) -> Result<
 fn until(
     channels: &EventChannels,
     port: &Port,
+    limit: Duration,
     otherwise: &'static str,
     mut holds: impl FnMut() -> Result<bool, Error>,
 ) -> Result<(), Error> {
     let start = Instant::now();
     while !holds()? {
-        ensure(start.elapsed() < LIMIT, otherwise)?;
+        ensure(start.elapsed() < limit, otherwise)?;
         if channels
-            .wait(LIMIT.saturating_sub(start.elapsed()))?
+            .wait(limit.saturating_sub(start.elapsed()))?
             .is_some()
         {
             port.unmask()?;
@@ -228,15 +232,19 @@ impl Offer {
             Ok(seen == expected)
         };
         let answer = complement();
-        until(&channels, &port, "nobody answers", || {
+        until(&channels, &port, OFFER_LIMIT, "nobody answers", || {
             starts_with(0, &answer)
         })?;
         done(STEPS[0])?;
         let otherwise = "the end of a mapping does not clear its byte";
-        until(&channels, &port, otherwise, || starts_with(MARK, &[0]))?;
+        until(&channels, &port, LIMIT, otherwise, || {
+            starts_with(MARK, &[0])
+        })?;
         done(STEPS[1])?;
         let otherwise = "nobody has the pages taken back";
-        until(&channels, &port, otherwise, || starts_with(0, TAKE_BACK))?;
+        until(&channels, &port, LIMIT, otherwise, || {
+            starts_with(0, TAKE_BACK)
+        })?;
         drop(pages);
         done(STEPS[2])?;
         // The other end closes the channel and the page when it has seen that.
@@ -272,7 +280,8 @@ pub fn accept(invitation: &Invitation) -> Result<Report, Error> {
     let port = channels.connect(*domain, invitation.port)?;
     let steps = mapper.map(*domain, &[*readable], Access::Read)?;
     let reached = |step: u8| {
-        until(&channels, &port, "the other domain does not see it", || {
+        let otherwise = "the other domain does not see it";
+        until(&channels, &port, LIMIT, otherwise, || {
             let mut seen = [0];
             steps.read(0, &mut seen)?;
             Ok(seen[0] == step)
