@@ -426,10 +426,10 @@ impl Image {
             Body::One(Backend::Raw(raw), _) => raw.file.sync_data(),
             Body::One(Backend::Qcow2(layers), _) => layers.flush(),
             // All of them, also behind one that fails.
-            Body::Striped(_, volumes) => volumes
-                .iter()
-                .map(Self::flush)
-                .fold(Ok(()), |first, next| first.and(next)),
+            Body::Striped(_, volumes) => {
+                let all: Vec<_> = volumes.iter().map(Self::flush).collect();
+                all.into_iter().collect()
+            }
         }
     }
 }
