@@ -427,11 +427,8 @@ impl Image {
             Body::One(Backend::Qcow2(layers), _) => layers.flush(),
             // All of them, also behind one that fails.
             Body::Striped(_, volumes) => {
-                let mut all = Ok(());
-                for volume in volumes {
-                    all = all.and(volume.flush());
-                }
-                all
+                let all: Vec<_> = volumes.iter().map(Self::flush).collect();
+                all.into_iter().collect()
             }
         }
     }

@@ -182,11 +182,9 @@ impl Store for StripeStore {
 
     fn commit(&mut self) -> io::Result<()> {
         // All of them, also behind one that fails.
-        let mut all = Ok(());
-        for volume in &mut self.volumes {
-            all = all.and(volume.commit());
-        }
-        all
+        let each = self.volumes.iter_mut().map(|volume| volume.commit());
+        let all: Vec<_> = each.collect();
+        all.into_iter().collect()
     }
 
     fn complete(&mut self, out: &mut Vec<Completion>) {
