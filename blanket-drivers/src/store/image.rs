@@ -245,6 +245,7 @@ impl Image {
             keep_raw: false,
             private: false,
             durable: all(|limits| limits.durable),
+            device: false,
         };
         Ok(Self {
             path: spec.path.clone(),
@@ -286,6 +287,7 @@ impl Image {
             keep_raw: spec.format.is_none(),
             private: false,
             durable: is_direct && probe::is_durable(&file),
+            device: probe::device_number(&file).is_some(),
         };
         if limits.capacity == 0 {
             let len = geometry.len;

@@ -57,6 +57,7 @@ impl Layers {
             keep_raw: false,
             private: true,
             durable: false,
+            device: false,
         };
         Ok(Self {
             access: RwLock::new(access),

@@ -37,6 +37,9 @@ pub(super) struct Limits {
     pub(super) private: bool,
     /// What has completed is durable already: there is nothing to flush.
     pub(super) durable: bool,
+    /// It is a block device: one that says that there is no room has lost its
+    /// medium, since its size is fixed.
+    pub(super) device: bool,
 }
 
 impl Limits {
@@ -124,6 +127,7 @@ pub(super) struct Transfer {
     done: u32,
     /// Whether a flush has nothing to do.
     durable: bool,
+    device: bool,
 }
 
 /// Carries out a request with `work`, which advances its transfer.
@@ -170,6 +174,7 @@ impl Transfer {
             bounce,
             done: 0,
             durable: limits.durable,
+            device: limits.device,
         })
     }
 
@@ -177,6 +182,11 @@ impl Transfer {
     pub(super) fn finish(self, result: io::Result<u32>) -> Completion {
         let writes = matches!(self.operation, Operation::Write | Operation::WriteZeroes);
         let full = result.as_ref().is_err_and(is_full);
+        if full && self.device {
+            // A device that was taken away has no bytes left.
+            let gone = io::Error::from_raw_os_error(libc::ENXIO);
+            return Completion::new(self.token, Err(gone));
+        }
         Completion {
             token: self.token,
             result,
