@@ -374,7 +374,10 @@ fn bad_input_gets_one_clear_line_and_leaves_nothing() {
             &["--kernel", &kernel, "--disk", &path("empty")],
             &["disk", "empty"],
         ),
-        (&["--kernel", &kernel, "--memory", "8T"], &["--memory"]),
+        (
+            &["--kernel", &kernel, "--cpu", "host", "--memory", "8T"],
+            &["--memory"],
+        ),
         (
             &["--kernel", &kernel, "--hugepages", "1g", "--memory", "900G"],
             &["900"],

@@ -196,7 +196,7 @@ fn a_volume_that_vanishes_gives_the_guest_errors_and_is_named() {
             let write =
                 "dd if=/dev/zero of=$DISK bs=4k count=1 oflag=direct conv=fsync 2>&1 || true";
             let said = guest.sh(on("/dev/xvda", write)).text().unwrap();
-            assert!(said.contains("I/O error"), "{said}");
+            assert!(said.contains("Input/output error"), "{said}");
             // The guest lives, and so does its monitor, which knows why.
             assert_eq!(guest.sh("echo $((6 * 7))").text().unwrap(), "42\n");
             let info = vm.info().unwrap();
