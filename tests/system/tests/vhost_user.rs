@@ -2,14 +2,15 @@
 //! frames from one of its two ports to the other and back.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
+use std::process::Command;
 use std::time::Duration;
 
-use blanket_system_tests::{Vm, native, natively};
+use blanket_system_tests::{Vm, native, natively, on_node, provider};
 use blanket_testbed::{Client, ensure_packages};
 use serde_json::Value;
 
 /// Natively, guests and a backend that polls share few processors.
-const LONG: Duration = Duration::from_secs(300);
+const LONG: Duration = Duration::from_secs(150);
 
 /// Starts testpmd with ports at `/run/vu0` and `/run/vu1`, to which any user may connect. It ends
 /// with its input.
@@ -183,4 +184,67 @@ fn iperf3(first: &Client, second: &Client) {
     let received = parsed["end"]["sum_received"]["bytes"].as_u64();
     assert!(received.is_some_and(|n| n > 8 << 20), "{report}");
     println!("iperf3 between the guests: {received:?} bytes in 5 s");
+}
+
+/// testpmd with all that it loads. Copies would be other libraries than those that the plugins
+/// are linked with: so only plugins that no other is linked with.
+fn testpmd_files() -> Vec<String> {
+    ensure_packages(&["dpdk-dev"]).unwrap();
+    let script = "plugins=$(echo /usr/lib/x86_64-linux-gnu/dpdk/pmds-*); \
+                  set -- /usr/bin/dpdk-testpmd; \
+                  for name in net_vhost mempool_ring; do \
+                  set -- \"$@\" $plugins/librte_$name.so; done; \
+                  printf '%s\\n' \"$@\"; \
+                  ldd \"$@\" | sed -n 's/.*=> \\(\\/[^ ]*\\) .*/\\1/p' | sort -u";
+    let output = Command::new("sh").args(["-c", script]).output().unwrap();
+    let list = String::from_utf8(output.stdout).unwrap();
+    list.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn two_hvm_guests_talk_through_testpmd_by_their_own_queues() {
+    let files = testpmd_files();
+    let describe = || {
+        let node = provider("vhost-hvm").unwrap().cpus(2).memory_mib(3072);
+        files.iter().fold(node, |node, file| {
+            let path = match file.strip_prefix("/lib/") {
+                Some(rest) => format!("/usr/lib/{rest}"),
+                None => file.clone(),
+            };
+            node.inject(file, path)
+        })
+    };
+    on_node(describe, |node| {
+        // DPDK loads nothing from where everybody can write.
+        node.sh("mkdir -p /var/run/dpdk && chmod 755 /")
+            .text()
+            .unwrap();
+        start_testpmd(node, "");
+        let run = |n: usize| {
+            Vm::linux(
+                node,
+                &format!("hvm{n}"),
+                &format!("blanket.ip=10.9.0.{}/24", n + 1),
+                &format!("--net vhost-user=/run/vu{n} --memory 192M"),
+            )
+            .unwrap()
+        };
+        let (one, two) = (run(0), run(1));
+        let (first, second) = (one.guest().unwrap(), two.guest().unwrap());
+        let carrier = || first.sh("cat /sys/class/net/eth0/carrier").text().unwrap();
+        until("carrier", || carrier() == "1\n");
+        pings(node, &first);
+        data_arrives(&first, &second, 2);
+        stop_testpmd(node);
+        until("carrier off", || carrier() == "0\n");
+        start_testpmd(node, "");
+        until("carrier on", || carrier() == "1\n");
+        pings(node, &first);
+        for vm in [&one, &two] {
+            assert!(vm.blanket("pause", "").unwrap().status.success());
+            assert!(vm.blanket("resume", "").unwrap().status.success());
+        }
+        pings(node, &first);
+        data_arrives(&first, &second, 1);
+    });
 }
