@@ -301,6 +301,25 @@ impl<'a> Vm<'a> {
     }
 }
 
+/// Bytes that iperf3 carries from `client` to the guest `server` at `address`, or the other way
+/// with `-R` among the options. The server serves this once: one that still ends with another
+/// client is busy.
+///
+/// # Errors
+/// Either fails: what iperf3 says.
+pub fn iperf3(server: &Client, client: &Client, address: &str, options: &str) -> Result<u64> {
+    const LISTENS: &str = "while pidof iperf3; do sleep 0.1; done; iperf3 -s -1 -D; \
+                           until grep -q ':1451 [^ ]* 0A ' /proc/net/tcp /proc/net/tcp6; do \
+                           sleep 0.1; done";
+    server.sh(LISTENS).text()?;
+    let run = client
+        .sh(format!("iperf3 -J -c {address} {options}"))
+        .run()?;
+    let report: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap_or_default();
+    let received = report["end"]["sum_received"]["bytes"].as_u64();
+    received.with_context(|| format!("iperf3 {options}: {run}"))
+}
+
 /// Where a VM's virtio console is on its node.
 fn console(name: &str) -> String {
     format!("/run/{name}.console")

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use blanket_system_tests::{Vm, on_node, payload, provider};
+use blanket_system_tests::{Vm, iperf3, on_node, payload, provider};
 use blanket_testbed::{Client, Node};
 
 /// A shell command that prints the checksum of its input.
@@ -305,13 +305,9 @@ fn a_full_disk_of_the_node_is_an_error_and_no_more(node: &Node, guest: &Client) 
 /// iperf3 between the node and a guest at 10.9.0.2, and pings of the guest.
 fn iperf3_runs_both_ways(node: &Node, guest: &Client) {
     guest.sh("ping -c 3 -i 0.2 10.9.0.1").text().unwrap();
-    guest.sh("iperf3 -s -D").text().unwrap();
-    for reverse in ["", "-R"] {
-        let report = node.sh(format!("iperf3 -J -t 3 -c 10.9.0.2 {reverse}"));
-        let report = report.text().unwrap();
-        let report: serde_json::Value = serde_json::from_str(&report).unwrap();
-        let received = report["end"]["sum_received"]["bytes"].as_u64().unwrap();
-        assert!(received > 4 << 20, "{reverse} {report}");
+    for options in ["-t 3", "-t 3 -R"] {
+        let received = iperf3(guest, node, "10.9.0.2", options).unwrap();
+        assert!(received > 4 << 20, "{options}: {received}");
     }
 }
 

@@ -7,7 +7,7 @@ mod saved;
 
 use std::time::{Duration, Instant};
 
-use blanket_system_tests::{Vm, native, natively, on_node, payload, provider};
+use blanket_system_tests::{Vm, iperf3, native, natively, on_node, payload, provider};
 use blanket_testbed::{
     BootImages, Client, GUEST_PAGE, GuestImages, Host, HostBuilder, KernelFlavor, workloads,
 };
@@ -273,12 +273,9 @@ fn the_debian_of_the_hvm_machine_runs_natively_with_disk_and_network() {
 
 /// iperf3 between this machine and a guest at 10.9.0.2.
 fn bulk_data_goes_both_ways(host: &Host, guest: &Client) {
-    guest.sh("iperf3 -s -D").text().unwrap();
-    for reverse in ["", "-R"] {
-        let report = host.sh(format!("iperf3 -J -t 3 -c 10.9.0.2 {reverse}"));
-        let report: Value = serde_json::from_str(&report.text().unwrap()).unwrap();
-        let received = report["end"]["sum_received"]["bytes"].as_u64().unwrap();
-        assert!(received > 64 << 20, "{reverse} {report}");
+    for options in ["-t 3", "-t 3 -R"] {
+        let received = iperf3(guest, host, "10.9.0.2", options).unwrap();
+        assert!(received > 64 << 20, "{options}: {received}");
     }
 }
 
