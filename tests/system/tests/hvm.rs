@@ -264,7 +264,7 @@ fn disks_of_every_kind_hold_what_the_guest_writes_and_entropy_comes_from_the_nod
             let after: u64 = node.sh(blocks).text().unwrap().trim().parse().unwrap();
             assert!(after < before / 2, "{before} -> {after} blocks");
             entropy_comes_from_the_node(&vm, &guest);
-            a_full_disk_of_the_node_is_an_error_and_no_more(node, &guest);
+            a_full_disk_of_the_node_is_waited_for(node, &vm, &guest);
             vm.blanket("stop", "--force").unwrap();
             node.get("/run/overlay", &overlay).unwrap();
             let check = std::process::Command::new("qemu-img")
@@ -278,11 +278,26 @@ fn disks_of_every_kind_hold_what_the_guest_writes_and_entropy_comes_from_the_nod
     );
 }
 
-/// /dev/vde lies on 4 MiB of the node.
-fn a_full_disk_of_the_node_is_an_error_and_no_more(node: &Node, guest: &Client) {
-    let write = "dd if=/dev/urandom of=/dev/vde bs=1M count=16 conv=fsync";
-    let output = guest.sh(write).run().unwrap();
-    assert!(!output.status.success(), "16 MiB fitted into 4");
+/// /dev/vde lies on 4 MiB of the node: the guest waits until there are more.
+fn a_full_disk_of_the_node_is_waited_for(node: &Node, vm: &Vm, guest: &Client) {
+    let write = "dd if=/dev/urandom of=/dev/vde bs=1M count=16 conv=fsync; echo $? >/run/status";
+    guest.sh(write).spawn("/run/written").unwrap();
+    let mut info = vm.info().unwrap();
+    for _ in 0..300 {
+        if info["vm"]["state"] == "paused" {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        info = vm.info().unwrap();
+    }
+    assert_eq!(info["vm"]["state"], "paused", "{info}");
+    assert!(info.to_string().contains("no room"), "{info}");
+    node.sh("mount -o remount,size=32m /run/small")
+        .text()
+        .unwrap();
+    assert!(vm.blanket("resume", "").unwrap().status.success());
+    let status = "until [ -e /run/status ]; do sleep 0.1; done; cat /run/status";
+    assert_eq!(guest.sh(status).text().unwrap(), "0\n");
     // The guest goes on, with its other disks too.
     guest
         .sh("dd if=/run/x of=/dev/vda bs=4k count=16 conv=fsync")
