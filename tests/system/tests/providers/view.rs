@@ -12,7 +12,8 @@ use blanket_testbed::{Accelerator, Client, GuestImages, Provider, inspection};
 use tempfile::NamedTempFile;
 
 /// Run in the guest, whose disk has the programs that the initramfs has not. What differs between
-/// two runs on one machine is left out: times, counts, what is calibrated, what two processes race for, and long waits for a processor.
+/// two runs on one machine is left out: times, counts, what is calibrated, what two processes race
+/// for, and long waits for a processor.
 const SCRIPT: &str = r#"
 mount -t ext4 -o ro /dev/vda /mnt
 for folder in proc sys dev; do mount --bind /$folder /mnt/$folder; done
