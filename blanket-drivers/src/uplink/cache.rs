@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -47,15 +47,7 @@ impl Key {
 }
 
 /// What is kept about an interface.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Record {
-    /// What it is valid for.
-    pub key: Key,
-    /// What was found.
-    pub report: Report,
-    /// What the user wants instead of what was chosen.
-    pub wanted: Option<Kind>,
-}
+pub type Record = kept::Record<Key, Report, Kind>;
 
 impl Record {
     /// The uplink to use.
@@ -63,40 +55,25 @@ impl Record {
     pub fn kind(&self) -> Kind {
         self.wanted.unwrap_or(self.report.chosen)
     }
-
-    /// Reads a file's content; none if it is not one of ours.
-    #[must_use]
-    pub fn parse(bytes: &[u8]) -> Option<Self> {
-        serde_json::from_slice(bytes).ok()
-    }
 }
 
 /// A directory with a file for each interface.
 #[derive(Clone, Debug)]
-pub struct Cache {
-    folder: PathBuf,
-}
+pub struct Cache(kept::Folder);
 
 impl Cache {
     /// The cache in `folder`, which is made when something is stored.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
-        Self {
-            folder: folder.to_owned(),
-        }
-    }
-
-    fn path(&self, interface: &str) -> PathBuf {
-        // An interface's name has no slash.
-        self.folder.join(format!("{interface}.json"))
+        Self(kept::Folder::new(folder))
     }
 
     /// What is kept about an interface, valid or not. A file that is damaged
     /// is as good as none.
     #[must_use]
     pub fn load(&self, interface: &str) -> Option<Record> {
-        let bytes = kept::load(&self.path(interface))?;
-        Record::parse(&bytes).filter(|record| record.key.interface == interface)
+        let record: Record = self.0.load(interface)?;
+        (record.key.interface == interface).then_some(record)
     }
 
     /// Keeps a record in place of what is there.
@@ -104,7 +81,7 @@ impl Cache {
     /// # Errors
     /// The directory cannot be written to.
     pub fn store(&self, record: &Record) -> io::Result<()> {
-        kept::store(&self.path(&record.key.interface), record)
+        self.0.store(&record.key.interface, record)
     }
 
     /// What is known about an interface, and whether it was known before:
@@ -120,21 +97,10 @@ impl Cache {
         retest: bool,
     ) -> Result<(Record, bool), Error> {
         let key = Key::of(interface)?;
-        let kept = self.load(interface);
-        let wanted = kept.as_ref().and_then(|record| record.wanted);
         // Who was not permitted to measure does not keep others from it.
-        let holds = |it: &Record| it.key == key && it.report.is_measured();
-        if let Some(record) = kept.filter(|it| holds(it) && !retest) {
-            return Ok((record, true));
-        }
-        let record = Record {
-            report: measure(interface, address)?,
-            key,
-            wanted,
-        };
-        if let Err(error) = self.store(&record) {
-            tracing::warn!(%error, folder = %self.folder.display(), "cannot keep the uplinks' self-test");
-        }
-        Ok((record, false))
+        let holds = |it: &Record| !retest && it.key == key && it.report.is_measured();
+        let measured = || Ok((key.clone(), measure(interface, address)?));
+        self.0
+            .or_measure(interface, self.load(interface), holds, measured)
     }
 }

@@ -1,7 +1,7 @@
 //! Where the engines' self-tests are kept, and which engine the user wants.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -52,15 +52,7 @@ impl Key {
 }
 
 /// What is kept about a volume.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Record {
-    /// What it is valid for.
-    pub key: Key,
-    /// What was found.
-    pub report: Report,
-    /// What the user wants instead of what was chosen.
-    pub wanted: Option<Engine>,
-}
+pub type Record = kept::Record<Key, Report, Engine>;
 
 impl Record {
     /// The engine to use.
@@ -68,38 +60,24 @@ impl Record {
     pub fn engine(&self) -> Engine {
         self.wanted.unwrap_or(self.report.chosen)
     }
-
-    /// Reads a file's content; none if it is not one of ours.
-    #[must_use]
-    pub fn parse(bytes: &[u8]) -> Option<Self> {
-        serde_json::from_slice(bytes).ok()
-    }
 }
 
 /// A directory with a file for each volume.
 #[derive(Clone, Debug)]
-pub struct Cache {
-    folder: PathBuf,
-}
+pub struct Cache(kept::Folder);
 
 impl Cache {
     /// The cache in `folder`, which is made when something is stored.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
-        Self {
-            folder: folder.to_owned(),
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(format!("{name}.json"))
+        Self(kept::Folder::new(folder))
     }
 
     /// What is kept about a volume as it is now; none if it has changed since. A
     /// file that is damaged is as good as none.
     #[must_use]
     pub fn load(&self, volume: &Volume) -> Option<Record> {
-        let record = Record::parse(&kept::load(&self.path(&volume.name))?)?;
+        let record: Record = self.0.load(&volume.name)?;
         (record.key == Key::of(volume)).then_some(record)
     }
 
@@ -108,7 +86,7 @@ impl Cache {
     /// # Errors
     /// The directory cannot be written to.
     pub fn store(&self, record: &Record) -> io::Result<()> {
-        kept::store(&self.path(&record.key.name), record)
+        self.0.store(&record.key.name, record)
     }
 
     /// What is known about a volume, and whether it was known before: measured
@@ -118,20 +96,9 @@ impl Cache {
     /// # Errors
     /// It cannot be opened.
     pub fn record(&self, volume: &Volume, retest: bool) -> Result<(Record, bool), Error> {
-        let kept = self.load(volume);
-        let wanted = kept.as_ref().and_then(|record| record.wanted);
-        let holds = |it: &Record| it.report.is_measured() && !retest;
-        if let Some(record) = kept.filter(holds) {
-            return Ok((record, true));
-        }
-        let record = Record {
-            key: Key::of(volume),
-            report: measure(&volume.path)?,
-            wanted,
-        };
-        if let Err(error) = self.store(&record) {
-            tracing::warn!(%error, folder = %self.folder.display(), "cannot keep the stores' self-test");
-        }
-        Ok((record, false))
+        let holds = |it: &Record| !retest && it.report.is_measured();
+        let measured = || Ok((Key::of(volume), measure(&volume.path)?));
+        self.0
+            .or_measure(&volume.name, self.load(volume), holds, measured)
     }
 }
