@@ -48,7 +48,7 @@ impl Fake {
         Book::open(&self.dir.path().join("state/up.json")).unwrap()
     }
 
-    /// The wants that are not the network's.
+    /// The wants that are not this machine's interfaces and volumes.
     fn wants(&self, book: &Book) -> Result<Vec<Want>> {
         let ours = book.record.changes.iter().filter_map(Change::setting);
         let mut all = wants(&Node {
@@ -60,8 +60,9 @@ impl Fake {
             program: "/usr/bin/blanket".into(),
             evacuated: "/mnt/50% $HOME".into(),
             uplinks: "/none".into(),
+            stores: "/none".into(),
         })?;
-        all.retain(|want| want.area != "uplink");
+        all.retain(|want| !["uplink", "store"].contains(&want.area));
         Ok(all)
     }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use blanket_drivers::probe::Virtualization;
 use blanket_drivers::uplink::{Interface, interfaces};
+use blanket_drivers::volume::list;
 
 use super::change::{Target, is_loaded};
 use super::record::Options;
@@ -47,6 +48,8 @@ pub(crate) struct Node<'a> {
     pub(crate) evacuated: PathBuf,
     /// Where the uplinks' self-tests are kept.
     pub(crate) uplinks: PathBuf,
+    /// Where the volumes' are.
+    pub(crate) stores: PathBuf,
 }
 
 impl Node<'_> {
@@ -84,6 +87,7 @@ pub(crate) fn wants(node: &Node) -> Result<Vec<Want>> {
     all.extend(huge_pages(node)?);
     all.extend(transparent_huge_pages(node)?);
     all.extend(uplinks(node)?);
+    all.extend(stores(node));
     if node.system.has_systemd() {
         all.extend(units(node));
     }
@@ -234,6 +238,16 @@ fn uplinks(node: &Node) -> Result<Vec<Want>> {
         ))
     });
     Ok(all.collect())
+}
+
+fn stores(node: &Node) -> impl Iterator<Item = Want> {
+    list(Path::new("/"), "").into_iter().map(|volume| {
+        let target = Target::Store {
+            volume: volume.name,
+            folder: node.stores.clone(),
+        };
+        want("store", target, "guests' disks on it are served best")
+    })
 }
 
 /// A path as systemd reads it in a unit (systemd.syntax(7)).
