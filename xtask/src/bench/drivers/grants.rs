@@ -122,7 +122,8 @@ fn figures(runs: &[Run], figure: impl Fn(&Run) -> f64) -> Vec<f64> {
 
 /// The rows of a kind of access.
 fn disk(kept: &Guest, once: &Guest, access: &Access) -> Result<Vec<Row>> {
-    let run = |guest: &Guest| guest.measure("blk1", || load::fio(&guest.client, access));
+    let run =
+        |guest: &Guest| guest.measure("blk1", || load::fio(&guest.client, load::DISK, access));
     let (mut ours, mut peers) = (Vec::new(), Vec::new());
     for _ in 0..RUNS {
         ours.push(run(kept)?);
@@ -148,7 +149,7 @@ fn network(host: &Client, guest: &Guest) -> Result<Vec<Row>> {
     load::serve_iperf(&guest.client)?;
     let mut rows = Vec::new();
     for (direction, flag) in [("host to guest", ""), ("guest to host", "-R")] {
-        let run = |_| guest.measure("net0", || load::iperf(host, "10.9.0.2", flag));
+        let run = |_| guest.measure("net0", || load::iperf(host, "iperf3", "10.9.0.2", flag));
         let runs: Vec<Run> = (0..RUNS).map(run).collect::<Result<_>>()?;
         let title = format!("TCP {direction}, per-request grants");
         rows.extend(Row::new(&title, "Gb/s", &figures(&runs, |run| run.figure)));
