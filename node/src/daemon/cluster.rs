@@ -424,9 +424,11 @@ impl Node {
     }
 
     /// Takes over who is in the cluster, if that is news.
-    pub(super) fn learn(&self, membership: Membership) -> Result<()> {
-        let known = self.membership.borrow().clone();
-        if known.is_none_or(|known| known.revision < membership.revision) {
+    pub(super) async fn learn(&self, membership: Membership) -> Result<()> {
+        let _changing = self.changing.lock().await;
+        // This node may have left meanwhile, or be in another cluster.
+        let (_, known) = self.joined()?;
+        if known.authority == membership.authority && known.revision < membership.revision {
             self.set_membership(membership)?;
         }
         Ok(())
@@ -459,7 +461,7 @@ impl Node {
         let membership = self
             .ask_authority(Method::GET, "/members", None::<&()>)
             .await?;
-        self.learn(membership)
+        self.learn(membership).await
     }
 }
 

@@ -141,7 +141,7 @@ async fn serve(
     let connection = tls.get_ref().1;
     let protocol = Protocol::of(connection.alpn_protocol());
     if protocol == Some(Protocol::Join) {
-        drop(permit);
+        // A stranger still: the permit is held.
         http::serve(tls, cluster::join_routes(node, from), JOIN).await;
         return Ok(());
     }

@@ -195,7 +195,7 @@ async fn learn(
     if !known.is_authority(&peer) {
         return Err(anyhow::anyhow!("only the CA's node says who is in the cluster").into());
     }
-    node.learn(membership)?;
+    node.learn(membership).await?;
     Ok(Json(()))
 }
 

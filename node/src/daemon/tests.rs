@@ -1,5 +1,7 @@
 //! Nodes in one process, on the loopback interface.
 
+mod throughput;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
