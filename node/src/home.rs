@@ -7,7 +7,9 @@
 //! STATE/notices.json  the provider's notices for which that was done
 //! STATE/up.json     what `blanket up` has changed
 //! STATE/stores/     the self-test of each volume
+//! STATE/node/       blanketd's: keys, certificates, store, audit log
 //! RUN/NAME/         api.sock, serial.sock, console.sock
+//! RUN/../blanketd.sock  where blanketd takes commands
 //! ```
 //!
 //! For root STATE is `/var/lib/blanket` and RUN `/run/blanket`; for others
@@ -101,6 +103,16 @@ impl Home {
     /// What `blanket up` has changed on this machine.
     pub(crate) fn up_record(&self) -> PathBuf {
         self.state.with_file_name("up.json")
+    }
+
+    /// What `blanketd` keeps.
+    pub(crate) fn node(&self) -> PathBuf {
+        self.state.with_file_name("node")
+    }
+
+    /// Where `blanketd` takes commands. No VM's directory can be there.
+    pub(crate) fn daemon_socket(&self) -> PathBuf {
+        self.run.with_file_name("blanketd.sock")
     }
 
     /// Where guests are saved unless another place is named.

@@ -1,11 +1,13 @@
 //! One file per command.
 
+pub(crate) mod ca;
 pub(crate) mod console;
 pub(crate) mod doctor;
 pub(crate) mod evacuate;
 pub(crate) mod info;
 pub(crate) mod life;
 pub(crate) mod logs;
+pub(crate) mod node;
 pub(crate) mod provider;
 pub(crate) mod ps;
 pub(crate) mod run;

@@ -177,13 +177,15 @@ fn describe_node<'a>(
 ) -> Result<Node<'a>> {
     let ours = book.record.changes.iter();
     let evacuated = options.evacuate_to.clone();
+    let program = std::env::current_exe().context("cannot find this program")?;
     Ok(Node {
         system,
         kvm: Virtualization::of_this_machine(),
         options,
         ours: ours.filter_map(Change::setting).collect(),
         notices: poll_interval(provider).is_some(),
-        program: std::env::current_exe().context("cannot find this program")?,
+        daemon: Some(program.with_file_name("blanketd")).filter(|path| path.is_file()),
+        program,
         evacuated: evacuated.unwrap_or_else(|| home.evacuated()),
         uplinks: home.uplinks(),
         stores: home.stores(),

@@ -58,6 +58,7 @@ impl Fake {
             ours: ours.collect(),
             notices: true,
             program: "/usr/bin/blanket".into(),
+            daemon: Some("/50% $HOME/blanketd".into()),
             evacuated: "/mnt/50% $HOME".into(),
             uplinks: "/none".into(),
             stores: "/none".into(),
@@ -230,10 +231,17 @@ fn units_name_their_paths_as_systemd_reads_them() {
         names,
         [
             format!("{folder}/blanket.service"),
-            format!("{folder}/blanket-watch.service")
+            format!("{folder}/blanket-watch.service"),
+            format!("{folder}/blanketd.service")
         ]
     );
-    for (_, text) in texts {
+    let (guests, daemon) = texts.split_at(2);
+    let (_, daemon) = daemon[0];
+    assert!(
+        daemon.contains("ExecStart=\"/50%% $$HOME/blanketd\"\n"),
+        "{daemon}"
+    );
+    for (_, text) in guests {
         assert!(
             text.contains("RequiresMountsFor=\"/mnt/50%% $HOME\"\n"),
             "{text}"
