@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub(crate) mod clone;
 pub(crate) mod console;
 pub(crate) mod doctor;
 pub(crate) mod evacuate;
@@ -8,6 +9,7 @@ pub(crate) mod life;
 pub(crate) mod logs;
 pub(crate) mod provider;
 pub(crate) mod ps;
+pub(crate) mod restore;
 pub(crate) mod run;
 pub(crate) mod set;
 pub(crate) mod snapshot;
