@@ -132,6 +132,7 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
                     monitor.restore(snapshot, loading)?;
                     if !arguments.no_boot {
                         monitor.act(Action::Resume)?;
+                        monitor.timeline().mark("vCPUs resumed");
                     }
                 }
                 None if arguments.no_boot => {}

@@ -433,6 +433,9 @@ impl Vm {
         if !pager.protects() {
             return Err(not("the kernel's userfaultfd cannot write-protect"));
         }
+        if !self.touched.is_known() {
+            return Err(not("/proc/self/pagemap cannot be read"));
+        }
         let start = Instant::now();
         self.machine.pause()?;
         let state = self.machine.save();

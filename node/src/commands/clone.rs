@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -311,7 +311,9 @@ fn check_can_be_copied(disk: &DiskConfig) -> Result<()> {
 fn copy_image(from: &Path, to: &Path) -> io::Result<()> {
     use rustix::fs::{SeekFrom, copy_file_range, seek};
     let source = File::open(from)?;
-    let target = File::create_new(to)?;
+    let mut options = File::options();
+    // Whoever reads it reads the guest's data.
+    let target = options.write(true).create_new(true).mode(0o600).open(to)?;
     if ioctl_ficlone(&target, &source).is_ok() {
         return Ok(());
     }

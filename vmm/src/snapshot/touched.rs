@@ -38,11 +38,32 @@ impl Touched {
         region.file_offset().is_some() || self.has(region.as_ptr() as u64 + offset)
     }
 
+    /// Whether it can be told at all.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.pagemap.is_some()
+    }
+
+    /// Whether the page at `address` is write-protected by userfaultfd: what
+    /// was there when that was done is, until it is undone.
+    pub(super) fn is_held(&mut self, address: u64) -> bool {
+        const WRITE_PROTECTED: u64 = 1 << 57;
+        let entry = self.entry(address);
+        entry.is_some_and(|entry| entry & WRITE_PROTECTED != 0)
+    }
+
     /// Whether the page at `address` was: it is in memory, or swapped out.
     fn has(&mut self, address: u64) -> bool {
+        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+        let entry = self.entry(address);
+        entry.is_none_or(|entry| entry & PRESENT_OR_SWAPPED != 0)
+    }
+
+    /// A page's entry in the pagemap (the kernel's `admin-guide/mm/pagemap`), as
+    /// it was when it or one of its neighbours was asked for.
+    fn entry(&mut self, address: u64) -> Option<u64> {
         const BATCH: usize = 1 << 12;
         const ENTRY: usize = 8;
-        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
         let page = address / PAGE as u64;
         let index = |this: &Self| page.checked_sub(this.first).map(|i| i as usize * ENTRY);
         if index(self).is_none_or(|index| index >= self.entries.len()) {
@@ -57,7 +78,7 @@ impl Touched {
         }
         index(self)
             .and_then(|index| self.entries.get(index..)?.first_chunk())
-            .is_none_or(|entry| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0)
+            .map(|entry| u64::from_ne_bytes(*entry))
     }
 }
 

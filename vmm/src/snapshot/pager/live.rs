@@ -83,8 +83,6 @@ impl Live {
 /// What is left to be sent, and where to.
 struct Sending {
     order: Order,
-    /// A bit for each page that was there: the others were zeros.
-    pages: Vec<u16>,
     /// Whether a chunk has been sent.
     sent: Vec<bool>,
     chunks: u64,
@@ -95,16 +93,14 @@ struct Gone;
 
 impl Thread {
     /// Holds all memory as it is, answers, and sends it.
-    pub(super) fn live(&self, mut order: Order, answer: &SyncSender<io::Result<()>>) {
-        let pages = self.pages(&mut order.touched);
+    pub(super) fn live(&self, order: Order, answer: &SyncSender<io::Result<()>>) {
         let armed = self.hold();
         if armed.is_err() {
             let _ = self.release();
             return drop(answer.send(armed));
         }
         let mut sending = Sending {
-            sent: vec![false; pages.len()],
-            pages,
+            sent: vec![false; self.geometry.chunks() as usize],
             order,
             chunks: 0,
         };
@@ -121,25 +117,6 @@ impl Thread {
             Ok(Err(Gone)) => {}
             Err(error) => give_up(&error),
         }
-    }
-
-    /// Which pages are there, by chunk.
-    fn pages(&self, touched: &mut Touched) -> Vec<u16> {
-        let mut all = Vec::new();
-        for chunk in 0..self.geometry.chunks() {
-            let mut pages = 0;
-            if let Some((address, len)) = self.geometry.memory(chunk)
-                && let Some(region) = self.ram.find_region(GuestAddress(address))
-            {
-                let offset = address - region.start_addr().0;
-                for page in 0..len / PAGE {
-                    let there = touched.must_read(region, offset + (page * PAGE) as u64);
-                    pages |= u16::from(there) << page;
-                }
-            }
-            all.push(pages);
-        }
-        all
     }
 
     fn hold(&self) -> io::Result<()> {
@@ -193,29 +170,38 @@ impl Thread {
         let memory = self.geometry.memory(chunk);
         let place = memory.and_then(|(address, len)| Some((address, len, self.host(address)?)));
         let (address, len, host) = place.ok_or_else(|| io::Error::other("no such memory"))?;
-        let (sent, pages) = (chunk as usize, sending.pages[chunk as usize]);
-        let mut result = Ok(());
-        if !std::mem::replace(&mut sending.sent[sent], true) && pages != 0 {
-            let mut content = vec![0; CHUNK];
-            self.copy(address, pages, &mut content)?;
-            result = sending.send(address, &content[..len]);
+        let sent = &mut sending.sent[chunk as usize];
+        if std::mem::replace(sent, true) {
+            // Who waits came late.
+            self.uffd.protect(host, len as u64, false)?;
+            return Ok(Ok(()));
         }
+        let mut content = vec![0; CHUNK];
+        let any = self.copy(address, &mut sending.order.touched, &mut content[..len])?;
+        let result = match any {
+            true => sending.send(address, &content[..len]),
+            false => Ok(()),
+        };
         self.uffd.protect(host, len as u64, false)?;
         Ok(result)
     }
 
-    /// Copies the pages that were there.
-    fn copy(&self, address: u64, pages: u16, content: &mut [u8]) -> io::Result<()> {
+    /// Copies the pages that were there when all was held: those that still are.
+    /// The others were zeros. Whether there was one.
+    fn copy(&self, address: u64, touched: &mut Touched, content: &mut [u8]) -> io::Result<bool> {
         let region = self.ram.find_region(GuestAddress(address));
         let region = region.ok_or_else(|| io::Error::other("no such memory"))?;
         let start = address - region.start_addr().0;
+        let mut any = false;
         for (page, bytes) in content.chunks_exact_mut(PAGE).enumerate() {
-            if pages >> page & 1 != 0 {
-                let at = MemoryRegionAddress(start + (page * PAGE) as u64);
+            let offset = start + (page * PAGE) as u64;
+            if touched.is_held(region.as_ptr() as u64 + offset) {
+                let at = MemoryRegionAddress(offset);
                 region.read_slice(bytes, at).map_err(io::Error::other)?;
+                any = true;
             }
         }
-        Ok(())
+        Ok(any)
     }
 }
 
@@ -248,6 +234,11 @@ impl Sending {
 
     /// Sends what comes behind the memory.
     fn end(&self) {
+        // A guest that was started has used memory: a kernel that does not tell
+        // (before Linux 5.14) leaves the stream without an end.
+        if self.chunks == 0 {
+            return;
+        }
         // Who does not read any more needs no end.
         let _ = self.piece(framed(END, &self.chunks.to_le_bytes()));
     }
