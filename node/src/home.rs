@@ -120,6 +120,11 @@ impl Home {
         self.state.with_file_name("evacuated")
     }
 
+    /// Where a running VM is saved to be cloned.
+    pub(crate) fn cloning(&self) -> PathBuf {
+        self.state.with_file_name("cloning")
+    }
+
     /// The provider's notices for which guests have been saved.
     pub(crate) fn notices(&self) -> PathBuf {
         self.state.with_file_name("notices.json")
@@ -231,6 +236,11 @@ impl VmDir {
     }
     pub(crate) fn console_log(&self) -> PathBuf {
         self.state.join("console.log")
+    }
+    /// The image of a clone's disk, and what that is based on.
+    pub(crate) fn overlay(&self, index: usize) -> (PathBuf, PathBuf) {
+        let disk = |suffix: &str| self.state.join(format!("disk{index}.{suffix}"));
+        (disk("qcow2"), disk("base"))
     }
     pub(crate) fn api_socket(&self) -> PathBuf {
         self.run.join("api.sock")

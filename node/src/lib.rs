@@ -21,8 +21,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    ca, console, doctor, evacuate as evacuation, info, life, logs, node as nodes, provider, ps,
-    run, set, snapshot, stop, store, supervise, up as node, uplink,
+    ca, clone, console, doctor, evacuate as evacuation, info, life, logs, node as nodes, provider,
+    ps, restore, run, set, snapshot, stop, store, supervise, up as node, uplink,
 };
 
 /// Virtual machines on this node.
@@ -72,7 +72,9 @@ enum Command {
     /// Save a VM to a file: its memory and all else but its disks.
     Snapshot(snapshot::Args),
     /// Start a VM that goes on where a snapshot was made.
-    Restore(Box<snapshot::RestoreArgs>),
+    Restore(Box<restore::Args>),
+    /// Start VMs that go on where a VM or snapshot is, with disks and addresses of their own.
+    Clone(clone::Args),
     /// Save all guests to a directory and end them, now or when the provider is about to take this
     /// machine away. `blanket restore --evacuated` brings them back.
     Evacuate(evacuation::Args),
@@ -124,7 +126,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Resume(args) => life::act(&home, &args, Action::Resume),
         Command::Sysrq(args) => life::sysrq(&home, &args),
         Command::Snapshot(args) => snapshot::snapshot(&home, &args),
-        Command::Restore(args) => snapshot::restore(&home, *args, cli.home.as_deref()),
+        Command::Restore(args) => restore::restore(&home, *args, cli.home.as_deref()),
+        Command::Clone(args) => clone::clone(&home, &args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),

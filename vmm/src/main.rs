@@ -12,8 +12,9 @@ use blanket_vmm::config::VmConfig;
 use blanket_vmm::jail::privileges::{self, User};
 use blanket_vmm::jail::{Class, seccomp};
 use blanket_vmm::log;
-use blanket_vmm::monitor::{Ending, Monitor};
+use blanket_vmm::monitor::{Ending, Loading, Monitor};
 use blanket_vmm::snapshot::Snapshot;
+use blanket_vmm::snapshot::pager::WorkingSet;
 use blanket_vmm::timeline::Timeline;
 use clap::Parser;
 use tokio::net::UnixListener;
@@ -42,6 +43,10 @@ struct Arguments {
     /// snapshot's, unless --config names a file; flags prevail over both.
     #[arg(long, value_name = "FILE")]
     restore: Option<PathBuf>,
+
+    /// Read all of the snapshot's memory before the guest goes on.
+    #[arg(long, requires = "restore")]
+    eager: bool,
 
     /// Build the VM but leave its start to the API.
     #[arg(long, requires = "api_socket")]
@@ -94,6 +99,12 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         }
         None => None,
     };
+    let loading = match (&arguments.restore, &snapshot) {
+        (Some(path), Some(Snapshot::File(reader))) if !arguments.eager => {
+            Loading::Lazy(WorkingSet::open(path, reader))
+        }
+        _ => Loading::Eager,
+    };
     let config = match (&arguments.config, &snapshot) {
         (Some(path), _) => VmConfig::from_file(path)?.overlaid(arguments.vm),
         (None, Some(snapshot)) => snapshot.head().config.clone().overlaid(arguments.vm),
@@ -118,9 +129,10 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
             monitor.create(config)?;
             match &mut snapshot {
                 Some(snapshot) => {
-                    monitor.restore(snapshot)?;
+                    monitor.restore(snapshot, loading)?;
                     if !arguments.no_boot {
                         monitor.act(Action::Resume)?;
+                        monitor.timeline().mark("vCPUs resumed");
                     }
                 }
                 None if arguments.no_boot => {}

@@ -14,18 +14,22 @@
 //! itself brings its VM from running to suspended, which is a pause that the
 //! guest knows of; `resume()` leads from there to running too.
 
-use std::io::Read;
+use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
+use blanket_memory::GuestRam;
+use blanket_memory::uffd::Uffd;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::api::types::{self, Action, Metrics, Problem, Target, VmInfo, VmState};
-use crate::config::{MachineChoice, OnReboot, VmConfig};
+use crate::config::{HugePages, MachineChoice, OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
-use crate::machine::{Machine, Parts};
-use crate::snapshot::{self, Head, Pieces, Snapshot, Touched};
+use crate::machine::{Machine, Parts, setup};
+use crate::snapshot::pager::{Live, Pager, WorkingSet};
+use crate::snapshot::{self, Head, Pieces, Regions, Snapshot, Touched};
 use crate::timeline::Timeline;
 use crate::vcpu::{Event, EventSink};
 
@@ -61,6 +65,9 @@ pub enum Error {
     /// Its snapshot is being written.
     #[error("the VM's snapshot is being written: wait until it is, or end the command that does")]
     Saving,
+    /// It cannot be saved while it runs.
+    #[error("{0}: pause it first")]
+    NotLive(String),
     /// The snapshot cannot be read.
     #[error("cannot restore from the snapshot: {0}")]
     Snapshot(#[from] snapshot::Error),
@@ -113,6 +120,24 @@ struct Vm {
     saving: Weak<()>,
     /// Which pages of its memory have to be looked at.
     touched: Touched,
+    /// What moves its memory while it runs, or why there is nothing.
+    pager: Result<Pager, String>,
+}
+
+/// What the monitor sends of a snapshot.
+pub enum Sending {
+    /// Of a VM that rests until it is sent.
+    Resting(Pieces),
+    /// Of one that runs on. Another one can be begun when the second is gone.
+    Live(Live, Arc<()>),
+}
+
+/// How a saved guest's memory comes back.
+pub enum Loading {
+    /// All of it, before the guest goes on.
+    Eager,
+    /// What was needed first the last time, then the rest when it is needed.
+    Lazy(WorkingSet),
 }
 
 impl Monitor {
@@ -148,6 +173,7 @@ impl Monitor {
         config.validate()?;
         let parts = Parts::open(&config)?;
         let touched = Touched::open();
+        let uffd = Uffd::open();
         self.timeline.mark("resources opened");
         privileges::drop_privileges(self.user).map_err(Error::Jail)?;
         let events = self.events.clone();
@@ -160,6 +186,7 @@ impl Monitor {
         let cpu = machine.cpu();
         let reason = cpu.why.as_ref().map(ToString::to_string);
         tracing::info!(model = ?cpu.settled(), reason, "processor chosen");
+        let pager = pager(&config, machine.memory(), uffd);
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {
             config,
@@ -168,6 +195,7 @@ impl Monitor {
             booted: None,
             saving: Weak::new(),
             touched,
+            pager,
         });
         Ok(())
     }
@@ -197,12 +225,24 @@ impl Monitor {
     ///
     /// # Errors
     /// The snapshot is damaged, or of a machine or processor that differs.
-    pub fn restore<R: Read>(&mut self, snapshot: &mut Snapshot<R>) -> Result<(), Error> {
+    pub fn restore(&mut self, snapshot: &mut Snapshot, how: Loading) -> Result<(), Error> {
         let vm = self.vm.as_mut().ok_or(Error::NoVm)?;
         vm.expect(&[VmState::Created], "be restored")?;
         vm.machine.check(snapshot.state())?;
-        snapshot.load(vm.machine.memory(), vm.touched.clone())?;
-        self.timeline.mark("memory restored");
+        match (&*snapshot, &vm.pager, how) {
+            (Snapshot::File(reader), Ok(pager), Loading::Lazy(set)) => {
+                if *reader.regions() != Regions::of(vm.machine.memory()) {
+                    return Err(snapshot::Error::Memory.into());
+                }
+                let armed = pager.restore(Arc::clone(reader), set);
+                armed.map_err(snapshot::Error::Io)?;
+                self.timeline.mark("memory comes when needed");
+            }
+            _ => {
+                snapshot.load(vm.machine.memory(), vm.touched.clone())?;
+                self.timeline.mark("memory restored");
+            }
+        }
         vm.machine.restore(snapshot.state())?;
         self.timeline.mark("machine restored");
         vm.booted = Some(Instant::now());
@@ -210,20 +250,31 @@ impl Monitor {
         Ok(())
     }
 
-    /// The snapshot of a VM at rest, which does not go on before it is written.
+    /// The snapshot of a VM: one at rest does not go on before it is sent; one
+    /// that runs is held for a moment.
     ///
     /// # Errors
-    /// It is not at rest, or its state cannot be had.
-    pub fn snapshot(&mut self) -> Result<Pieces, Error> {
+    /// It has not been started, cannot be saved while it runs, or its state
+    /// cannot be had.
+    pub fn snapshot(&mut self) -> Result<Sending, Error> {
         let name = self.id.clone();
         let vm = self.vm()?;
-        vm.expect(&[VmState::Paused, VmState::Suspended], "be saved")?;
-        let head = Head::new(name, vm.settled_config());
-        let state = vm.machine.save()?;
+        vm.expect(&Vm::STARTED, "be saved")?;
+        vm.is_not_saved()?;
+        if let Ok(pager) = &vm.pager {
+            pager.complete().map_err(Error::Write)?;
+        }
+        let mut head = Head::new(name, vm.settled_config());
+        head.suspended = vm.state == VmState::Suspended;
         let hold = Arc::new(());
         vm.saving = Arc::downgrade(&hold);
+        if vm.state == VmState::Running {
+            return Ok(Sending::Live(vm.live(&head)?, hold));
+        }
+        let state = vm.machine.save()?;
         let memory = vm.machine.memory().clone();
-        Pieces::new(&head, &state, memory, vm.touched.clone(), hold).map_err(Error::Write)
+        let pieces = Pieces::new(&head, &state, memory, vm.touched.clone(), hold);
+        pieces.map(Sending::Resting).map_err(Error::Write)
     }
 
     /// Carries out an action; the ending, if it ends the VM.
@@ -361,7 +412,44 @@ impl Monitor {
     }
 }
 
+/// What moves memory while the guest runs, or why there is nothing.
+fn pager(config: &VmConfig, ram: &GuestRam, uffd: io::Result<Uffd>) -> Result<Pager, String> {
+    let huge = [HugePages::Hugetlb2M, HugePages::Hugetlb1G].map(Some);
+    if huge.contains(&config.hugepages) {
+        return Err("the VM's memory is in huge pages".to_owned());
+    }
+    if ram.iter().any(|region| region.file_offset().is_some()) {
+        return Err("the VM's memory is shared with other processes".to_owned());
+    }
+    let uffd = uffd.map_err(|error| format!("there is no userfaultfd ({error})"))?;
+    Pager::spawn(uffd, ram, setup(Class::Pager)).map_err(|error| format!("no pager: {error}"))
+}
+
 impl Vm {
+    /// Holds the VM for a moment; its snapshot from there on.
+    fn live(&mut self, head: &Head) -> Result<Live, Error> {
+        let not = |why: &str| Error::NotLive(why.to_owned());
+        let pager = self.pager.as_ref().map_err(|why| not(why))?;
+        if !pager.protects() {
+            return Err(not("the kernel's userfaultfd cannot write-protect"));
+        }
+        if !self.touched.is_known() {
+            return Err(not("/proc/self/pagemap cannot be read"));
+        }
+        let start = Instant::now();
+        self.machine.pause()?;
+        let state = self.machine.save();
+        let live = state.map_err(Error::from).and_then(|state| {
+            let start = Pieces::start(head, &state, self.machine.memory());
+            let live = start.and_then(|start| pager.save(start, self.touched.clone()));
+            live.map_err(Error::Write)
+        });
+        self.machine.resume()?;
+        let mut live = live?;
+        live.paused(start.elapsed()).map_err(Error::Write)?;
+        Ok(live)
+    }
+
     /// States in which there is a guest.
     const STARTED: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::Suspended];
 

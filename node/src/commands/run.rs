@@ -79,6 +79,8 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         home: home_flag,
         attach: args.attach,
         snapshot: None,
+        eager: false,
+        prepare: None,
     };
     let (vm, stream) = start.claim_and_start(home, &args.name)?;
     if let Some(why) = why {
@@ -189,6 +191,9 @@ fn find_monitor() -> Result<PathBuf> {
         })
 }
 
+/// Makes what the monitor needs in a VM's directory.
+pub(super) type Prepare<'a> = &'a dyn Fn(&VmDir) -> Result<()>;
+
 /// How a VM is started.
 pub(super) struct Start<'a> {
     /// Its configuration, settled.
@@ -201,6 +206,10 @@ pub(super) struct Start<'a> {
     pub(super) attach: bool,
     /// The snapshot whose guest goes on.
     pub(super) snapshot: Option<&'a Path>,
+    /// Read all of its memory at once.
+    pub(super) eager: bool,
+    /// What is done once the name is taken.
+    pub(super) prepare: Option<Prepare<'a>>,
 }
 
 impl Start<'_> {
@@ -217,7 +226,8 @@ impl Start<'_> {
             monitor: &monitor,
             how: self,
         };
-        match launch.start() {
+        let prepared = self.prepare.map_or(Ok(()), |prepare| prepare(&vm));
+        match prepared.and_then(|()| launch.start()) {
             Ok(stream) => Ok((vm, stream)),
             Err(error) => {
                 vm.remove()?;
@@ -281,6 +291,9 @@ impl Launch<'_> {
         }
         if let Some(snapshot) = self.how.snapshot {
             command.arg("--restore").arg(std::path::absolute(snapshot)?);
+            if self.how.eager {
+                command.arg("--eager");
+            }
         }
         Ok(command)
     }

@@ -188,6 +188,8 @@ fn tell_of_monitors(node: &Client) {
 pub struct Vm<'a> {
     node: &'a Client,
     name: String,
+    /// The agent's console.
+    console: String,
 }
 
 impl<'a> Vm<'a> {
@@ -204,7 +206,18 @@ impl<'a> Vm<'a> {
         Ok(Self {
             node,
             name: name.to_owned(),
+            console: socket,
         })
+    }
+
+    /// One that has been started otherwise, with the agent's console where `blanket` puts it.
+    #[must_use]
+    pub fn started(node: &'a Client, name: &str) -> Self {
+        Self {
+            node,
+            name: name.to_owned(),
+            console: format!("/run/blanket/{name}/console.sock"),
+        }
     }
 
     /// `blanket run` with an initrd whose agent answers when the guest is up.
@@ -258,7 +271,7 @@ impl<'a> Vm<'a> {
     /// # Errors
     /// It does not answer: what it said on its serial port.
     pub fn guest(&self) -> Result<Client> {
-        guest(self.node, &console(&self.name), GUEST_LIMIT)
+        guest(self.node, &self.console, GUEST_LIMIT)
             .map_err(anyhow::Error::from)
             .with_context(|| {
                 let logs = ["", "--monitor"].map(|which| {

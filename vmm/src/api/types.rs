@@ -5,7 +5,7 @@
 //! | `PUT /vm` | [`VmConfig`] | [`VmInfo`]: the machine is built, not started |
 //! | `GET /vm` | | [`VmInfo`], or 404 before the machine is built |
 //! | `POST /vm/ACTION` | | [`VmInfo`] after the [`Action`] |
-//! | `GET /vm/snapshot` | | the [snapshot](crate::snapshot) of a paused or suspended VM, but for the marks of its disks |
+//! | `GET /vm/snapshot` | | the [stream](crate::snapshot::stream) of a VM's snapshot; one that runs goes on after a moment, or is refused with 409 |
 //! | `PUT /vm/target` | [`Target`] | [`VmInfo`] with it |
 //! | `PUT /vm/sysrq` | [`SysRq`] | [`VmInfo`] after the key |
 //! | `GET /metrics` | | [`Metrics`] |

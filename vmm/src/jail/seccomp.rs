@@ -6,11 +6,13 @@ use std::mem::MaybeUninit;
 
 use blanket_devices::{char as char_device, vhost_user};
 use blanket_drivers::{store, tap};
+use blanket_memory::uffd;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
 
+use crate::snapshot::pager;
 use crate::vcpu::KICK_SYSCALLS;
 
 /// A class of thread.
@@ -33,6 +35,8 @@ pub enum Class {
     VhostUser,
     /// A thread that populates guest memory.
     Populate,
+    /// The thread that moves guest memory while the guest runs.
+    Pager,
 }
 
 /// What any thread's run time needs: memory, locks, time, its own end.
@@ -160,6 +164,7 @@ const SETUP: &[libc::c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_umask,
     libc::SYS_uname,
+    libc::SYS_userfaultfd,
 ];
 
 /// Type byte of KVM's ioctls.
@@ -187,6 +192,7 @@ impl Class {
                 tap::SYSCALLS,
                 char_device::SYSCALLS,
                 vhost_user::SYSCALLS,
+                pager::SYSCALLS,
             ],
             Self::Main => &[MAIN],
             // A vCPU that sets up or resets a device works on its queues.
@@ -223,6 +229,7 @@ impl Class {
             Self::VhostUser => &[vhost_user::SYSCALLS],
             // madvise is everybody's.
             Self::Populate => &[],
+            Self::Pager => &[pager::SYSCALLS],
         };
         [BASE, ASSERTIONS]
             .iter()
@@ -241,6 +248,7 @@ impl Class {
             // Routes and doorbells follow the guest's wishes.
             Self::Vcpu | Self::XenBus => Ioctls::Kvm(list(&[tap::IOCTLS])),
             Self::Worker => Ioctls::Only(list(&[tap::IOCTLS, char_device::IOCTLS])),
+            Self::Pager => Ioctls::Only(list(&[uffd::IOCTLS])),
             Self::Store | Self::VhostUser | Self::Populate => Ioctls::Only(Vec::new()),
         }
     }
@@ -369,7 +377,7 @@ pub fn report_refusals() -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const ALL: [Class; 7] = [
+    const ALL: [Class; 8] = [
         Class::Setup,
         Class::Main,
         Class::Vcpu,
@@ -377,6 +385,7 @@ mod tests {
         Class::Store,
         Class::VhostUser,
         Class::Populate,
+        Class::Pager,
     ];
 
     #[test]
