@@ -18,7 +18,7 @@ pub(crate) use peer::Report;
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -196,10 +196,15 @@ fn now() -> u64 {
 /// Runs until it is asked to end.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let home = Home::locate(args.home.as_deref())?;
-    // Everything that is made here is for its owner only, sockets among it.
+    if let Some(above) = home.node().parent() {
+        let made = std::fs::create_dir_all(above);
+        made.with_context(|| format!("cannot make {}", above.display()))?;
+    }
+    // What is made from here on is for its owner only, sockets among it.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .without_time()
         .init();
