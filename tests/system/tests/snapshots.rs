@@ -124,7 +124,7 @@ fn refuses(host: &Client, vm: &Vm) {
     let damage = "cp --sparse=always /run/web /run/bad && \
                   printf DAMAGED | dd of=/run/bad bs=1 seek=20M conv=notrunc";
     host.sh(damage).text().unwrap();
-    let restore = "blanket restore /run/bad --eager --name bad";
+    let restore = "blanket restore /run/bad --eager --name bad --console stdio";
     let output = host.sh(restore).run().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{output}");
