@@ -54,7 +54,11 @@ fn sound(compressed: bool, page: u8) -> Vec<u8> {
     let file = MemFile::new(&[], 0);
     let open = || {
         let mut options = std::fs::File::options();
-        options.read(true).write(true).open(file.path()).expect("it")
+        options
+            .read(true)
+            .write(true)
+            .open(file.path())
+            .expect("it")
     };
     let compression = match compressed {
         true => Compression::Zstd,
@@ -64,7 +68,9 @@ fn sound(compressed: bool, page: u8) -> Vec<u8> {
     let regions = Regions(vec![(0, CHUNK as u64), (1 << 32, 2 * CHUNK as u64)]);
     let mut writer = Writer::new(open(), &head, regions, compression).expect("a file");
     writer.put(4096, &[page; 4096]).expect("memory");
-    writer.put((1 << 32) + MEMORY / 2, &[page; 3]).expect("memory");
+    writer
+        .put((1 << 32) + MEMORY / 2, &[page; 3])
+        .expect("memory");
     writer.finish(&state(), &[]).expect("the end");
     let mut bytes = vec![0; file.len() as usize];
     open().read_exact_at(&mut bytes, 0).expect("it");
@@ -88,7 +94,9 @@ fn index(bytes: &[u8]) -> Option<(usize, std::ops::Range<usize>)> {
 fn seal(bytes: &mut [u8]) -> Option<()> {
     let (root, index) = index(bytes)?;
     let hash = blake3::hash(bytes.get(index)?);
-    bytes.get_mut(root + 16..root + 48)?.copy_from_slice(hash.as_bytes());
+    bytes
+        .get_mut(root + 16..root + 48)?
+        .copy_from_slice(hash.as_bytes());
     Some(())
 }
 
@@ -112,7 +120,7 @@ fn read(bytes: &[u8]) -> Option<Vec<u8>> {
     };
     let mut all = Vec::new();
     let mut chunk = vec![0; CHUNK];
-    assert!(reader.used().len() <= reader.regions().0.len() * 1024);
+    assert!(reader.used().iter().all(|(_, len)| *len > 0));
     // Of memory that does not end, the beginning.
     for number in 0..reader.geometry().chunks().min(16) {
         reader.chunk(number, &mut chunk).ok()?;
@@ -151,7 +159,10 @@ fuzz_target!(|input: Input| match input {
     Input::Bytes(bytes) => drop(read(&bytes)),
     Input::Stream(bytes, piece) => {
         let file = MemFile::new(&[], 0);
-        let open = std::fs::File::options().read(true).write(true).open(file.path());
+        let open = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(file.path());
         let mut recorder = Recorder::new(open.expect("it"), Compression::None);
         let mut stream = b"blanket\x1a".to_vec();
         stream.extend(bytes);

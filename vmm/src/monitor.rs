@@ -118,6 +118,8 @@ struct Vm {
     booted: Option<Instant>,
     /// Lives as long as its snapshot is being written.
     saving: Weak<()>,
+    /// The same where it runs on meanwhile. The pager has this to do only.
+    live: Weak<()>,
     /// Which pages of its memory have to be looked at.
     touched: Touched,
     /// What moves its memory while it runs, or why there is nothing.
@@ -194,6 +196,7 @@ impl Monitor {
             state: VmState::Created,
             booted: None,
             saving: Weak::new(),
+            live: Weak::new(),
             touched,
             pager,
         });
@@ -260,17 +263,21 @@ impl Monitor {
         let name = self.id.clone();
         let vm = self.vm()?;
         vm.expect(&Vm::STARTED, "be saved")?;
-        vm.is_not_saved()?;
+        if vm.live.strong_count() > 0 {
+            return Err(Error::Saving);
+        }
         if let Ok(pager) = &vm.pager {
             pager.complete().map_err(Error::Write)?;
         }
         let mut head = Head::new(name, vm.settled_config());
         head.suspended = vm.state == VmState::Suspended;
         let hold = Arc::new(());
-        vm.saving = Arc::downgrade(&hold);
         if vm.state == VmState::Running {
-            return Ok(Sending::Live(vm.live(&head)?, hold));
+            let live = vm.begin_live(&head)?;
+            vm.live = Arc::downgrade(&hold);
+            return Ok(Sending::Live(live, hold));
         }
+        vm.saving = Arc::downgrade(&hold);
         let state = vm.machine.save()?;
         let memory = vm.machine.memory().clone();
         let pieces = Pieces::new(&head, &state, memory, vm.touched.clone(), hold);
@@ -427,7 +434,7 @@ fn pager(config: &VmConfig, ram: &GuestRam, uffd: io::Result<Uffd>) -> Result<Pa
 
 impl Vm {
     /// Holds the VM for a moment; its snapshot from there on.
-    fn live(&mut self, head: &Head) -> Result<Live, Error> {
+    fn begin_live(&mut self, head: &Head) -> Result<Live, Error> {
         let not = |why: &str| Error::NotLive(why.to_owned());
         let pager = self.pager.as_ref().map_err(|why| not(why))?;
         if !pager.protects() {

@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -17,7 +19,7 @@ use rustix::fs::ioctl_ficlone;
 use super::print;
 use super::restore::check_disks;
 use super::run::{Start, check_readable, settle};
-use super::snapshot::{Save, save};
+use super::snapshot::{Save, interrupts, save};
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
@@ -49,15 +51,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn clone(home: &Home, args: &Args, home_flag: Option<&Path>) -> Result<ExitCode> {
+    let interrupted = interrupts()?;
     let vm = args.source.parse::<VmName>().ok();
     let vm = vm.and_then(|name| home.existing(&name).ok());
     match vm {
         Some(vm) => {
             let stage = Stage::make(home)?;
-            let source = Source::of_vm(&vm, &stage)?;
-            source.start(home, args, home_flag)?;
+            let source = Source::of_vm(&vm, &stage, &interrupted)?;
+            source.start(home, args, home_flag, &interrupted)?;
         }
-        None => Source::of_file(Path::new(&args.source))?.start(home, args, home_flag)?,
+        None => {
+            Source::of_file(Path::new(&args.source))?.start(home, args, home_flag, &interrupted)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -119,7 +124,7 @@ impl Source {
     }
 
     /// A VM that runs on afterwards.
-    fn of_vm(vm: &VmDir, stage: &Stage) -> Result<Self> {
+    fn of_vm(vm: &VmDir, stage: &Stage, interrupted: &Arc<AtomicBool>) -> Result<Self> {
         let info = vm.live_client()?.info()?;
         let suspends = info.machine == Machine::Pv && !info.config.net.is_empty();
         let mut config = info.config;
@@ -153,6 +158,7 @@ impl Source {
                 suspend: suspends.then_some(SUSPEND),
                 deadline: None,
                 compression: Compression::None,
+                interrupted: Arc::clone(interrupted),
                 at_rest: any.then_some(&copy),
             },
         )?;
@@ -164,7 +170,13 @@ impl Source {
         })
     }
 
-    fn start(&self, home: &Home, args: &Args, home_flag: Option<&Path>) -> Result<()> {
+    fn start(
+        &self,
+        home: &Home,
+        args: &Args,
+        home_flag: Option<&Path>,
+        interrupted: &AtomicBool,
+    ) -> Result<()> {
         let pattern = args.name.clone();
         let pattern = pattern.unwrap_or_else(|| format!("{}-{{}}", self.head.name));
         if args.count > 1 && !pattern.contains("{}") {
@@ -174,6 +186,7 @@ impl Source {
             ));
         }
         for number in 1..=args.count {
+            anyhow::ensure!(!interrupted.load(Ordering::Relaxed), "interrupted");
             let name = pattern.replace("{}", &number.to_string());
             let name: VmName = name.parse().map_err(anyhow::Error::msg)?;
             self.start_one(home, args, home_flag, &name)?;

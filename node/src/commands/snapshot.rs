@@ -70,6 +70,8 @@ pub(crate) struct Save<'a> {
     /// When it is too late.
     pub(crate) deadline: Option<Instant>,
     pub(crate) compression: Compression,
+    /// Set when the user does not want it any more.
+    pub(crate) interrupted: Arc<AtomicBool>,
     /// To be done while the guest stands still after it was written.
     pub(crate) at_rest: Option<&'a dyn Fn() -> Result<()>>,
 }
@@ -104,6 +106,7 @@ pub(crate) fn snapshot(home: &Home, args: &Args) -> Result<ExitCode> {
         suspend: args.suspend.then(|| Duration::from_secs(args.timeout)),
         deadline: None,
         compression,
+        interrupted: interrupts()?,
         at_rest: None,
     };
     let saved = save(&vm, &how)?;
@@ -183,6 +186,16 @@ fn refusal(error: &anyhow::Error) -> Option<String> {
     }
 }
 
+/// What signals that end a process set from now on: it has to see to its end
+/// itself.
+pub(super) fn interrupts() -> io::Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
+    }
+    Ok(interrupted)
+}
+
 /// Takes nothing once it is too late, or the user does not want it any more.
 struct InTime {
     out: Recorder,
@@ -193,16 +206,12 @@ struct InTime {
 
 impl InTime {
     fn new(file: File, how: &Save, memory: u64) -> Result<Self> {
-        let interrupted = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-        }
         let style = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
         let progress = ProgressBar::new(memory).with_style(ProgressStyle::with_template(style)?);
         Ok(Self {
             out: Recorder::new(file, how.compression),
             deadline: how.deadline,
-            interrupted,
+            interrupted: Arc::clone(&how.interrupted),
             progress,
         })
     }

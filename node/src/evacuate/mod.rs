@@ -219,6 +219,7 @@ fn save_one(
         suspend: suspends.then_some(timeout),
         deadline,
         compression: Compression::None,
+        interrupted: Default::default(),
         at_rest: None,
     };
     let saved = save(vm, &how);

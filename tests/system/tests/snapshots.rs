@@ -19,7 +19,7 @@ fn number(value: &Value) -> u64 {
 /// Fills memory of the guest with what nobody has elsewhere.
 fn fill(guest: &Client, mib: u32) {
     let fill = format!(
-        "head -c {mib}M /dev/urandom > /run/x && sha256sum /run/x > /run/sum && \
+        "dd if=/dev/urandom of=/run/x bs=1M count={mib} && sha256sum /run/x > /run/sum && \
          cat /proc/sys/kernel/random/boot_id > /run/id"
     );
     guest.sh(fill).text().unwrap();
@@ -35,7 +35,7 @@ fn is_whole(guest: &Client) {
 /// Goes on changing its memory until it is ended.
 fn changes_memory(guest: &Client) {
     guest
-        .sh("while true; do head -c 8M /dev/urandom > /run/y; done")
+        .sh("while true; do dd if=/dev/urandom of=/run/y bs=1M count=8; done")
         .spawn("/run/changes.log")
         .unwrap();
 }
@@ -124,7 +124,7 @@ fn refuses(host: &Client, vm: &Vm) {
     let damage = "cp --sparse=always /run/web /run/bad && \
                   printf DAMAGED | dd of=/run/bad bs=1 seek=20M conv=notrunc";
     host.sh(damage).text().unwrap();
-    let restore = "blanket restore /run/bad --eager --name bad";
+    let restore = "blanket restore /run/bad --eager --name bad --console stdio";
     let output = host.sh(restore).run().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{output}");

@@ -36,7 +36,7 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let vm = Vm::pv(&host, "web", "", "--memory 1G")?;
     let guest = vm.guest()?;
     guest
-        .sh(format!("head -c {FILLED}M /dev/urandom > /run/x"))
+        .sh(format!("dd if=/dev/urandom of=/run/x bs=1M count={FILLED}"))
         .text()?;
     step.done("");
     let rows = measured(&host, progress);
