@@ -171,7 +171,7 @@ fn clones_run_beside_each_other_with_disks_and_addresses_of_their_own() {
             for (name, clone) in names.iter().zip(&clones) {
                 let info = clone.info().unwrap();
                 let device = |name: &str| {
-                    let devices = info["devices"].as_array().unwrap().clone();
+                    let devices = info["vm"]["devices"].as_array().unwrap().clone();
                     devices
                         .into_iter()
                         .find(|device| device["name"] == name)
