@@ -166,8 +166,8 @@ fuzz_target!(|input: Input| match input {
         let mut recorder = Recorder::new(open.expect("it"), Compression::None);
         let mut stream = b"blanket\x1a".to_vec();
         stream.extend(bytes);
-        let pieces = stream.chunks(usize::from(piece).max(1));
-        let taken: Result<(), _> = pieces.map(|piece| recorder.write_all(piece)).collect();
+        let mut pieces = stream.chunks(usize::from(piece).max(1));
+        let taken = pieces.try_for_each(|piece| recorder.write_all(piece));
         if taken.is_ok() {
             let _ = recorder.finish(&[]);
         }
