@@ -38,11 +38,8 @@ pub const VCPUS: u64 = 0x20_0000;
 pub const VCPU_SIZE: u64 = 0x4_0000;
 /// vCPUs that a pv machine can have.
 pub const MAX_VCPUS: u64 = 16;
-/// Offset of the vCPUs' local APICs in the kernel's view: each as far from the
-/// others as their parts, so that those are shown by large pages.
-pub const APICS: u64 = 0x80_0000;
 /// Offset of the table from machine frame to frame number, 8 bytes each.
-pub const M2P: u64 = 0x100_0000;
+pub const M2P: u64 = 0x80_0000;
 
 /// Guest-physical address of the local APIC: out of the way of memory.
 pub const APIC_GPA: u64 = 0x3f_ffff_f000;
@@ -80,8 +77,8 @@ pub mod vcpu {
     pub const TSS: u64 = 0xa000;
     /// Where `syscall` arrives in user address spaces, at [`ENTRY`] there.
     pub const USER_ENTRY: u64 = 0xb000;
-    /// The local APIC's registers, in the kernel's view.
-    pub const APIC: u64 = super::APICS - super::VCPUS;
+    /// The local APIC's registers.
+    pub const APIC: u64 = 0xc000;
     /// The task state segment of user code, which may not ring doorbells; at
     /// [`TSS`] in its address spaces.
     pub const USER_TSS: u64 = 0xd000;
@@ -293,7 +290,7 @@ pub struct Data {
     /// RSP of a kernel that halts.
     pub halt_rsp: u64,
     /// Former page tables that KVM has not been told of: direct map.
-    pub forget: [u64; FORGET],
+    pub forget: [u64; 8],
     /// How many there are.
     pub forgotten: u64,
     /// Where the kernel reads its vCPU's run state; 0: nowhere.
@@ -302,8 +299,6 @@ pub struct Data {
     pub set_bases: [u64; 2],
     /// How often a page table was loaded.
     pub epoch: u64,
-    /// The epoch in which an address was flushed last.
-    pub cleared: u64,
     /// Page tables to which a store was slow: see `store` of the shim.
     pub slow_tables: [[u64; 4]; 64],
     /// Counters: see [`COUNTERS`].
@@ -312,9 +307,6 @@ pub struct Data {
     /// frame to ring 3.
     pub hardware: [u64; 5],
 }
-
-/// Former page tables that may wait until KVM is told of them.
-pub const FORGET: usize = 32;
 
 /// Names of [`Data::counters`].
 pub const COUNTERS: [&str; 11] = [
@@ -333,6 +325,5 @@ pub const COUNTERS: [&str; 11] = [
 
 const _: () = {
     assert!(core::mem::size_of::<Data>() <= 0x1000);
-    assert!(VCPUS + MAX_VCPUS * VCPU_SIZE <= APICS);
-    assert!(APICS + MAX_VCPUS * VCPU_SIZE <= M2P);
+    assert!(VCPUS + MAX_VCPUS * VCPU_SIZE <= M2P);
 };

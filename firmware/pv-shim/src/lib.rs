@@ -22,12 +22,6 @@ pub const XEN_VERSION: u32 = 4 << 16 | 17;
 /// Event channels of the two-level ABI.
 const EVENT_CHANNELS: u32 = 4096;
 
-/// Former page tables that KVM is told of at once: as many registers name them.
-const FORGET_AT_ONCE: usize = 10;
-
-/// From so many on KVM is told at the end of a multicall.
-const FORGET_SOON: usize = 8;
-
 global_asm!(
     include_str!("asm/ring0.s"),
     include_str!("asm/entry.s"),
@@ -90,10 +84,6 @@ global_asm!(
     halt_rsp = const offset_of!(Data, halt_rsp),
     forget = const offset_of!(Data, forget),
     forgotten = const offset_of!(Data, forgotten),
-    cleared = const offset_of!(Data, cleared),
-    FORGET = const layout::FORGET,
-    FORGET_AT_ONCE = const FORGET_AT_ONCE,
-    FORGET_SOON = const FORGET_SOON,
     runstate = const offset_of!(Data, runstate),
     set_bases = const offset_of!(Data, set_bases),
     counters = const offset_of!(Data, counters),

@@ -136,18 +136,16 @@ impl<'a> Area<'a> {
             .write_slice(&bytes, GuestAddress(layout::GPA + layout::M2P))
     }
 
-    /// Page tables for what each vCPU has, from offset `first` of the area on:
-    /// `entry` says what shows a page.
+    /// Page tables of the vCPUs' parts: `entry` says what shows a page.
     fn parts(
         &mut self,
         l2: u64,
-        first: u64,
         entry: impl Fn(usize, u64) -> u64,
     ) -> Result<(), GuestMemoryError> {
         let bytes = self.vcpus as u64 * layout::VCPU_SIZE;
         for start in (0..bytes).step_by(LARGE_SIZE as usize) {
             let l1 = self.table();
-            self.set(l2, (first + start) / LARGE_SIZE, l1 | TABLE)?;
+            self.set(l2, (layout::VCPUS + start) / LARGE_SIZE, l1 | TABLE)?;
             for page in 0..ENTRIES {
                 let at = start + page * PAGE_SIZE;
                 let index = (at / layout::VCPU_SIZE) as usize;
@@ -159,9 +157,7 @@ impl<'a> Area<'a> {
         Ok(())
     }
 
-    /// The area as the kernel and the shim see it: by large pages, because KVM
-    /// that interprets ring 0 walks these tables a dozen times for each entry
-    /// into it.
+    /// The area as the kernel and the shim see it.
     fn kernel_view(&mut self) -> Result<u64, GuestMemoryError> {
         let l3 = self.table();
         let size = area_size(self.memory);
@@ -173,9 +169,9 @@ impl<'a> Area<'a> {
                 self.set(l2, at % HUGE_SIZE / LARGE_SIZE, entry)?;
             }
             if start == 0 {
-                self.parts(l2, layout::APICS, |_, at| match at {
-                    0 => layout::APIC_GPA | OPEN | UNCACHED,
-                    _ => 0,
+                self.parts(l2, |index, at| match at {
+                    vcpu::APIC => layout::APIC_GPA | OPEN | UNCACHED,
+                    _ => (part_gpa(index) + at) | OPEN,
                 })?;
             }
         }
@@ -186,7 +182,7 @@ impl<'a> Area<'a> {
     fn user_view(&mut self) -> Result<u64, GuestMemoryError> {
         let (l3, l2) = (self.table(), self.table());
         self.set(l3, 0, l2 | TABLE)?;
-        self.parts(l2, layout::VCPUS, |index, at| {
+        self.parts(l2, |index, at| {
             let page = |offset| part_gpa(index) + offset;
             match at {
                 vcpu::ENTRY => page(vcpu::USER_ENTRY) | PRESENT | USER | USED,

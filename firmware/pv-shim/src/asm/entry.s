@@ -6,13 +6,9 @@
 # ---- Macros of ring 3.
 # Goes through a door whose code ends in sysretq. Changes RCX and R11.
 .macro QUICK name
-  QUICK_AT $(\name - pv_shim_start)
-.endm
-# The same where the offset of that code is in a register.
-.macro QUICK_AT offset
-  movw \offset, idt + 48(%rip)
   lea 77f(%rip), %rcx
   mov $0x202, %r11d
+  movw $(\name - pv_shim_start), idt + 48(%rip)
   int3
 77: mov stack + {DOOR} + 24(%rip), %rsp # sysretq leaves it to us
   movw $(pv_shim_vectors + 24 - pv_shim_start), idt + 48(%rip)
@@ -283,10 +279,6 @@ multicall_next:
   jnz multicall_go
   movb $0, in_multicall(%rip)
   xor %eax, %eax
-  # The end of an address space: all its page tables before Linux clears them.
-  cmpq ${FORGET_SOON}, forgotten(%rip)
-  jb leave
-  call forget_all
   jmp leave
 
 h_xen_version:

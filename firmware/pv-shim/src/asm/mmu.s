@@ -81,8 +81,6 @@ store:
   mov epoch(%rip), %rax
   cmp %rax, 8(%r11)
   je 6f                              # it will be compared anyway
-  cmp %rax, cleared(%rip)
-  je 4f                              # probably: an entry of it was cleared
   cmp %rax, 16(%r11)
   je 3f
   mov %rax, 16(%r11)
@@ -185,19 +183,31 @@ h_update_va_mapping:
   lea forget(%rip), %r11
   mov %rdi, (%r11, %rcx, 8)
   inc %ecx
+  and $7, %ecx
   mov %rcx, forgotten(%rip)
-  cmp ${FORGET}, %ecx
-  jb 7f
-  call forget_all
-  jmp 7f
+  jnz 1f
+  push %rax
+  push %rdx
+  push %rsi
+  push %r9
+  mov 8(%r11), %rax
+  mov 16(%r11), %rdx
+  mov 24(%r11), %rsi
+  mov 32(%r11), %r8
+  mov 40(%r11), %r9
+  mov 48(%r11), %r10
+  mov 56(%r11), %rdi
+  push %rbx
+  mov (%r11), %rbx
+  QUICK d_forget
+  pop %rbx
+  pop %r9
+  pop %rsi
+  pop %rdx
+  pop %rax
+  jmp 1f
 6: and $2, %ecx
   or %rcx, %rsi
-  # Linux asks for a flush of this vCPU with the last of an address space's page
-  # tables, because they have become read-only, or writable. None has.
-7: cmp $3, %rdx
-  ja 1f
-  cmp %rsi, (%rax)
-  je ok
 1: mov %rsi, %r10
   mov %rax, %rcx
   lea 5f(%rip), %r8
@@ -221,51 +231,6 @@ h_update_va_mapping:
 4: mov scratch(%rip), %rax
   QUICK d_invlpg
   jmp ok
-
-# ---- Tells KVM of all former page tables. Changes RCX, R8, R10, R11, RDI.
-forget_all:
-  push %rax
-  push %rdx
-  push %rsi
-  push %r9
-  push %rbx
-  push %rbp
-  push %r14
-  push %r15
-1: mov forgotten(%rip), %rcx
-  lea forget(%rip), %r11
-  xor %r8d, %r8d
-  sub ${FORGET_AT_ONCE}, %rcx
-  cmovb %r8, %rcx
-  lea (%r11, %rcx, 8), %r11            # these, and as many as there are behind
-  mov forgotten(%rip), %r8
-  mov %rcx, forgotten(%rip)
-  sub %r8, %rcx
-  add ${FORGET_AT_ONCE}, %rcx          # how many fewer than at most
-  mov (%r11), %rax
-  mov 8(%r11), %rbx
-  mov 16(%r11), %rdx
-  mov 24(%r11), %rsi
-  mov 32(%r11), %rdi
-  mov 40(%r11), %r8
-  mov 48(%r11), %r9
-  mov 56(%r11), %r10
-  mov 64(%r11), %r14
-  mov 72(%r11), %r15
-  lea (%rcx, %rcx, 2), %ecx
-  lea d_forget - pv_shim_start(, %rcx, 2), %ecx
-  QUICK_AT %cx
-  cmpq $0, forgotten(%rip)
-  jne 1b
-  pop %r15
-  pop %r14
-  pop %rbp
-  pop %rbx
-  pop %r9
-  pop %rsi
-  pop %rdx
-  pop %rax
-  ret
 
 # ---- mmuext_op: RDI operations of 24 bytes, ESI of them, RDX done
 h_mmuext_op:
@@ -344,8 +309,6 @@ mx_invlpg_many:
   cmpl $1, vcpus(%rip)
   jne mmuext_slow
 mx_invlpg:
-  mov epoch(%rip), %rax
-  mov %rax, cleared(%rip)
   mov %rcx, %rax
   QUICK d_invlpg
   jmp mmuext_next

@@ -69,7 +69,6 @@ pv_shim_start:
 .set halt_rsp, data + {halt_rsp}
 .set forget, data + {forget}
 .set forgotten, data + {forgotten}
-.set cleared, data + {cleared}
 .set runstate, data + {runstate}
 .set set_fs, data + {set_bases}
 .set set_gs, set_fs + 8
@@ -158,22 +157,16 @@ d_invlpg:                            # address in RAX
 d_store:                             # RSI to RDI, at once for all who look
   xchg %rsi, (%rdi)
   sysretq
-# lock orw $0, (register), all of them of six bytes
-.macro FORGET rex, register
-  .byte 0x66, 0xf0, \rex, 0x83, 8 + \register, 0
-.endm
 .balign 16
-d_forget:                            # the last of up to ten pages
-  FORGET 0x41, 7                     # R15
-  FORGET 0x41, 6
-  FORGET 0x41, 2                     # R10
-  FORGET 0x41, 1
-  FORGET 0x41, 0
-  FORGET 0x40, 7                     # RDI
-  FORGET 0x40, 6
-  FORGET 0x40, 2
-  FORGET 0x40, 3                     # RBX
-  FORGET 0x40, 0                     # RAX
+d_forget:                            # eight pages
+  lock orw $0, (%rbx)
+  lock orw $0, (%rax)
+  lock orw $0, (%rdx)
+  lock orw $0, (%rsi)
+  lock orw $0, (%r8)
+  lock orw $0, (%r9)
+  lock orw $0, (%r10)
+  lock orw $0, (%rdi)
   sysretq
 .balign 16
 d_halt:
