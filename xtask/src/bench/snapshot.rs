@@ -60,7 +60,9 @@ fn until_it_goes_on(host: &Client, name: &str, start: &str) -> Result<f64> {
     let info = host.sh(format!("blanket info --json {name}")).text()?;
     let info: Value = serde_json::from_str(&info)?;
     host.sh(format!("blanket rm --force {name}")).text()?;
-    let last = info["vm"]["boot"].as_array().and_then(|phases| phases.last());
+    let last = info["vm"]["boot"]
+        .as_array()
+        .and_then(|phases| phases.last());
     let at = last.and_then(|phase| phase["at_us"].as_u64());
     Ok(at.with_context(|| format!("no timeline: {info}"))? as f64 / 1e3)
 }
