@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use blanket_testbed::{
-    Accelerator, Client, GuestImages, Host, HostBuilder, Node, NodeBuilder, Output, Provider, guest,
+    Client, GuestImages, Host, HostBuilder, Node, NodeBuilder, Output, Provider, guest,
 };
 
 /// How long a guest may take to answer: generous, because hardware
@@ -138,39 +138,22 @@ pub fn natively(describe: impl FnOnce() -> HostBuilder, test: impl FnOnce(&Host)
 
 /// Boots a node and runs a test on it.
 ///
-/// A node whose SVM QEMU emulates, with two processors, goes wrong at times: its translations of
-/// addresses are then neither the guest's nor its own, though the page tables are right (the log
-/// of `-d int,mmu` shows it), and the guest meets a shutdown, or hangs, or the node ends without a
-/// message. So there a test that fails is tried again on another node, and says so; what fails
-/// always fails. On real hardware it is not.
-///
 /// # Panics
 /// The node cannot be booted, or the test fails.
-pub fn on_node(describe: impl Fn() -> NodeBuilder, test: impl Fn(&Node)) {
-    let tries = match Accelerator::probe() {
-        Accelerator::Tcg => 3,
-        Accelerator::Kvm => 1,
+pub fn on_node(describe: impl FnOnce() -> NodeBuilder, test: impl FnOnce(&Node)) {
+    let node = match describe().boot() {
+        Ok(node) => node,
+        Err(error) => panic!("the node does not boot: {error:?}"),
     };
-    for left in (0..tries).rev() {
-        let node = match describe().boot() {
-            Ok(node) => node,
-            Err(error) => panic!("the node does not boot: {error:?}"),
-        };
-        let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(&node))) else {
-            return;
-        };
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(&node))) {
         // Its connections end a moment before the emulator does.
         std::thread::sleep(Duration::from_millis(500));
-        let why = if node.is_running() {
+        if node.is_running() {
             tell_of_monitors(&node);
-            "it failed on a node with emulated SVM"
         } else {
-            "the emulated machine of the node ended"
-        };
-        if left == 0 {
-            resume_unwind(panic);
+            println!("the node's machine has ended");
         }
-        println!("tried again, because {why}");
+        resume_unwind(panic);
     }
 }
 

@@ -79,4 +79,8 @@ for pair in $(arguments blanket.payload); do
     payload "${pair%=*}" "${pair#*=}"
 done
 start_processors
+# Programs run on the others, if the first is to be spared.
+if grep -qw blanket.spare /proc/cmdline; then
+    taskset -p "$(printf %x $(((1 << $(grep -c ^processor /proc/cpuinfo)) - 2)))" $$ >/dev/null
+fi
 exec init
