@@ -95,3 +95,46 @@ pub(super) fn clear(ram: &GuestRam, mut touched: Touched) -> Result<(), Error> {
     }
     Ok(())
 }
+
+/// Neighbouring pages that are all zeros, or all not, from the first to the last: where they
+/// begin, what they are, and whether they are zeros. `content` is whole pages.
+pub(in crate::snapshot) fn runs(content: &[u8]) -> impl Iterator<Item = (usize, &[u8], bool)> {
+    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let mut pages = content[at..].chunks(PAGE).map(is_zero);
+        let zeros = pages.next()?;
+        let more = pages.take_while(|next| *next == zeros).count();
+        let (start, end) = (at, (at + (1 + more) * PAGE).min(content.len()));
+        at = end;
+        Some((start, &content[start..end], zeros))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_are_all_there_in_their_order_and_change_each_time(pages: Vec<bool>) {
+            let mut content = Vec::new();
+            for zeros in &pages {
+                let mut page = [0; PAGE];
+                page[content.len() / PAGE % PAGE] = u8::from(!zeros);
+                content.extend(page);
+            }
+            let mut told = Vec::new();
+            let mut last = None;
+            for (start, bytes, zeros) in runs(&content) {
+                prop_assert_eq!(start, told.len() * PAGE);
+                prop_assert_eq!(bytes, &content[start..start + bytes.len()]);
+                prop_assert!(last != Some(zeros));
+                last = Some(zeros);
+                told.extend(vec![zeros; bytes.len() / PAGE]);
+            }
+            prop_assert_eq!(told, pages);
+        }
+    }
+}

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::file::{ENTRIES, ENTRY, Index, Place, ROOT, ZSTD, entries_in};
 use super::stream::chunk as framed;
+use super::touched::runs;
 use super::{
     CHUNK, DiskMark, Error, Geometry, Head, MAGIC, PAGE, Regions, VERSION, encode, stream,
 };
@@ -207,17 +208,9 @@ impl Writer {
 
 /// Writes the pages that are not zeros, neighbours together.
 fn write_pages(file: &File, content: &[u8], place: u64) -> io::Result<()> {
-    let is_zero = |at: usize| content[at..at + PAGE].iter().all(|byte| *byte == 0);
-    let mut at = 0;
-    while at < content.len() {
-        let start = at;
-        while at < content.len() && !is_zero(at) {
-            at += PAGE;
-        }
-        if at == start {
-            at += PAGE;
-        } else {
-            file.write_all_at(&content[start..at], place + start as u64)?;
+    for (start, bytes, zeros) in runs(content) {
+        if !zeros {
+            file.write_all_at(bytes, place + start as u64)?;
         }
     }
     Ok(())

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Job, Thread, give_up};
-use crate::snapshot::{CHUNK, Error, PAGE, Reader, decode, encode, working_set_of};
+use crate::snapshot::touched::runs;
+use crate::snapshot::{CHUNK, Error, Reader, decode, encode, working_set_of};
 
 /// For so long after the start it is noted what is needed.
 const NOTED: Duration = Duration::from_secs(5);
@@ -192,18 +193,12 @@ impl Thread {
         let (address, len) = self.geometry.memory(chunk).ok_or(Error::Memory)?;
         let host = self.host(address).ok_or(Error::Memory)?;
         reader.chunk(chunk, content)?;
-        let is_zero = |at: usize| content[at..at + PAGE].iter().all(|byte| *byte == 0);
-        let mut at = 0;
-        while at < len {
-            let (start, zero) = (at, is_zero(at));
-            while at < len && is_zero(at) == zero {
-                at += PAGE;
-            }
+        for (start, bytes, zeros) in runs(&content[..len]) {
             let to = host + start as u64;
-            if zero {
-                self.uffd.fill_zeros(to, at - start)?;
+            if zeros {
+                self.uffd.fill_zeros(to, bytes.len())?;
             } else {
-                self.uffd.fill(to, &content[start..at])?;
+                self.uffd.fill(to, bytes)?;
             }
         }
         Ok(())

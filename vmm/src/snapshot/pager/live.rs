@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memo
 
 use super::{Thread, give_up};
 use crate::snapshot::stream::{END, PAGES, REPORT, chunk as framed};
+use crate::snapshot::touched::runs;
 use crate::snapshot::{CHUNK, PAGE, Report, Touched, encode};
 
 /// Bytes on their way before the thread waits for the reader with what nobody
@@ -208,19 +209,9 @@ impl Thread {
 impl Sending {
     /// Sends what is not zeros of a chunk.
     fn send(&mut self, address: u64, content: &[u8]) -> Result<(), Gone> {
-        let is_zero = |at: usize| content[at..at + PAGE].iter().all(|byte| *byte == 0);
-        let mut at = 0;
-        while at < content.len() {
-            let start = at;
-            while at < content.len() && !is_zero(at) {
-                at += PAGE;
-            }
-            if at == start {
-                at += PAGE;
-                continue;
-            }
+        for (start, bytes, _) in runs(content).filter(|(_, _, zeros)| !zeros) {
             let mut payload = (address + start as u64).to_le_bytes().to_vec();
-            payload.extend(&content[start..at]);
+            payload.extend(bytes);
             self.chunks += 1;
             self.piece(framed(PAGES, &payload))?;
         }
