@@ -109,6 +109,9 @@ pub(crate) struct NodeVms {
 pub(crate) struct Offer {
     pub(crate) service: ServiceName,
     pub(crate) socket: PathBuf,
+    /// Only this node may open streams; otherwise all may.
+    #[serde(default)]
+    pub(crate) node: Option<NodeName>,
 }
 
 /// `POST /cluster/forwards`: a Unix stream socket is made, and each connection
@@ -260,7 +263,7 @@ async fn vms(State(node): Shared) -> Result<Json<Vec<NodeVms>>, Refusal> {
 }
 
 async fn offer(State(node): Shared, Json(offer): Json<Offer>) -> Result<Response, Refusal> {
-    let held = node.offer(offer.service, offer.socket)?;
+    let held = node.offer(offer.service, offer.socket, offer.node.as_ref())?;
     Ok(WhileHeard::answer(held))
 }
 

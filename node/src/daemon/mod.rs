@@ -101,7 +101,7 @@ pub(crate) struct Node {
     provider: &'static str,
     limiter: Mutex<limit::Limiter>,
     /// Where the services of this node are.
-    services: Mutex<HashMap<ServiceName, PathBuf>>,
+    services: Mutex<HashMap<ServiceName, stream::Service>>,
     tickets: stream::Tickets,
 }
 

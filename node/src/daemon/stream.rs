@@ -25,7 +25,7 @@ use super::listen::HANDSHAKE;
 use super::{Node, cluster, lock, peer};
 use crate::cluster::hello::{self, Answer, Hello, Ticket};
 use crate::cluster::identity::{NodeId, Peer};
-use crate::cluster::members::Member;
+use crate::cluster::members::{Member, Membership};
 use crate::cluster::names::{NodeName, ServiceName};
 use crate::cluster::tls;
 use crate::failure::{answered, failure, problem};
@@ -124,9 +124,9 @@ pub(super) async fn serve(
     let answer = async {
         checked?;
         match wanted {
-            Hello::Open(service) => Ok((Answer::Open, Some(node.reach(&service).await?))),
+            Hello::Open(service) => Ok((Answer::Open, Some(node.reach(&service, &peer.id).await?))),
             Hello::Ticket(service) => {
-                node.service(&service)?;
+                node.service(&service, &peer.id)?;
                 let ticket = node.tickets.make(peer.id.clone(), service)?;
                 Ok((Answer::Ticket(ticket), None))
             }
@@ -151,7 +151,7 @@ pub(super) async fn serve_plain(
         .tickets
         .redeem(&ticket)
         .context("its ticket is wrong, used or expired")?;
-    let answer = async { Ok((Answer::Open, Some(node.reach(&service).await?))) };
+    let answer = async { Ok((Answer::Open, Some(node.reach(&service, &from).await?))) };
     answer_and_carry(node, tcp, answer.await, &from).await
 }
 
@@ -174,6 +174,31 @@ async fn answer_and_carry(
             let _ = io.shutdown().await;
             Err(error)
         }
+    }
+}
+
+/// A member of the cluster by its name.
+fn known<'a>(membership: &'a Membership, name: &NodeName) -> Result<&'a Member> {
+    membership.member(name).ok_or_else(|| {
+        failure(
+            format!("there is no node {name}"),
+            "blanket node ls shows all",
+        )
+    })
+}
+
+/// What other nodes can open streams to.
+#[derive(Debug)]
+pub(super) struct Service {
+    /// A Unix stream socket.
+    at: PathBuf,
+    /// The one node that may, if not all.
+    only: Option<NodeId>,
+}
+
+impl Service {
+    fn is_for(&self, node: &NodeId) -> bool {
+        self.only.as_ref().is_none_or(|only| only == node)
     }
 }
 
@@ -204,27 +229,40 @@ impl Drop for Forward {
 }
 
 impl Node {
-    /// Offers the Unix stream socket `at` to other nodes as `service`.
-    pub(crate) fn offer(self: &Arc<Self>, service: ServiceName, at: PathBuf) -> Result<Offer> {
+    /// Offers the Unix stream socket `at` to other nodes as `service`, or to `only` one.
+    pub(crate) fn offer(
+        self: &Arc<Self>,
+        service: ServiceName,
+        at: PathBuf,
+        only: Option<&NodeName>,
+    ) -> Result<Offer> {
+        let only = only.map(|name| {
+            let (_, membership) = self.joined()?;
+            Ok::<_, anyhow::Error>(known(&membership, name)?.id.clone())
+        });
+        let only = only.transpose()?;
         let mut services = lock(&self.services);
         anyhow::ensure!(
             !services.contains_key(&service),
             "there is a service {service} already"
         );
-        services.insert(service.clone(), at);
+        services.insert(service.clone(), Service { at, only });
         Ok(Offer {
             node: Arc::clone(self),
             service,
         })
     }
 
-    fn service(&self, service: &ServiceName) -> Result<PathBuf> {
-        let path = lock(&self.services).get(service).cloned();
-        path.with_context(|| format!("there is no service {service}"))
+    /// Where a service is. Who may not open it is not told that it is there.
+    fn service(&self, service: &ServiceName, from: &NodeId) -> Result<PathBuf> {
+        let services = lock(&self.services);
+        let open = services.get(service).filter(|service| service.is_for(from));
+        open.map(|service| service.at.clone())
+            .with_context(|| format!("there is no service {service}"))
     }
 
-    async fn reach(&self, service: &ServiceName) -> Result<UnixStream> {
-        let path = self.service(service)?;
+    async fn reach(&self, service: &ServiceName, from: &NodeId) -> Result<UnixStream> {
+        let path = self.service(service, from)?;
         let connected = UnixStream::connect(path).await;
         connected.with_context(|| format!("the service {service} does not answer"))
     }
@@ -237,12 +275,7 @@ impl Node {
         carriage: Carriage,
     ) -> Result<Box<dyn Io>> {
         let (trust, membership) = self.joined()?;
-        let member = membership.member(name).ok_or_else(|| {
-            failure(
-                format!("there is no node {name}"),
-                "blanket node ls shows all",
-            )
-        })?;
+        let member = known(&membership, name)?;
         let who = peer::called(member);
         let config = Arc::clone(&trust.stream);
         let server = tls::server_name(&member.name)?;
@@ -320,7 +353,7 @@ impl Node {
     async fn carry(&self, mut a: impl Io, mut b: UnixStream, with: &NodeId) -> io::Result<()> {
         let mut membership = self.membership.subscribe();
         let removed = membership.wait_for(|membership| {
-            let gone = |all: &crate::cluster::members::Membership| all.is_removed(with);
+            let gone = |all: &Membership| all.is_removed(with);
             membership.as_deref().is_none_or(gone)
         });
         tokio::select! {

@@ -404,8 +404,8 @@ async fn streams_carry_bytes_and_the_end_of_each_direction() {
     let (a, b) = pair().await;
     let socket = b.dir.path().join("echo.sock");
     let _server = echo(&socket);
-    let offer = b.node.offer(service("echo"), socket.clone()).unwrap();
-    assert!(b.node.offer(service("echo"), socket).is_err());
+    let offer = b.node.offer(service("echo"), socket.clone(), None).unwrap();
+    assert!(b.node.offer(service("echo"), socket, None).is_err());
     for carriage in [Carriage::Tls, Carriage::Plain] {
         let local = a.dir.path().join("to-b.sock");
         let forward = a
@@ -443,12 +443,42 @@ async fn streams_carry_bytes_and_the_end_of_each_direction() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_service_for_one_node_is_not_there_for_others() {
+    let (a, b) = pair().await;
+    let socket = b.dir.path().join("echo.sock");
+    let _server = echo(&socket);
+    let unknown = b
+        .node
+        .offer(service("echo"), socket.clone(), Some(&name("c")));
+    assert!(said(unknown.map(drop)).contains("no node c"));
+    for (only, opens) in [("a", true), ("b", false)] {
+        let offer = b
+            .node
+            .offer(service("echo"), socket.clone(), Some(&name(only)))
+            .unwrap();
+        for carriage in [Carriage::Tls, Carriage::Plain] {
+            let opened = a
+                .node
+                .open_stream(&name("b"), &service("echo"), carriage)
+                .await;
+            if opens {
+                opened.unwrap();
+            } else {
+                let refused = said(opened.map(drop));
+                assert!(refused.contains("no service echo"), "{refused}");
+            }
+        }
+        drop(offer);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_ticket_opens_one_stream() {
     use crate::cluster::hello::{Answer, Hello, Ticket, encode};
     let (a, b) = pair().await;
     let socket = a.dir.path().join("echo.sock");
     let _server = echo(&socket);
-    let _offer = a.node.offer(service("echo"), socket).unwrap();
+    let _offer = a.node.offer(service("echo"), socket, None).unwrap();
     let peer = b.node.trust().unwrap().identity.own.id.clone();
     let ticket = a.node.tickets.make(peer, service("echo")).unwrap();
     let redeem = async |ticket: Ticket| {
@@ -474,7 +504,7 @@ async fn who_does_not_read_is_waited_for_and_a_removed_nodes_streams_end() {
     let (a, b) = pair().await;
     let socket = a.dir.path().join("slow.sock");
     let listener = UnixListener::bind(&socket).unwrap();
-    let _offer = a.node.offer(service("slow"), socket).unwrap();
+    let _offer = a.node.offer(service("slow"), socket, None).unwrap();
     let mut stream = b
         .node
         .open_stream(&name("a"), &service("slow"), Carriage::Tls)

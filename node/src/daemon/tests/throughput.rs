@@ -66,7 +66,7 @@ async fn streams_carry_all_that_raw_tcp_carries_at_this_rate() {
             tokio::spawn(sink(stream));
         }
     });
-    let _offer = b.node.offer(service("sink"), socket).unwrap();
+    let _offer = b.node.offer(service("sink"), socket, None).unwrap();
     for count in [1, 4] {
         let tcp = rate(count, || async { TcpStream::connect(at).await.unwrap() }).await;
         println!("{count} raw TCP: {:.0} MB/s", tcp / 1e6);
