@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use blanket_devices::lifecycle::SavedState;
 use blanket_memory::GuestRam;
+use blanket_memory::dirty::WriteLog;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vm_memory::{
@@ -187,7 +188,7 @@ impl Touched {
 
     /// Whether a page of a region can be other than all zeros. (What others
     /// write to a file is not this process's.)
-    fn must_read(&mut self, region: &GuestRegionMmap, offset: u64) -> bool {
+    pub(crate) fn must_read(&mut self, region: &GuestRegionMmap<WriteLog>, offset: u64) -> bool {
         region.file_offset().is_some() || self.has(region.as_ptr() as u64 + offset)
     }
 
