@@ -7,7 +7,7 @@
 //! STATE/notices.json  the provider's notices for which that was done
 //! STATE/up.json     what `blanket up` has changed
 //! STATE/stores/     the self-test of each volume
-//! RUN/NAME/         api.sock, serial.sock, console.sock
+//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock
 //! ```
 //!
 //! For root STATE is `/var/lib/blanket` and RUN `/run/blanket`; for others
@@ -225,6 +225,9 @@ impl VmDir {
     }
     pub(crate) fn serial_socket(&self) -> PathBuf {
         self.run.join("serial.sock")
+    }
+    pub(crate) fn migration_socket(&self) -> PathBuf {
+        self.run.join("migrate.sock")
     }
     pub(crate) fn console_socket(&self) -> PathBuf {
         self.run.join("console.sock")

@@ -18,8 +18,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    console, doctor, evacuate as evacuation, info, life, logs, provider, ps, run, set, snapshot,
-    stop, store, supervise, up as node, uplink,
+    console, doctor, evacuate as evacuation, info, life, logs, migrate, provider, ps, run, set,
+    snapshot, stop, store, supervise, up as node, uplink,
 };
 
 /// Virtual machines on this node.
@@ -70,6 +70,8 @@ enum Command {
     Snapshot(snapshot::Args),
     /// Start a VM that goes on where a snapshot was made.
     Restore(Box<snapshot::RestoreArgs>),
+    /// Move a running VM to a fresh monitor, without its guest taking notice.
+    Migrate(Box<migrate::Args>),
     /// Save all guests to a directory and end them, now or when the provider is about to take this
     /// machine away. `blanket restore --evacuated` brings them back.
     Evacuate(evacuation::Args),
@@ -116,6 +118,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Sysrq(args) => life::sysrq(&home, &args),
         Command::Snapshot(args) => snapshot::snapshot(&home, &args),
         Command::Restore(args) => snapshot::restore(&home, *args, cli.home.as_deref()),
+        Command::Migrate(args) => migrate::migrate(&home, *args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),

@@ -15,16 +15,21 @@
 //! guest knows of; `resume()` leads from there to running too.
 
 use std::io::Read;
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
+use blanket_devices::lifecycle::SavedState;
+use blanket_migration::wire::{decode, encode};
+use blanket_migration::{Destination, Status};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::api::types::{self, Action, Metrics, Problem, Target, VmInfo, VmState};
 use crate::config::{MachineChoice, OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
-use crate::machine::{Machine, Parts};
+use crate::machine::{Given, Machine, Parts};
+use crate::migrate::{self, Departure, HandOver, Migrator, Offered, Order, Tracked, What};
 use crate::snapshot::{self, Head, Pieces, Snapshot, Touched};
 use crate::timeline::Timeline;
 use crate::vcpu::{Event, EventSink};
@@ -67,6 +72,12 @@ pub enum Error {
     /// The snapshot cannot be written.
     #[error("cannot make the snapshot: {0}")]
     Write(std::io::Error),
+    /// It is on its way to another monitor, or from one.
+    #[error("the VM is being migrated: wait until it is, or cancel that")]
+    Migrating,
+    /// It cannot be migrated.
+    #[error("the VM cannot be migrated: {0}")]
+    Unmovable(String),
     /// The monitor cannot be confined.
     #[error("cannot confine the monitor: {0}")]
     Jail(std::io::Error),
@@ -93,6 +104,16 @@ pub enum Ending {
     Reboot,
     /// It failed; the message says why.
     Failed(String),
+    /// Its guest runs in another monitor.
+    Moved,
+}
+
+/// What the monitor is to hear of.
+pub struct Wishes {
+    /// What guests did, for [`Monitor::handle`].
+    pub events: UnboundedReceiver<Event>,
+    /// What a migration wants, for [`Monitor::carry_out`].
+    pub orders: UnboundedReceiver<Order>,
 }
 
 /// The VM of this process, if it has one yet.
@@ -102,6 +123,9 @@ pub struct Monitor {
     timeline: Timeline,
     vm: Option<Vm>,
     events: UnboundedSender<Event>,
+    orders: UnboundedSender<Order>,
+    /// Where a guest's destination comes.
+    exit: Option<Arc<UnixListener>>,
 }
 
 struct Vm {
@@ -113,22 +137,32 @@ struct Vm {
     saving: Weak<()>,
     /// Which pages of its memory have to be looked at.
     touched: Touched,
+    migrator: Migrator,
+    devices: HandOver,
+    /// It is another monitor's.
+    moved: bool,
 }
 
 impl Monitor {
-    /// A monitor without a VM; events of its vCPUs come out of the receiver,
-    /// for [`Monitor::handle`].
+    /// A monitor without a VM, and what comes of it.
     #[must_use]
-    pub fn new(id: String, user: User, timeline: Timeline) -> (Self, UnboundedReceiver<Event>) {
-        let (events, receiver) = unbounded_channel();
+    pub fn new(id: String, user: User, timeline: Timeline) -> (Self, Wishes) {
+        let (events, happened) = unbounded_channel();
+        let (orders, ordered) = unbounded_channel();
+        let wishes = Wishes {
+            events: happened,
+            orders: ordered,
+        };
         let monitor = Self {
             id,
             user,
             timeline,
             vm: None,
             events,
+            orders,
+            exit: None,
         };
-        (monitor, receiver)
+        (monitor, wishes)
     }
 
     /// The steps so far.
@@ -142,11 +176,20 @@ impl Monitor {
     /// The configuration cannot work here. A process that is not confined yet
     /// may try another one.
     pub fn create(&mut self, config: VmConfig) -> Result<(), Error> {
+        self.create_with(config, Given::default())
+    }
+
+    /// The same with devices that another monitor has given.
+    ///
+    /// # Errors
+    /// As [`Monitor::create`].
+    pub fn create_with(&mut self, config: VmConfig, given: Given) -> Result<(), Error> {
         if self.vm.is_some() {
             return Err(Error::Exists);
         }
         config.validate()?;
-        let parts = Parts::open(&config)?;
+        let parts = Parts::open(&config, given)?;
+        let devices = parts.hand_over().map_err(Error::Jail)?;
         let touched = Touched::open();
         self.timeline.mark("resources opened");
         privileges::drop_privileges(self.user).map_err(Error::Jail)?;
@@ -156,6 +199,7 @@ impl Monitor {
             let _ = events.send(event);
         });
         let machine = parts.build(&config, &sink)?;
+        let migrator = Migrator::spawn(self.orders.clone()).map_err(Error::Jail)?;
         self.timeline.mark("machine built");
         let cpu = machine.cpu();
         let reason = cpu.why.as_ref().map(ToString::to_string);
@@ -168,6 +212,9 @@ impl Monitor {
             booted: None,
             saving: Weak::new(),
             touched,
+            migrator,
+            devices,
+            moved: false,
         });
         Ok(())
     }
@@ -235,6 +282,9 @@ impl Monitor {
             return self.boot().map(|()| None);
         }
         let vm = self.vm()?;
+        if action != Action::Poweroff && vm.migrator.is_busy() {
+            return Err(Error::Migrating);
+        }
         match action {
             Action::Boot => {}
             Action::Pause => {
@@ -312,12 +362,97 @@ impl Monitor {
 
     /// Ends the VM: the devices flush and let go.
     pub fn end(&mut self, ending: Ending) -> Ending {
+        if self.vm.as_ref().is_some_and(|vm| vm.moved) {
+            return Ending::Moved;
+        }
         if let Some(vm) = &mut self.vm
             && vm.state != VmState::Stopped
         {
             vm.machine.halt();
             vm.state = VmState::Stopped;
         }
+        ending
+    }
+
+    /// Lets a guest's destination come to `listener`.
+    pub fn set_exit(&mut self, listener: UnixListener) {
+        self.exit = Some(Arc::new(listener));
+    }
+
+    /// Has the guest leave for the destination that comes next; the
+    /// configuration that its machine has to have.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be moved.
+    pub fn depart(&mut self, request: migrate::Request) -> Result<VmConfig, Error> {
+        let Some(listener) = self.exit.clone() else {
+            let text = "its monitor was started without --migration-socket";
+            return Err(Error::Unmovable(text.to_owned()));
+        };
+        let vm = self.vm()?;
+        vm.expect(&[VmState::Running], "be migrated")?;
+        vm.is_not_saved()?;
+        if vm.migrator.is_busy() {
+            return Err(Error::Migrating);
+        }
+        let checked = vm.devices.check(request.hand_over);
+        checked.map_err(Error::Unmovable)?;
+        let config = vm.settled_config();
+        let likeness = vm.machine.likeness()?;
+        let devices = request.hand_over.then_some(&vm.devices);
+        let offered = Offered::new(config.clone(), likeness, devices);
+        let departure = Departure {
+            listener,
+            machine: encode(&offered).map_err(|error| Error::Unmovable(error.to_string()))?,
+            descriptors: devices.map(HandOver::descriptors).unwrap_or_default(),
+            options: request.options,
+        };
+        vm.migrator.depart(vm.memory(), departure);
+        Ok(config)
+    }
+
+    /// How far the migration is, or how it went.
+    ///
+    /// # Errors
+    /// There is no VM.
+    pub fn migration(&mut self) -> Result<Status, Error> {
+        Ok(self.vm()?.migrator.progress().status())
+    }
+
+    /// Ends the migration, if the guest has not been handed over.
+    ///
+    /// # Errors
+    /// There is no VM.
+    pub fn cancel_migration(&mut self) -> Result<Status, Error> {
+        let vm = self.vm()?;
+        vm.migrator.progress().cancel();
+        Ok(vm.migrator.progress().status())
+    }
+
+    /// Receives the guest of `source` in the machine, which has not been started.
+    ///
+    /// # Errors
+    /// The machine is not like the source's: it has been told so.
+    pub fn arrive(&mut self, source: Destination, likeness: &SavedState) -> Result<(), Error> {
+        let vm = self.vm()?;
+        if let Err(error) = vm.machine.is_like(likeness) {
+            source.refuse(&error.to_string());
+            return Err(error.into());
+        }
+        vm.migrator.arrive(vm.memory(), source);
+        Ok(())
+    }
+
+    /// Does what a migration wants; the ending, if that ends the process.
+    pub fn carry_out(&mut self, order: Order) -> Option<Ending> {
+        let ending = match order.what {
+            What::End => Some(Ending::Moved),
+            What::Fail(ref reason) => Some(Ending::Failed(reason.clone())),
+            _ => None,
+        };
+        let done = self.vm().and_then(|vm| vm.carry_out(order.what));
+        // Who does not wait for the answer is not there any more.
+        let _ = order.answer.send(done.map_err(|error| error.to_string()));
         ending
     }
 
@@ -419,6 +554,53 @@ impl Vm {
             self.state = VmState::Suspended;
         }
         Ok(())
+    }
+
+    /// What the guest is in, with KVM's knowledge of it.
+    fn memory(&self) -> Tracked {
+        Tracked {
+            ram: self.machine.memory().clone(),
+            vm: self.machine.vm(),
+            touched: self.touched.clone(),
+        }
+    }
+
+    fn carry_out(&mut self, what: What) -> Result<Vec<u8>, Error> {
+        match what {
+            What::Stop => {
+                self.expect(&[VmState::Running], "be handed over")?;
+                self.machine.pause()?;
+                self.state = VmState::Paused;
+                let saved = self.machine.save().map_err(Error::from);
+                let encoded = saved.and_then(|state| {
+                    encode(&state).map_err(|error| Error::Unmovable(error.to_string()))
+                });
+                if encoded.is_err() {
+                    self.machine.resume()?;
+                    self.state = VmState::Running;
+                }
+                return encoded;
+            }
+            What::Resume | What::Run => {
+                self.machine.resume()?;
+                self.state = VmState::Running;
+            }
+            // Its devices are another's, too: nothing is flushed or let go.
+            What::GiveUp => {
+                self.moved = true;
+                self.state = VmState::Stopped;
+            }
+            What::Restore(bytes) => {
+                let state: SavedState =
+                    decode(&bytes).map_err(|error| Error::Unmovable(error.to_string()))?;
+                self.machine.check(&state)?;
+                self.machine.restore(&state)?;
+                self.booted = Some(Instant::now());
+                self.state = VmState::Paused;
+            }
+            What::End | What::Fail(_) => {}
+        }
+        Ok(Vec::new())
     }
 
     fn reset(&mut self) -> Result<(), Error> {

@@ -415,6 +415,26 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_was_written_and_its_entry_are_noted() {
+        let (ram, table) = table();
+        put(&ram, 3, entry(PERMIT_ACCESS, BACKEND, 0x20));
+        put(&ram, 4, entry(PERMIT_ACCESS, BACKEND, 0x21));
+        dirty::start(&ram).unwrap();
+        let written = table.map(3, Access::Write).unwrap();
+        let read = table.map(4, Access::Read).unwrap();
+        let noted = || {
+            let runs = dirty::take(&ram).runs(&ram, PAGE);
+            runs.into_iter().map(|(at, _)| at.0).collect::<Vec<_>>()
+        };
+        assert_eq!(noted(), [TABLE]);
+        written.written();
+        read.written();
+        assert_eq!(noted(), [0x2_0000]);
+        drop((written, read));
+        assert_eq!(noted(), [TABLE]);
+    }
+
+    #[test]
     fn a_granted_page_is_marked_as_long_as_it_is_mapped() {
         let (ram, table) = table();
         put(&ram, 9, entry(PERMIT_ACCESS, BACKEND, 0x20));

@@ -79,6 +79,7 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         home: home_flag,
         attach: args.attach,
         snapshot: None,
+        receive: None,
     };
     let (vm, stream) = start.claim_and_start(home, &args.name)?;
     if let Some(why) = why {
@@ -201,6 +202,9 @@ pub(super) struct Start<'a> {
     pub(super) attach: bool,
     /// The snapshot whose guest goes on.
     pub(super) snapshot: Option<&'a Path>,
+    /// The migration socket of the monitor whose guest it gets. Its machine is
+    /// ready then, and no more.
+    pub(super) receive: Option<&'a Path>,
 }
 
 impl Start<'_> {
@@ -272,6 +276,7 @@ impl Launch<'_> {
         }
         command.args(["--", "--id", vm.name.as_str()]);
         command.arg("--api-socket").arg(vm.api_socket());
+        command.arg("--migration-socket").arg(vm.migration_socket());
         command.arg("--config").arg(vm.config());
         if let Some(user) = self.how.user {
             command.args(["--user", user]);
@@ -281,6 +286,9 @@ impl Launch<'_> {
         }
         if let Some(snapshot) = self.how.snapshot {
             command.arg("--restore").arg(std::path::absolute(snapshot)?);
+        }
+        if let Some(source) = self.how.receive {
+            command.arg("--receive").arg(source);
         }
         Ok(command)
     }
@@ -297,6 +305,7 @@ impl Launch<'_> {
                     return Ok(stream);
                 }
                 Ok(info) if info.state != VmState::Created => return Ok(None),
+                Ok(_) if self.how.receive.is_some() => return Ok(None),
                 _ => (),
             }
             if supervisor.try_wait()?.is_some() {

@@ -288,6 +288,7 @@ impl Restore<'_> {
             home: home_flag,
             attach: false,
             snapshot: Some(self.file),
+            receive: None,
         };
         start.claim_and_start(home, &name)?;
         Ok(name)
@@ -296,7 +297,7 @@ impl Restore<'_> {
 
 /// The port of a VM called `name`; in the new VM's directory where it was in
 /// that one's.
-fn without_own_places(port: CharConfig, name: &str) -> CharConfig {
+pub(super) fn without_own_places(port: CharConfig, name: &str) -> CharConfig {
     let own = |path: &PathBuf| path.parent().is_some_and(|folder| folder.ends_with(name));
     if port.socket.as_ref().is_some_and(own) && port.log.as_ref().is_none_or(own) {
         return CharConfig {
