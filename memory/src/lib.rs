@@ -2,12 +2,13 @@
 //!
 //! [`GuestRam`] is the one name for a guest's memory in the whole house;
 //! [`layout::regions`] says where it lies in the guest's physical address
-//! space and [`build`] maps it.
+//! space and [`build`] maps it; [`uffd`] resolves faults on it.
 
 pub mod dirty;
 pub mod iovec;
 pub mod layout;
 mod map;
+pub mod uffd;
 
 pub use iovec::IoVec;
 pub use map::{Backing, Error, Spec, build, build_at, populate, touched_bytes};

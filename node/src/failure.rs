@@ -3,6 +3,9 @@
 
 use std::fmt;
 
+use blanket_vmm::api::types::Problem;
+use blanket_vmm::client::Error::Refused;
+
 /// An error with its remedy. Travels inside [`anyhow::Error`].
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -26,21 +29,35 @@ pub(crate) fn failure(what: impl Into<String>, remedy: impl Into<String>) -> any
     })
 }
 
+/// What an API answers in place of `error`.
+pub(crate) fn problem(error: &anyhow::Error) -> Problem {
+    let mut problem = Problem {
+        error: format!("{error:#}"),
+        remedy: None,
+    };
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        problem.remedy = Some(failure.remedy.clone());
+    } else if let Some(Refused { problem: said, .. }) = error.downcast_ref() {
+        problem = said.clone();
+    }
+    problem
+}
+
+/// The error that an API has answered with.
+pub(crate) fn answered(problem: Problem) -> anyhow::Error {
+    match problem.remedy {
+        Some(remedy) => failure(problem.error, remedy),
+        None => anyhow::Error::msg(problem.error),
+    }
+}
+
 /// The lines that describe `error`.
 pub(crate) fn describe(error: &anyhow::Error) -> String {
-    use blanket_vmm::client::Error::Refused;
-    let mut text = format!("blanket: {error:#}");
-    let remedy = if let Some(failure) = error.downcast_ref::<Failure>() {
-        Some(failure.remedy.as_str())
-    } else if let Some(Refused { problem, .. }) = error.downcast_ref() {
-        text = format!("blanket: {}", problem.error);
-        problem.remedy.as_deref()
-    } else {
-        None
-    };
-    if let Some(remedy) = remedy {
+    let problem = problem(error);
+    let mut text = format!("blanket: {}", problem.error);
+    if let Some(remedy) = problem.remedy {
         text.push_str("\n  remedy: ");
-        text.push_str(remedy);
+        text.push_str(&remedy);
     }
     text
 }

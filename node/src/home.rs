@@ -7,7 +7,9 @@
 //! STATE/notices.json  the provider's notices for which that was done
 //! STATE/up.json     what `blanket up` has changed
 //! STATE/stores/     the self-test of each volume
+//! STATE/node/       blanketd's: keys, certificates, store, audit log
 //! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock
+//! RUN/../blanketd.sock  where blanketd takes commands
 //! ```
 //!
 //! For root STATE is `/var/lib/blanket` and RUN `/run/blanket`; for others
@@ -103,9 +105,24 @@ impl Home {
         self.state.with_file_name("up.json")
     }
 
+    /// What `blanketd` keeps.
+    pub(crate) fn node(&self) -> PathBuf {
+        self.state.with_file_name("node")
+    }
+
+    /// Where `blanketd` takes commands. No VM's directory can be there.
+    pub(crate) fn daemon_socket(&self) -> PathBuf {
+        self.run.with_file_name("blanketd.sock")
+    }
+
     /// Where guests are saved unless another place is named.
     pub(crate) fn evacuated(&self) -> PathBuf {
         self.state.with_file_name("evacuated")
+    }
+
+    /// Where a running VM is saved to be cloned.
+    pub(crate) fn cloning(&self) -> PathBuf {
+        self.state.with_file_name("cloning")
     }
 
     /// The provider's notices for which guests have been saved.
@@ -219,6 +236,11 @@ impl VmDir {
     }
     pub(crate) fn console_log(&self) -> PathBuf {
         self.state.join("console.log")
+    }
+    /// The image of a clone's disk, and what that is based on.
+    pub(crate) fn overlay(&self, index: usize) -> (PathBuf, PathBuf) {
+        let disk = |suffix: &str| self.state.join(format!("disk{index}.{suffix}"));
+        (disk("qcow2"), disk("base"))
     }
     pub(crate) fn api_socket(&self) -> PathBuf {
         self.run.join("api.sock")

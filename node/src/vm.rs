@@ -13,7 +13,7 @@ use blanket_vmm::config::VmConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::failure;
-use crate::home::VmDir;
+use crate::home::{Home, VmDir};
 use crate::machine;
 use crate::process::{Process, ProcessId};
 
@@ -150,7 +150,7 @@ impl VmDir {
 }
 
 /// One line of `blanket ps`, and an element of `blanket ps --json`.
-#[derive(Debug, PartialEq, Eq, Serialize)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Summary {
     pub(crate) name: String,
     /// `created`, `running`, `paused`, `starting`, `unresponsive`, `stopped`
@@ -221,6 +221,36 @@ impl Summary {
         }
         summary
     }
+}
+
+/// So many monitors are asked at the same time.
+const AT_ONCE: usize = 32;
+
+/// Sums up the VMs of this node, by name; with `all` also those that have ended.
+pub(crate) fn summaries(home: &Home, all: bool) -> Result<Vec<Summary>> {
+    let one = |vm: &VmDir| match vm.status() {
+        Ok(Status::Ended(_)) if !all => Ok(None),
+        Ok(status) => Ok(Some(Summary::of(vm, &status))),
+        // It was removed while the list was made.
+        Err(_) if home.existing(&vm.name).is_err() => Ok(None),
+        Err(error) => Err(error),
+    };
+    let mut summaries = Vec::new();
+    for some in home.vms()?.chunks(AT_ONCE) {
+        // One that does not answer is waited for once, not after another.
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let asked: Vec<_> = some.iter().map(|vm| scope.spawn(|| one(vm))).collect();
+            asked
+                .into_iter()
+                .map(std::thread::ScopedJoinHandle::join)
+                .collect()
+        });
+        for one in found {
+            let one = one.map_err(|_| anyhow::anyhow!("a VM could not be summed up"))?;
+            summaries.extend(one?);
+        }
+    }
+    Ok(summaries)
 }
 
 #[cfg(test)]

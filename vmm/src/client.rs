@@ -186,12 +186,11 @@ impl Client {
         self.request(Method::DELETE, MIGRATION_PATH, None::<&()>)
     }
 
-    /// Writes the [snapshot](crate::snapshot) of a paused or suspended VM, but
-    /// for the marks of its disks, to `out`. Each piece has the client's limit
-    /// of time.
+    /// Writes the [stream](crate::snapshot::stream) of a VM's snapshot to `out`.
+    /// Each piece has the client's limit of time.
     ///
     /// # Errors
-    /// The VM is not at rest, or `out` does not take it.
+    /// The VM can only be saved at rest, or `out` does not take it.
     pub fn snapshot(&self, out: &mut impl io::Write) -> Result<(), Error> {
         let request = self.http(Method::GET, SNAPSHOT_PATH, Vec::new())?;
         self.runtime.block_on(async {

@@ -15,8 +15,9 @@ use blanket_vmm::jail::{Class, seccomp};
 use blanket_vmm::log;
 use blanket_vmm::machine::Given;
 use blanket_vmm::migrate::Offered;
-use blanket_vmm::monitor::{Ending, Monitor, Wishes};
+use blanket_vmm::monitor::{Ending, Loading, Monitor, Wishes};
 use blanket_vmm::snapshot::Snapshot;
+use blanket_vmm::snapshot::pager::WorkingSet;
 use blanket_vmm::timeline::Timeline;
 use clap::Parser;
 use tokio::net::UnixListener;
@@ -46,6 +47,9 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     restore: Option<PathBuf>,
 
+    /// Read all of the snapshot's memory before the guest goes on.
+    #[arg(long, requires = "restore")]
+    eager: bool,
     /// Unix socket where another monitor comes for this one's guest.
     #[arg(long, value_name = "PATH")]
     migration_socket: Option<PathBuf>,
@@ -107,6 +111,12 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         }
         None => None,
     };
+    let loading = match (&arguments.restore, &snapshot) {
+        (Some(path), Some(Snapshot::File(reader))) if !arguments.eager => {
+            Loading::Lazy(WorkingSet::open(path, reader))
+        }
+        _ => Loading::Eager,
+    };
     let mut guest = arguments.receive.as_deref().map(meet).transpose()?;
     let theirs = match (&snapshot, &guest) {
         (Some(snapshot), _) => Some(&snapshot.head().config),
@@ -144,9 +154,10 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
             monitor.create(config)?;
             match &mut snapshot {
                 Some(snapshot) => {
-                    monitor.restore(snapshot)?;
+                    monitor.restore(snapshot, loading)?;
                     if !arguments.no_boot {
                         monitor.act(Action::Resume)?;
+                        monitor.timeline().mark("vCPUs resumed");
                     }
                 }
                 None if arguments.no_boot => {}

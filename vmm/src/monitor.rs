@@ -14,25 +14,28 @@
 //! itself brings its VM from running to suspended, which is a pause that the
 //! guest knows of; `resume()` leads from there to running too.
 
-use std::io::Read;
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use blanket_devices::lifecycle::SavedState;
-use blanket_migration::wire::{decode, encode};
-use blanket_migration::{Destination, Status};
+use blanket_memory::GuestRam;
+use blanket_memory::uffd::Uffd;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::api::types::{self, Action, Metrics, Problem, Target, VmInfo, VmState};
-use crate::config::{MachineChoice, OnReboot, VmConfig};
+use crate::config::{HugePages, MachineChoice, OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
-use crate::machine::{Given, Machine, Parts};
-use crate::migrate::{self, Departure, HandOver, Migrator, Offered, Order, Tracked, What};
-use crate::snapshot::{self, Head, Pieces, Snapshot, Touched};
+use crate::machine::{Given, Machine, Parts, setup};
+use crate::migrate::{HandOver, Migrator, Order};
+use crate::snapshot::pager::{Live, Pager, WorkingSet};
+use crate::snapshot::{self, Head, Pieces, Regions, Snapshot, Touched};
 use crate::timeline::Timeline;
 use crate::vcpu::{Event, EventSink};
+
+mod migration;
 
 /// Why an action was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +69,9 @@ pub enum Error {
     /// Its snapshot is being written.
     #[error("the VM's snapshot is being written: wait until it is, or end the command that does")]
     Saving,
+    /// It cannot be saved while it runs.
+    #[error("{0}: pause it first")]
+    NotLive(String),
     /// The snapshot cannot be read.
     #[error("cannot restore from the snapshot: {0}")]
     Snapshot(#[from] snapshot::Error),
@@ -135,12 +141,32 @@ struct Vm {
     booted: Option<Instant>,
     /// Lives as long as its snapshot is being written.
     saving: Weak<()>,
+    /// The same where it runs on meanwhile. The pager has this to do only.
+    live: Weak<()>,
     /// Which pages of its memory have to be looked at.
     touched: Touched,
+    /// What moves its memory while it runs, or why there is nothing.
+    pager: Result<Pager, String>,
     migrator: Migrator,
     devices: HandOver,
     /// It is another monitor's.
     moved: bool,
+}
+
+/// What the monitor sends of a snapshot.
+pub enum Sending {
+    /// Of a VM that rests until it is sent.
+    Resting(Pieces),
+    /// Of one that runs on. Another one can be begun when the second is gone.
+    Live(Live, Arc<()>),
+}
+
+/// How a saved guest's memory comes back.
+pub enum Loading {
+    /// All of it, before the guest goes on.
+    Eager,
+    /// What was needed first the last time, then the rest when it is needed.
+    Lazy(WorkingSet),
 }
 
 impl Monitor {
@@ -191,6 +217,7 @@ impl Monitor {
         let parts = Parts::open(&config, given)?;
         let devices = parts.hand_over().map_err(Error::Jail)?;
         let touched = Touched::open();
+        let uffd = Uffd::open();
         self.timeline.mark("resources opened");
         privileges::drop_privileges(self.user).map_err(Error::Jail)?;
         let events = self.events.clone();
@@ -204,6 +231,7 @@ impl Monitor {
         let cpu = machine.cpu();
         let reason = cpu.why.as_ref().map(ToString::to_string);
         tracing::info!(model = ?cpu.settled(), reason, "processor chosen");
+        let pager = pager(&config, machine.memory(), uffd);
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {
             config,
@@ -211,7 +239,9 @@ impl Monitor {
             state: VmState::Created,
             booted: None,
             saving: Weak::new(),
+            live: Weak::new(),
             touched,
+            pager,
             migrator,
             devices,
             moved: false,
@@ -244,12 +274,24 @@ impl Monitor {
     ///
     /// # Errors
     /// The snapshot is damaged, or of a machine or processor that differs.
-    pub fn restore<R: Read>(&mut self, snapshot: &mut Snapshot<R>) -> Result<(), Error> {
+    pub fn restore(&mut self, snapshot: &mut Snapshot, how: Loading) -> Result<(), Error> {
         let vm = self.vm.as_mut().ok_or(Error::NoVm)?;
         vm.expect(&[VmState::Created], "be restored")?;
         vm.machine.check(snapshot.state())?;
-        snapshot.load(vm.machine.memory(), vm.touched.clone())?;
-        self.timeline.mark("memory restored");
+        match (&*snapshot, &vm.pager, how) {
+            (Snapshot::File(reader), Ok(pager), Loading::Lazy(set)) => {
+                if *reader.regions() != Regions::of(vm.machine.memory()) {
+                    return Err(snapshot::Error::Memory.into());
+                }
+                let armed = pager.restore(Arc::clone(reader), set);
+                armed.map_err(snapshot::Error::Io)?;
+                self.timeline.mark("memory comes when needed");
+            }
+            _ => {
+                snapshot.load(vm.machine.memory(), vm.touched.clone())?;
+                self.timeline.mark("memory restored");
+            }
+        }
         vm.machine.restore(snapshot.state())?;
         self.timeline.mark("machine restored");
         vm.booted = Some(Instant::now());
@@ -257,20 +299,38 @@ impl Monitor {
         Ok(())
     }
 
-    /// The snapshot of a VM at rest, which does not go on before it is written.
+    /// The snapshot of a VM: one at rest does not go on before it is sent; one
+    /// that runs is held for a moment.
     ///
     /// # Errors
-    /// It is not at rest, or its state cannot be had.
-    pub fn snapshot(&mut self) -> Result<Pieces, Error> {
+    /// It has not been started, cannot be saved while it runs, or its state
+    /// cannot be had.
+    pub fn snapshot(&mut self) -> Result<Sending, Error> {
         let name = self.id.clone();
         let vm = self.vm()?;
-        vm.expect(&[VmState::Paused, VmState::Suspended], "be saved")?;
-        let head = Head::new(name, vm.settled_config());
-        let state = vm.machine.save()?;
+        vm.expect(&Vm::STARTED, "be saved")?;
+        if vm.migrator.is_busy() {
+            return Err(Error::Migrating);
+        }
+        if vm.live.strong_count() > 0 {
+            return Err(Error::Saving);
+        }
+        if let Ok(pager) = &vm.pager {
+            pager.complete().map_err(Error::Write)?;
+        }
+        let mut head = Head::new(name, vm.settled_config());
+        head.suspended = vm.state == VmState::Suspended;
         let hold = Arc::new(());
+        if vm.state == VmState::Running {
+            let live = vm.begin_live(&head)?;
+            vm.live = Arc::downgrade(&hold);
+            return Ok(Sending::Live(live, hold));
+        }
         vm.saving = Arc::downgrade(&hold);
+        let state = vm.machine.save()?;
         let memory = vm.machine.memory().clone();
-        Pieces::new(&head, &state, memory, vm.touched.clone(), hold).map_err(Error::Write)
+        let pieces = Pieces::new(&head, &state, memory, vm.touched.clone(), hold);
+        pieces.map(Sending::Resting).map_err(Error::Write)
     }
 
     /// Carries out an action; the ending, if it ends the VM.
@@ -374,88 +434,6 @@ impl Monitor {
         ending
     }
 
-    /// Lets a guest's destination come to `listener`.
-    pub fn set_exit(&mut self, listener: UnixListener) {
-        self.exit = Some(Arc::new(listener));
-    }
-
-    /// Has the guest leave for the destination that comes next; the
-    /// configuration that its machine has to have.
-    ///
-    /// # Errors
-    /// It does not run, or cannot be moved.
-    pub fn depart(&mut self, request: migrate::Request) -> Result<VmConfig, Error> {
-        let Some(listener) = self.exit.clone() else {
-            let text = "its monitor was started without --migration-socket";
-            return Err(Error::Unmovable(text.to_owned()));
-        };
-        let vm = self.vm()?;
-        vm.expect(&[VmState::Running], "be migrated")?;
-        vm.is_not_saved()?;
-        if vm.migrator.is_busy() {
-            return Err(Error::Migrating);
-        }
-        let checked = vm.devices.check(request.hand_over);
-        checked.map_err(Error::Unmovable)?;
-        let config = vm.settled_config();
-        let likeness = vm.machine.likeness()?;
-        let devices = request.hand_over.then_some(&vm.devices);
-        let offered = Offered::new(config.clone(), likeness, devices);
-        let departure = Departure {
-            listener,
-            machine: encode(&offered).map_err(|error| Error::Unmovable(error.to_string()))?,
-            descriptors: devices.map(HandOver::descriptors).unwrap_or_default(),
-            options: request.options,
-        };
-        vm.migrator.depart(vm.memory(), departure);
-        Ok(config)
-    }
-
-    /// How far the migration is, or how it went.
-    ///
-    /// # Errors
-    /// There is no VM.
-    pub fn migration(&mut self) -> Result<Status, Error> {
-        Ok(self.vm()?.migrator.progress().status())
-    }
-
-    /// Ends the migration, if the guest has not been handed over.
-    ///
-    /// # Errors
-    /// There is no VM.
-    pub fn cancel_migration(&mut self) -> Result<Status, Error> {
-        let vm = self.vm()?;
-        vm.migrator.progress().cancel();
-        Ok(vm.migrator.progress().status())
-    }
-
-    /// Receives the guest of `source` in the machine, which has not been started.
-    ///
-    /// # Errors
-    /// The machine is not like the source's: it has been told so.
-    pub fn arrive(&mut self, source: Destination, likeness: &SavedState) -> Result<(), Error> {
-        let vm = self.vm()?;
-        if let Err(error) = vm.machine.is_like(likeness) {
-            source.refuse(&error.to_string());
-            return Err(error.into());
-        }
-        vm.migrator.arrive(vm.memory(), source);
-        Ok(())
-    }
-
-    /// Does what a migration wants; the ending, if that ends the process.
-    pub fn carry_out(&mut self, order: Order) -> Option<Ending> {
-        let ending = match order.what {
-            What::End => Some(Ending::Moved),
-            What::Fail(ref reason) => Some(Ending::Failed(reason.clone())),
-            _ => None,
-        };
-        let done = self.vm().and_then(|vm| vm.carry_out(order.what));
-        // Who does not wait for the answer is not there any more.
-        let _ = order.answer.send(done.map_err(|error| error.to_string()));
-        ending
-    }
-
     /// The VM as the API describes it.
     ///
     /// # Errors
@@ -496,7 +474,44 @@ impl Monitor {
     }
 }
 
+/// What moves memory while the guest runs, or why there is nothing.
+fn pager(config: &VmConfig, ram: &GuestRam, uffd: io::Result<Uffd>) -> Result<Pager, String> {
+    let huge = [HugePages::Hugetlb2M, HugePages::Hugetlb1G].map(Some);
+    if huge.contains(&config.hugepages) {
+        return Err("the VM's memory is in huge pages".to_owned());
+    }
+    if ram.iter().any(|region| region.file_offset().is_some()) {
+        return Err("the VM's memory is shared with other processes".to_owned());
+    }
+    let uffd = uffd.map_err(|error| format!("there is no userfaultfd ({error})"))?;
+    Pager::spawn(uffd, ram, setup(Class::Pager)).map_err(|error| format!("no pager: {error}"))
+}
+
 impl Vm {
+    /// Holds the VM for a moment; its snapshot from there on.
+    fn begin_live(&mut self, head: &Head) -> Result<Live, Error> {
+        let not = |why: &str| Error::NotLive(why.to_owned());
+        let pager = self.pager.as_ref().map_err(|why| not(why))?;
+        if !pager.protects() {
+            return Err(not("the kernel's userfaultfd cannot write-protect"));
+        }
+        if !self.touched.is_known() {
+            return Err(not("/proc/self/pagemap cannot be read"));
+        }
+        let start = Instant::now();
+        self.machine.pause()?;
+        let state = self.machine.save();
+        let live = state.map_err(Error::from).and_then(|state| {
+            let start = Pieces::start(head, &state, self.machine.memory());
+            let live = start.and_then(|start| pager.save(start, self.touched.clone()));
+            live.map_err(Error::Write)
+        });
+        self.machine.resume()?;
+        let mut live = live?;
+        live.paused(start.elapsed()).map_err(Error::Write)?;
+        Ok(live)
+    }
+
     /// States in which there is a guest.
     const STARTED: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::Suspended];
 
@@ -554,53 +569,6 @@ impl Vm {
             self.state = VmState::Suspended;
         }
         Ok(())
-    }
-
-    /// What the guest is in, with KVM's knowledge of it.
-    fn memory(&self) -> Tracked {
-        Tracked {
-            ram: self.machine.memory().clone(),
-            vm: self.machine.vm(),
-            touched: self.touched.clone(),
-        }
-    }
-
-    fn carry_out(&mut self, what: What) -> Result<Vec<u8>, Error> {
-        match what {
-            What::Stop => {
-                self.expect(&[VmState::Running], "be handed over")?;
-                self.machine.pause()?;
-                self.state = VmState::Paused;
-                let saved = self.machine.save().map_err(Error::from);
-                let encoded = saved.and_then(|state| {
-                    encode(&state).map_err(|error| Error::Unmovable(error.to_string()))
-                });
-                if encoded.is_err() {
-                    self.machine.resume()?;
-                    self.state = VmState::Running;
-                }
-                return encoded;
-            }
-            What::Resume | What::Run => {
-                self.machine.resume()?;
-                self.state = VmState::Running;
-            }
-            // Its devices are another's, too: nothing is flushed or let go.
-            What::GiveUp => {
-                self.moved = true;
-                self.state = VmState::Stopped;
-            }
-            What::Restore(bytes) => {
-                let state: SavedState =
-                    decode(&bytes).map_err(|error| Error::Unmovable(error.to_string()))?;
-                self.machine.check(&state)?;
-                self.machine.restore(&state)?;
-                self.booted = Some(Instant::now());
-                self.state = VmState::Paused;
-            }
-            What::End | What::Fail(_) => {}
-        }
-        Ok(Vec::new())
     }
 
     fn reset(&mut self) -> Result<(), Error> {

@@ -71,7 +71,8 @@ fn own(fd: libc::c_long) -> io::Result<OwnedFd> {
 }
 
 pub(super) fn userfaultfd() -> Finding {
-    const COST: &str = "no post-copy migration, no network memory";
+    const COST: &str = "no post-copy migration, no network memory; snapshots stop the guest, and \
+                        are restored all at once";
     let (fd, kernel_faults) = match open_userfaultfd() {
         Ok(opened) => opened,
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
@@ -110,7 +111,8 @@ fn judge_userfaultfd(features: u64, kernel_faults: bool) -> Finding {
     let finding = if !kernel_faults {
         Finding::limited(
             format!("faults of user space only; {found}"),
-            "KVM's own faults on guest memory are not seen: no post-copy, no network memory",
+            "KVM's own faults on guest memory are not seen: no post-copy, no network memory; \
+             snapshots stop the guest, and are restored all at once",
             "use root, sysctl vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd",
         )
     } else if has(0) && has(10) {

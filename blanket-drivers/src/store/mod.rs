@@ -25,6 +25,7 @@ mod thread;
 mod transfer;
 
 pub use image::{Error, Image, Spec};
+pub use qcow2::create_overlay;
 pub use selftest::{Figures, Measured, Report, measure};
 
 /// Unit of offsets and lengths: an image has a whole number of these (bytes).

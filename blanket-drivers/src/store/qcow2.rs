@@ -13,7 +13,7 @@ use std::sync::{PoisonError, RwLock};
 use imago::file::File as Storage;
 use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
-use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use imago::{FormatAccess, FormatCreateBuilder, FormatDriverBuilder, StorageOpenOptions};
 
 use super::transfer::{Limits, Transfer, carry_out};
 use super::{Completion, Operation, Request, Spec, lock};
@@ -125,6 +125,39 @@ impl Layers {
             other => other,
         }
     }
+}
+
+/// Makes a qcow2 image at `path` whose content is `backing`'s until it is
+/// written to: that one is not written to any more then.
+///
+/// # Errors
+/// There is a file at `path`, or `backing` cannot be read.
+pub fn create_overlay(path: &Path, backing: &Path) -> io::Result<()> {
+    let base = super::Image::open(&Spec {
+        path: backing.to_owned(),
+        readonly: true,
+        format: None,
+        direct: false,
+        backing: true,
+        engine: super::Engine::Sync,
+        stripe: Vec::new(),
+    })
+    .map_err(io::Error::other)?;
+    let name = std::path::absolute(backing)?;
+    let name = name.to_str().ok_or(io::ErrorKind::InvalidFilename)?;
+    let format = match base.format() {
+        super::Format::Qcow2 => "qcow2",
+        super::Format::Raw => "raw",
+    };
+    // Whoever reads it reads the guest's data.
+    let mut options = File::options();
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let file = options.read(true).write(true).create_new(true).open(path)?;
+    let options = StorageOpenOptions::new().filename(path).write(true);
+    Qcow2::<Storage>::create_builder(Storage::from_open_file(file, options)?)
+        .size(base.capacity())
+        .backing(name.to_owned(), format.to_owned())
+        .create()
 }
 
 /// Most bytes of the two tables that are kept in memory as long as the image is

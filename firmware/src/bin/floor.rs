@@ -23,6 +23,7 @@
 //! | 0xe00000 | yes | - | where `syscall` arrives |
 //! | 1 << 39 | yes | yes | a window of 2 MiB: no pages |
 //! | 1 << 40 | yes | yes | another: no tables either |
+//! | 3 << 39 to 6 << 39 | - | of operation 4 | as from address 0 on |
 //!
 //! On the pages at 0x400000: the interrupt descriptors, at 0x8000 the stacks.
 //! The first (top 0x8400) takes `int3`, the second (0x8600) the page faults of
@@ -34,7 +35,7 @@
 //!
 //! | register | meaning |
 //! |---|---|
-//! | rdi | what to do: 0 system calls, 1 page faults, 2 mapping one page, 3 switching between two processes and back, 4 an address space |
+//! | rdi | what to do: 0 system calls, 1 page faults, 2 mapping one page, 3 switching between two processes and back, 4 an address space, 5 flushes, 6 flushes of an address |
 //! | rsi | batches |
 //! | r12 | how often in each batch; of page faults 512 at most |
 //! | r13 | where the duration of each batch goes, in ticks: 8 bytes |
@@ -66,6 +67,7 @@ floor_user:
 .balign 8
 operations:
     .quad system_calls, page_faults, one_page, two_processes, address_space
+    .quad flushes, invalidations
 .macro CALL number
     mov $\number, %eax
     syscall
@@ -124,6 +126,14 @@ address_space:
     movb $1, (%r15, %r15)
     CALL 5
     END address_space
+flushes:
+    START
+    CALL 7
+    END flushes
+invalidations:
+    START
+    CALL 8
+    END invalidations
 
 # ---- Where `syscall` arrives: in user code's view only.
 .section .floor.entry, "ax"
@@ -167,6 +177,10 @@ gate_store:
 gate_load:
     mov %rax, %cr3
     sysretq
+.balign 64
+gate_invalidate:
+    invlpg (%rdi)
+    sysretq
 
 # ---- The kernel.
 .section .floor.kernel, "awx"
@@ -176,8 +190,10 @@ gate_load:
 .balign 8
 calls:
     .quad call_nothing, call_reset, call_unmap, call_switch, call_build, call_drop, call_end
+    .quad call_flush, call_invalidate
 hypercalls:
     .quad hypercall_return, hypercall_return_all, hypercall_store, hypercall_load
+    .quad hypercall_invalidate
 kernel_cr3: .quad 0x1000
 user_cr3: .quad 0x5000
 user_rip: .quad 0
@@ -213,6 +229,16 @@ call_unmap:
     movq $0, 0x1010
     movq $0, 0x5010
     jmp call_nothing
+call_flush:
+    mov kernel_cr3, %rdi
+    mov $3, %eax
+    HYPERCALL
+    jmp call_nothing
+call_invalidate:
+    movabs $WINDOW, %rdi
+    mov $4, %eax
+    HYPERCALL
+    jmp call_nothing
 call_switch:
     mov kernel_cr3, %rax
     xor $0x1000 ^ 0xa000, %rax
@@ -225,6 +251,10 @@ call_build:
     mov %rax, 0x10000
     mov 0x1000, %rax
     mov %rax, 0x14000
+    mov %rax, 0x14018
+    mov %rax, 0x14020
+    mov %rax, 0x14028
+    mov %rax, 0x14030
     movq $0x11067, 0x10008
     movq $0x11067, 0x14008
     movq $0x12067, 0x11000
@@ -259,6 +289,14 @@ switch:
     mov %rax, %rdi
     mov $3, %eax
     HYPERCALL
+    cmpl $0x14000, kernel_cr3
+    jne call_nothing
+    # Linux has its code, its stacks, all memory and what it knows of each page
+    # in slots of their own.
+    .irp slot, 3, 4, 5, 6
+    movabs $(\slot << 39) + STACK - 8, %rax
+    mov (%rax), %eax
+    .endr
 call_nothing:
     xor %eax, %eax
     HYPERCALL
@@ -332,6 +370,9 @@ hypercall_store:
 hypercall_load:
     mov %rdi, %rax
     GATE gate_load
+    jmp 4b
+hypercall_invalidate:
+    GATE gate_invalidate
     jmp 4b
 "#,
     options(att_syntax)

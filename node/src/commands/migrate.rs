@@ -14,8 +14,8 @@ use blanket_vmm::config::{ByteSize, VmConfig};
 use blanket_vmm::migrate::Request;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::restore::without_own_places;
 use super::run::{Start, settle};
-use super::snapshot::without_own_places;
 use super::{print, print_json};
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
@@ -95,6 +95,8 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
             home: home_flag,
             attach: false,
             snapshot: None,
+            eager: false,
+            prepare: None,
             receive: Some(&source.migration_socket()),
         };
         Ok(start.claim_and_start(home, &args.new)?.0)

@@ -1,5 +1,7 @@
 //! One file per command.
 
+pub(crate) mod ca;
+pub(crate) mod clone;
 pub(crate) mod console;
 pub(crate) mod doctor;
 pub(crate) mod evacuate;
@@ -7,8 +9,10 @@ pub(crate) mod info;
 pub(crate) mod life;
 pub(crate) mod logs;
 pub(crate) mod migrate;
+pub(crate) mod node;
 pub(crate) mod provider;
 pub(crate) mod ps;
+pub(crate) mod restore;
 pub(crate) mod run;
 pub(crate) mod set;
 pub(crate) mod snapshot;

@@ -3,16 +3,22 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use hyper::Method;
+use serde_json::{Value, json};
 
 use super::{print, print_json};
+use crate::daemon::local::{self, NodeVms};
 use crate::home::Home;
 use crate::table;
-use crate::vm::{Status, Summary};
+use crate::vm::{Summary, summaries};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Also list VMs that are stopped or failed, and why.
-    #[arg(long, short)]
+    #[arg(short = 'a')]
+    ended: bool,
+    /// List all VMs of all nodes, also those that are stopped or failed.
+    #[arg(long)]
     all: bool,
     /// Print JSON.
     #[arg(long)]
@@ -20,37 +26,73 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn ps(home: &Home, args: &Args) -> Result<ExitCode> {
-    let mut summaries = Vec::new();
-    for vm in home.vms()? {
-        let status = match vm.status() {
-            Ok(status) => status,
-            // It was removed while the list was made.
-            Err(_) if home.existing(&vm.name).is_err() => continue,
-            Err(error) => return Err(error),
-        };
-        if args.all || !matches!(status, Status::Ended(_)) {
-            summaries.push(Summary::of(&vm, &status));
-        }
+    // A machine on which no blanketd has ever run has no other nodes.
+    if args.all && home.node().exists() {
+        return everywhere(home, args.json);
     }
+    let all = args.ended || args.all;
+    let summaries = summaries(home, all)?;
     if args.json {
         print_json(&summaries)?;
     } else {
-        print(&table(&summaries, args.all))?;
+        print(&table::render(&rows(&summaries, all)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn table(summaries: &[Summary], all: bool) -> String {
+/// The VMs of all nodes. The status is 1 if a node is missing.
+fn everywhere(home: &Home, json: bool) -> Result<ExitCode> {
+    let nodes: Vec<NodeVms> = local::ask(home, Method::GET, "/cluster/vms", None::<&()>)?;
+    if json {
+        let mut all = Vec::new();
+        for node in &nodes {
+            for vm in node.vms.iter().flatten() {
+                let mut vm = serde_json::to_value(vm)?;
+                vm["node"] = json!(node.node);
+                all.push(vm);
+            }
+        }
+        print_json(&Value::Array(all))?;
+    } else {
+        let mut table = vec![head("NODE", true)];
+        for node in &nodes {
+            let rows = rows(node.vms.as_deref().unwrap_or_default(), true);
+            table.extend(rows.into_iter().skip(1).map(|mut row| {
+                row.insert(0, node.node.to_string());
+                row
+            }));
+        }
+        print(&table::render(&table))?;
+    }
+    let mut code = ExitCode::SUCCESS;
+    for node in &nodes {
+        if let Some(reason) = &node.reason {
+            eprintln!(
+                "blanket: the VMs of node {} are not known: {reason}",
+                node.node
+            );
+            code = ExitCode::FAILURE;
+        }
+    }
+    Ok(code)
+}
+
+/// The table's head, with something before the name.
+fn head(first: &str, all: bool) -> Vec<String> {
+    let names = [
+        "NAME", "STATE", "MACHINE", "CPUS", "MEMORY", "UPTIME", "PID",
+    ];
+    let first = (!first.is_empty()).then_some(first);
+    let last = all.then_some("REASON");
+    let all = first.into_iter().chain(names).chain(last);
+    all.map(String::from).collect()
+}
+
+fn rows(summaries: &[Summary], all: bool) -> Vec<Vec<String>> {
     fn cell<T>(value: Option<T>, text: impl Fn(T) -> String) -> String {
         value.map_or_else(|| "-".to_owned(), text)
     }
-    let mut head = vec![
-        "NAME", "STATE", "MACHINE", "CPUS", "MEMORY", "UPTIME", "PID",
-    ];
-    if all {
-        head.push("REASON");
-    }
-    let mut rows = vec![head.into_iter().map(String::from).collect::<Vec<_>>()];
+    let mut rows = vec![head("", all)];
     rows.extend(summaries.iter().map(|vm| {
         let mut row = vec![
             vm.name.clone(),
@@ -66,7 +108,7 @@ fn table(summaries: &[Summary], all: bool) -> String {
         }
         row
     }));
-    table::render(&rows)
+    rows
 }
 
 #[cfg(test)]
@@ -86,7 +128,7 @@ mod tests {
             pid: None,
             reason: Some("no kernel".into()),
         };
-        let lines = |all| table(std::slice::from_ref(&failed), all);
+        let lines = |all| table::render(&rows(std::slice::from_ref(&failed), all));
         assert_eq!(
             lines(true),
             "NAME  STATE   MACHINE  CPUS  MEMORY   UPTIME  PID  REASON\n\

@@ -79,6 +79,8 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         home: home_flag,
         attach: args.attach,
         snapshot: None,
+        eager: false,
+        prepare: None,
         receive: None,
     };
     let (vm, stream) = start.claim_and_start(home, &args.name)?;
@@ -190,6 +192,9 @@ fn find_monitor() -> Result<PathBuf> {
         })
 }
 
+/// Makes what the monitor needs in a VM's directory.
+pub(super) type Prepare<'a> = &'a dyn Fn(&VmDir) -> Result<()>;
+
 /// How a VM is started.
 pub(super) struct Start<'a> {
     /// Its configuration, settled.
@@ -202,6 +207,10 @@ pub(super) struct Start<'a> {
     pub(super) attach: bool,
     /// The snapshot whose guest goes on.
     pub(super) snapshot: Option<&'a Path>,
+    /// Read all of its memory at once.
+    pub(super) eager: bool,
+    /// What is done once the name is taken.
+    pub(super) prepare: Option<Prepare<'a>>,
     /// The migration socket of the monitor whose guest it gets. Its machine is
     /// ready then, and no more.
     pub(super) receive: Option<&'a Path>,
@@ -221,7 +230,8 @@ impl Start<'_> {
             monitor: &monitor,
             how: self,
         };
-        match launch.start() {
+        let prepared = self.prepare.map_or(Ok(()), |prepare| prepare(&vm));
+        match prepared.and_then(|()| launch.start()) {
             Ok(stream) => Ok((vm, stream)),
             Err(error) => {
                 vm.remove()?;
@@ -286,6 +296,9 @@ impl Launch<'_> {
         }
         if let Some(snapshot) = self.how.snapshot {
             command.arg("--restore").arg(std::path::absolute(snapshot)?);
+            if self.how.eager {
+                command.arg("--eager");
+            }
         }
         if let Some(source) = self.how.receive {
             command.arg("--receive").arg(source);

@@ -1,22 +1,24 @@
-//! `blanket snapshot` and `blanket restore`.
+//! `blanket snapshot`.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::{self, Client};
-use blanket_vmm::config::{CharConfig, DiskConfig, VmConfig};
-use blanket_vmm::snapshot::{DiskMark, Snapshot, write_disks};
+use blanket_vmm::config::DiskConfig;
+use blanket_vmm::snapshot::{Compression, DiskMark, Recorder, Written, working_set_of};
+use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
+use serde::Serialize;
 
 use super::life::suspend_one;
-use super::print;
-use super::run::{Start, check_readable, settle};
-use crate::evacuate::bring_back;
+use super::{print, print_json};
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
@@ -48,6 +50,14 @@ pub(crate) struct Args {
     /// Seconds that the guest has to suspend itself.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
+
+    /// Compress the memory with zstd.
+    #[arg(long)]
+    compress: bool,
+
+    /// Tell how it went as JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// How a VM is saved.
@@ -59,113 +69,223 @@ pub(crate) struct Save<'a> {
     pub(crate) suspend: Option<Duration>,
     /// When it is too late.
     pub(crate) deadline: Option<Instant>,
+    pub(crate) compression: Compression,
+    /// Set when the user does not want it any more.
+    pub(crate) interrupted: Arc<AtomicBool>,
+    /// To be done while the guest stands still after it was written.
+    pub(crate) at_rest: Option<&'a dyn Fn() -> Result<()>>,
+}
+
+/// What came of it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Saved {
+    /// Bytes that the file takes on its disk.
+    pub(crate) bytes: u64,
+    /// Bytes of memory in it that are not zeros.
+    pub(crate) memory_bytes: u64,
+    /// Milliseconds for which the guest stood still; none if it did before, or
+    /// has ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pause_ms: Option<f64>,
+    /// Whether the guest ran while it was written.
+    pub(crate) live: bool,
+    /// Why not, if that was possible otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) not_live: Option<String>,
 }
 
 pub(crate) fn snapshot(home: &Home, args: &Args) -> Result<ExitCode> {
     let vm = home.existing(&args.name)?;
+    let compression = match args.compress {
+        true => Compression::Zstd,
+        false => Compression::None,
+    };
     let how = Save {
         file: &args.file,
         stop: args.stop,
         suspend: args.suspend.then(|| Duration::from_secs(args.timeout)),
         deadline: None,
+        compression,
+        interrupted: interrupts()?,
+        at_rest: None,
     };
-    save(&vm, &how)?;
+    let saved = save(&vm, &how)?;
+    if args.json {
+        print_json(&saved)?;
+    } else {
+        print(&describe(&args.file, &saved))?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
+fn describe(file: &Path, saved: &Saved) -> String {
+    let mut line = format!("{}: {} on disk", file.display(), BinaryBytes(saved.bytes));
+    if let Some(pause) = saved.pause_ms {
+        line.push_str(&format!(", the guest stood still for {pause:.1} ms"));
+    }
+    if let Some(why) = &saved.not_live {
+        line.push_str(&format!(" ({why})"));
+    }
+    line.push('\n');
+    line
+}
+
 /// Saves a VM. When that fails it runs on, if it ran.
-pub(crate) fn save(vm: &VmDir, how: &Save) -> Result<()> {
+pub(crate) fn save(vm: &VmDir, how: &Save) -> Result<Saved> {
     let client = vm.live_client()?;
     let before = client.info()?;
     let ran = before.state == VmState::Running;
+    let disks = before.config.disk.iter().flat_map(DiskConfig::paths);
+    let disks: Vec<_> = disks.cloned().collect();
+    let mut not_live = None;
+    if ran && !how.stop && how.suspend.is_none() && how.at_rest.is_none() {
+        match write(vm, &client, how, &disks, true) {
+            Err(error) => match refusal(&error) {
+                Some(why) => not_live = Some(why),
+                None => return Err(error),
+            },
+            done => return done,
+        }
+    }
+    let start = Instant::now();
     if let (true, Some(timeout)) = (ran, how.suspend) {
         suspend_one(vm, timeout)?;
     } else if ran {
         client.act(Action::Pause)?;
     }
-    let disks = before
-        .config
-        .disk
-        .iter()
-        .flat_map(DiskConfig::paths)
-        .cloned();
-    let written = write(vm, &client, how, disks.collect());
-    if let Err(error) = written {
-        if ran {
-            // What went wrong first is what counts.
-            let _ = client.act(Action::Resume);
+    let written = write(vm, &client, how, &disks, false).and_then(|saved| {
+        how.at_rest.map_or(Ok(()), |at_rest| at_rest())?;
+        Ok(saved)
+    });
+    let mut saved = match written {
+        Ok(saved) => saved,
+        Err(error) => {
+            if ran {
+                // What went wrong first is what counts.
+                let _ = client.act(Action::Resume);
+            }
+            return Err(error);
         }
-        return Err(error);
-    }
+    };
     if ran && !how.stop {
         client.act(Action::Resume)?;
+        saved.pause_ms = Some(start.elapsed().as_secs_f64() * 1e3);
+        saved.not_live = not_live;
     }
-    Ok(())
+    Ok(saved)
 }
 
-/// A file that takes nothing once it is too late.
-#[derive(Debug)]
+/// Why the monitor does not save a VM that runs, if that is the error.
+fn refusal(error: &anyhow::Error) -> Option<String> {
+    const CONFLICT: u16 = 409;
+    match error.downcast_ref() {
+        Some(client::Error::Refused { status, problem }) if *status == CONFLICT => {
+            Some(problem.error.clone())
+        }
+        _ => None,
+    }
+}
+
+/// What signals that end a process set from now on: it has to see to its end
+/// itself.
+pub(super) fn interrupts() -> io::Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
+    }
+    Ok(interrupted)
+}
+
+/// Takes nothing once it is too late, or the user does not want it any more.
 struct InTime {
-    file: File,
+    out: Recorder,
     deadline: Option<Instant>,
+    interrupted: Arc<AtomicBool>,
+    progress: ProgressBar,
+}
+
+impl InTime {
+    fn new(file: File, how: &Save, memory: u64) -> Result<Self> {
+        let style = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
+        let progress = ProgressBar::new(memory).with_style(ProgressStyle::with_template(style)?);
+        Ok(Self {
+            out: Recorder::new(file, how.compression),
+            deadline: how.deadline,
+            interrupted: Arc::clone(&how.interrupted),
+            progress,
+        })
+    }
 }
 
 impl Write for InTime {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.interrupted.load(Ordering::Relaxed) {
+            return Err(io::Error::other("interrupted"));
+        }
         if self.deadline.is_some_and(|end| Instant::now() >= end) {
             return Err(io::Error::new(
                 io::ErrorKind::TimedOut,
                 "the time was over before it was written",
             ));
         }
-        self.file.write(bytes)
+        let taken = self.out.write(bytes)?;
+        self.progress.set_position(self.out.memory());
+        Ok(taken)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        self.out.flush()
     }
 }
 
 /// Writes the file, whole or not at all, and ends the VM if that is wanted.
-fn write(vm: &VmDir, client: &Client, how: &Save, disks: Vec<PathBuf>) -> Result<()> {
+fn write(vm: &VmDir, client: &Client, how: &Save, disks: &[PathBuf], live: bool) -> Result<Saved> {
     let mut new = how.file.to_owned().into_os_string();
     new.push(".partial");
     let result = (|| {
         // Whoever reads it reads the guest's secrets.
         let file = File::options()
+            .read(true)
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
             .open(&new)?;
-        let mut out = BufWriter::new(InTime {
-            file,
-            deadline: how.deadline,
-        });
-        client.snapshot(&mut out)?;
-        out.flush()?;
-        out.get_ref().file.sync_all()?;
+        let memory = client.metrics()?.memory.guest_resident;
+        let mut out = InTime::new(file, how, memory)?;
+        // While the guest runs they change: those from before show that later.
+        let marks = live.then(|| marks(disks)).transpose()?;
+        let sent = client.snapshot(&mut out);
+        out.progress.finish_and_clear();
+        sent?;
         if how.stop {
             end(vm, client)?;
         }
-        // What is left takes no time worth mentioning, and the VM has ended.
-        out.get_mut().deadline = None;
-        // Nobody writes to the disks now.
-        let marks: Vec<_> = disks
-            .into_iter()
-            .map(DiskMark::of)
-            .collect::<std::io::Result<_>>()?;
-        write_disks(&mut out, &marks)?;
-        let file = out.into_inner()?.file;
-        file.sync_all()?;
+        // Otherwise nobody writes to the disks now.
+        let marks = marks.map_or_else(|| self::marks(disks), Ok)?;
+        let pause = out.out.report().map(|report| report.pause_us as f64 / 1e3);
+        let Written { on_disk, memory } = out.out.finish(&marks)?;
         fs::rename(&new, how.file)?;
-        anyhow::Ok(())
+        // It was of the file that was there.
+        let _ = fs::remove_file(working_set_of(how.file));
+        anyhow::Ok(Saved {
+            bytes: on_disk,
+            memory_bytes: memory,
+            pause_ms: pause.filter(|_| live),
+            live,
+            not_live: None,
+        })
     })();
     if result.is_err() {
         // It need not be there.
         let _ = fs::remove_file(&new);
     }
     result.with_context(|| format!("the snapshot {}", how.file.display()))
+}
+
+/// What the disks look like.
+fn marks(disks: &[PathBuf]) -> io::Result<Vec<DiskMark>> {
+    disks.iter().cloned().map(DiskMark::of).collect()
 }
 
 /// Powers the VM off and waits until its disks are closed.
@@ -184,191 +304,4 @@ fn end(vm: &VmDir, client: &Client) -> Result<()> {
         ));
     }
     Ok(())
-}
-
-#[derive(clap::Args)]
-#[command(
-    after_help = "The VM is configured as the saved one was; options override that, as for `blanket \
-    run`. What the guest sees (memory, processors, disks, interfaces) has to stay as it was; where a \
-    disk or a tap is on this node may change."
-)]
-pub(crate) struct RestoreArgs {
-    /// The snapshot; with --evacuated, the directory.
-    #[arg(required_unless_present = "evacuated")]
-    file: Option<PathBuf>,
-
-    /// All guests that `blanket evacuate` has saved. Each one's file is removed once it runs.
-    #[arg(long, conflicts_with_all = ["name", "changed_disks", "user"])]
-    evacuated: bool,
-
-    /// Name of the VM, unique on this node [default: the saved one's].
-    #[arg(long)]
-    name: Option<VmName>,
-
-    /// Restore it with disks that were changed since: to a guest that remembers
-    /// another content they are damaged.
-    #[arg(long)]
-    changed_disks: bool,
-
-    /// User that the monitor becomes when started by root.
-    #[arg(long, value_name = "UID[:GID]")]
-    user: Option<String>,
-
-    #[command(flatten)]
-    vm: VmConfig,
-}
-
-pub(crate) fn restore(
-    home: &Home,
-    args: RestoreArgs,
-    home_flag: Option<&Path>,
-) -> Result<ExitCode> {
-    let file = match args.file {
-        from if args.evacuated => {
-            if args.vm != VmConfig::default() {
-                return Err(failure(
-                    "--evacuated brings guests back as they were: it takes no options of theirs",
-                    "restore each by its file",
-                ));
-            }
-            return bring_back(home, &from.unwrap_or_else(|| home.evacuated()), home_flag);
-        }
-        Some(file) => file,
-        None => return Err(failure("no snapshot is named", "name one")),
-    };
-    let back = Restore {
-        file: &file,
-        name: args.name,
-        changed_disks: args.changed_disks,
-        user: args.user.as_deref(),
-        over: args.vm,
-    };
-    let name = back.start(home, home_flag)?;
-    print(&format!("{name}\n"))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// How a saved VM is started.
-pub(crate) struct Restore<'a> {
-    pub(crate) file: &'a Path,
-    pub(crate) name: Option<VmName>,
-    pub(crate) changed_disks: bool,
-    pub(crate) user: Option<&'a str>,
-    /// What it is configured otherwise.
-    pub(crate) over: VmConfig,
-}
-
-impl Restore<'_> {
-    /// Starts it; its name.
-    pub(crate) fn start(self, home: &Home, home_flag: Option<&Path>) -> Result<VmName> {
-        check_readable(self.file)?;
-        let context = || format!("the snapshot {}", self.file.display());
-        let snapshot = Snapshot::open(self.file).with_context(context)?;
-        let head = snapshot.head().clone();
-        let name = match self.name {
-            Some(name) => name,
-            None => head.name.parse().map_err(|_| {
-                failure(
-                    "the snapshot has no name that a VM can have",
-                    "give it one with --name",
-                )
-            })?,
-        };
-        let mut config = head.config;
-        let console = |port| without_own_places(port, &head.name);
-        config.serial = config.serial.map(console);
-        config.console = config.console.map(console);
-        let config = settle(config.overlaid(self.over), &home.vm(&name))?;
-        if !self.changed_disks {
-            check_disks(&config, &snapshot.disks().with_context(context)?)?;
-        }
-        let start = Start {
-            config: &config,
-            user: self.user,
-            home: home_flag,
-            attach: false,
-            snapshot: Some(self.file),
-            receive: None,
-        };
-        start.claim_and_start(home, &name)?;
-        Ok(name)
-    }
-}
-
-/// The port of a VM called `name`; in the new VM's directory where it was in
-/// that one's.
-pub(super) fn without_own_places(port: CharConfig, name: &str) -> CharConfig {
-    let own = |path: &PathBuf| path.parent().is_some_and(|folder| folder.ends_with(name));
-    if port.socket.as_ref().is_some_and(own) && port.log.as_ref().is_none_or(own) {
-        return CharConfig {
-            stdio: true,
-            ..CharConfig::default()
-        };
-    }
-    port
-}
-
-/// Whether the disks are as the saved guest remembers them.
-fn check_disks(config: &VmConfig, marks: &[DiskMark]) -> Result<()> {
-    for mark in marks {
-        // One that was replaced on the command line is somebody's decision.
-        let used = config
-            .disk
-            .iter()
-            .flat_map(DiskConfig::paths)
-            .any(|path| *path == mark.path);
-        if used && DiskMark::of(mark.path.clone())? != *mark {
-            return Err(failure(
-                format!(
-                    "the disk {} has changed since the snapshot was made",
-                    mark.path.display()
-                ),
-                "put it back as it was (with its time: cp -p), name another with --disk, or take it \
-                 as it is with --changed-disks",
-            ));
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_ports_in_the_saved_vms_own_directory_move() {
-        let port = |socket: &str, log: Option<&str>| CharConfig {
-            stdio: false,
-            socket: Some(socket.into()),
-            log: log.map(PathBuf::from),
-        };
-        let own = port(
-            "/run/blanket/web/console.sock",
-            Some("/var/vms/web/console.log"),
-        );
-        assert!(without_own_places(own, "web").stdio);
-        for other in [
-            port("/run/web.sock", None),
-            port("/run/web/console.sock", Some("/var/log/console")),
-            port("/run/other/console.sock", None),
-        ] {
-            assert_eq!(without_own_places(other.clone(), "web"), other);
-        }
-    }
-
-    #[test]
-    fn a_disk_that_has_changed_is_refused_unless_another_is_named() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let path = file.path().to_owned();
-        let marks = [DiskMark::of(path.clone()).unwrap()];
-        let config = |path: &Path| VmConfig {
-            disk: vec![toml::from_str(&format!("path = {path:?}")).unwrap()],
-            ..VmConfig::default()
-        };
-        check_disks(&config(&path), &marks).unwrap();
-        fs::write(&path, "changed").unwrap();
-        let error = check_disks(&config(&path), &marks).unwrap_err();
-        assert!(crate::failure::describe(&error).contains("--changed-disks"));
-        check_disks(&config(Path::new("/another")), &marks).unwrap();
-    }
 }

@@ -121,7 +121,7 @@ fn make_stripe(args: &StripeArgs) -> Result<ExitCode> {
 }
 
 /// All volumes of this machine.
-fn volumes() -> Vec<Volume> {
+pub(super) fn volumes() -> Vec<Volume> {
     list(Path::new("/"), report(&Machine::this(), None).provider)
 }
 

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use blanket_drivers::probe::{self, Virtualization};
 use blanket_drivers::provider::{self, Asking, Machine, poll_interval};
-use blanket_drivers::uplink::{Cache, interfaces};
+use blanket_drivers::uplink::interfaces;
+use blanket_drivers::{uplink, volume};
 use blanket_vmm::config::{ByteSize, VmConfig};
 use serde::Serialize;
 
@@ -74,6 +75,8 @@ struct Summary {
     obstacle: Option<String>,
     /// Each interface and what it uses.
     uplinks: Vec<String>,
+    /// Each volume and the engine that serves disks on it.
+    stores: Vec<String>,
     /// Where guests are saved when the machine ends; `null` if nobody does that.
     evacuate_to: Option<PathBuf>,
 }
@@ -174,15 +177,18 @@ fn describe_node<'a>(
 ) -> Result<Node<'a>> {
     let ours = book.record.changes.iter();
     let evacuated = options.evacuate_to.clone();
+    let program = std::env::current_exe().context("cannot find this program")?;
     Ok(Node {
         system,
         kvm: Virtualization::of_this_machine(),
         options,
         ours: ours.filter_map(Change::setting).collect(),
         notices: poll_interval(provider).is_some(),
-        program: std::env::current_exe().context("cannot find this program")?,
+        daemon: Some(program.with_file_name("blanketd")).filter(|path| path.is_file()),
+        program,
         evacuated: evacuated.unwrap_or_else(|| home.evacuated()),
         uplinks: home.uplinks(),
+        stores: home.stores(),
     })
 }
 
@@ -267,10 +273,20 @@ fn summarize(
     let obstacle = probe::report().obstacle;
     let mut config = VmConfig::default();
     let chosen = machine::choose(&mut config, Virtualization::of_this_machine());
-    let cache = Cache::new(&home.uplinks());
+    let cache = uplink::Cache::new(&home.uplinks());
     let uplinks = usable(interfaces().unwrap_or_default()).filter_map(|it| {
         let kept = cache.load(&it.name)?;
         Some(format!("{}: {}", it.name, kept.kind()))
+    });
+    let cache = volume::Cache::new(&home.stores());
+    let stores = super::store::volumes().into_iter().filter_map(|it| {
+        let kept = cache.load(&it)?;
+        Some(format!(
+            "{}: {} ({})",
+            it.name,
+            kept.engine().name(),
+            it.place
+        ))
     });
     let served = system.has(format!("/etc/systemd/system/{SERVICE}"));
     let to = options.evacuate_to.clone();
@@ -284,6 +300,7 @@ fn summarize(
         machine: chosen.filter(|_| obstacle.is_none()),
         obstacle,
         uplinks: uplinks.collect(),
+        stores: stores.collect(),
         evacuate_to: served.then(|| to.unwrap_or_else(|| home.evacuated())),
     }
 }
@@ -308,6 +325,9 @@ fn render(summary: &Summary, nothing: bool) -> String {
     }
     for uplink in &summary.uplinks {
         text.push_str(&format!("uplink {uplink}\n"));
+    }
+    for store in &summary.stores {
+        text.push_str(&format!("store {store}\n"));
     }
     match &summary.evacuate_to {
         Some(to) => text.push_str(&format!(

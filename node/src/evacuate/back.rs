@@ -10,7 +10,7 @@ use blanket_vmm::config::VmConfig;
 
 use super::{Held, Note};
 use crate::commands::print;
-use crate::commands::snapshot::Restore;
+use crate::commands::restore::Restore;
 use crate::failure::describe;
 use crate::home::Home;
 use crate::name::VmName;
@@ -55,6 +55,8 @@ fn one(home: &Home, held: &Held, name: &str, home_flag: Option<&Path>) -> Result
         file: &held.snapshot(name),
         name: Some(parsed.clone()),
         changed_disks: false,
+        // Its file goes then.
+        eager: true,
         user: note.user.as_deref(),
         over: VmConfig::default(),
     };

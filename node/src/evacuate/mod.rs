@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use blanket_vmm::api::types::{Action, Machine, VmInfo, VmState};
+use blanket_vmm::snapshot::Compression;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -217,17 +218,21 @@ fn save_one(
         stop: true,
         suspend: suspends.then_some(timeout),
         deadline,
+        compression: Compression::None,
+        interrupted: Default::default(),
+        at_rest: None,
     };
-    if let Err(error) = save(vm, &how) {
+    let saved = save(vm, &how);
+    let saved = saved.or_else(|error| {
         if how.suspend.take().is_none() {
             return Err(error);
         }
         // A guest that does nothing else can be saved where it is.
         eprintln!("{name}: {error:#}; it is saved where it is");
-        save(vm, &how)?;
-    }
+        save(vm, &how)
+    })?;
     vm.write_json(&held.note(name), &note)?;
-    Ok((file.clone(), fs::metadata(&file)?.len()))
+    Ok((file.clone(), saved.bytes))
 }
 
 /// The user of a monitor that root has started, unless it is the usual one.

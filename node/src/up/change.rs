@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use blanket_drivers::uplink::{Cache, Key};
+use blanket_drivers::uplink::Key;
+use blanket_drivers::volume::{Volume, list};
+use blanket_drivers::{uplink, volume};
 use serde::{Deserialize, Serialize};
 
 use super::system::{System, has_program, run};
@@ -32,6 +34,8 @@ pub(crate) enum Target {
         address: IpAddr,
         folder: PathBuf,
     },
+    /// A volume's engines have been measured.
+    Store { volume: String, folder: PathBuf },
 }
 
 /// A change, and what undoes it.
@@ -100,6 +104,7 @@ impl Target {
             Self::Setting { path, .. } => format!("setting {}", path.display()),
             Self::Unit { name } => format!("unit {name}"),
             Self::Uplink { interface, .. } => format!("uplink {interface}"),
+            Self::Store { volume, .. } => format!("store {volume}"),
         }
     }
 
@@ -112,6 +117,7 @@ impl Target {
             Self::Setting { path, value } => format!("set {} to {value}", path.display()),
             Self::Unit { name } => format!("enable and start {name}"),
             Self::Uplink { interface, .. } => format!("measure the uplinks of {interface}"),
+            Self::Store { volume, .. } => format!("measure the engines of {volume}"),
         }
     }
 
@@ -132,8 +138,11 @@ impl Target {
             Self::Uplink {
                 interface, folder, ..
             } => {
-                let kept = Cache::new(folder).load(interface);
+                let kept = uplink::Cache::new(folder).load(interface);
                 kept.is_some_and(|kept| Key::of(interface).is_ok_and(|key| key == kept.key))
+            }
+            Self::Store { volume, folder } => {
+                volume::Cache::new(folder).load(&find(volume)?).is_some()
             }
         })
     }
@@ -149,7 +158,8 @@ impl Target {
             Self::Package { .. }
             | Self::Module { .. }
             | Self::Unit { .. }
-            | Self::Uplink { .. } => (None, vec![]),
+            | Self::Uplink { .. }
+            | Self::Store { .. } => (None, vec![]),
         };
         Ok(Change {
             target: self.clone(),
@@ -186,8 +196,11 @@ impl Target {
                 interface,
                 address,
                 folder,
-            } => Ok(Cache::new(folder)
+            } => Ok(uplink::Cache::new(folder)
                 .record(interface, *address, false)
+                .map(drop)?),
+            Self::Store { volume, folder } => Ok(volume::Cache::new(folder)
+                .record(&find(volume)?, false)
                 .map(drop)?),
         }
     }
@@ -239,9 +252,19 @@ impl Change {
             Target::Uplink {
                 interface, folder, ..
             } => system.remove(folder.join(format!("{interface}.json")))?,
+            Target::Store { volume, folder } => {
+                system.remove(folder.join(format!("{volume}.json")))?;
+            }
         }
         Ok(Undone::Yes)
     }
+}
+
+/// The volume of this name. What its provider says of it makes no difference.
+fn find(name: &str) -> Result<Volume> {
+    let mut all = list(Path::new("/"), "").into_iter();
+    all.find(|volume| volume.name == name)
+        .with_context(|| format!("{name} has gone"))
 }
 
 /// Tells systemd of a unit's new file. The watcher reads its command line when

@@ -34,7 +34,7 @@ impl Plan {
         stale.retain(|change| {
             let kept = matches!(
                 change.target,
-                Target::Package { .. } | Target::Uplink { .. }
+                Target::Package { .. } | Target::Uplink { .. } | Target::Store { .. }
             );
             let identity = change.target.identity();
             !kept && all.iter().all(|it| it.target.identity() != identity)
@@ -64,7 +64,7 @@ impl Want {
 
     /// Whether a node is one without it.
     pub(crate) fn is_optional(&self) -> bool {
-        matches!(self.target, Target::Uplink { .. })
+        matches!(self.target, Target::Uplink { .. } | Target::Store { .. })
     }
 }
 

@@ -48,7 +48,7 @@ impl Fake {
         Book::open(&self.dir.path().join("state/up.json")).unwrap()
     }
 
-    /// The wants that are not the network's.
+    /// The wants that are not this machine's interfaces and volumes.
     fn wants(&self, book: &Book) -> Result<Vec<Want>> {
         let ours = book.record.changes.iter().filter_map(Change::setting);
         let mut all = wants(&Node {
@@ -58,10 +58,12 @@ impl Fake {
             ours: ours.collect(),
             notices: true,
             program: "/usr/bin/blanket".into(),
+            daemon: Some("/50% $HOME/blanketd".into()),
             evacuated: "/mnt/50% $HOME".into(),
             uplinks: "/none".into(),
+            stores: "/none".into(),
         })?;
-        all.retain(|want| want.area != "uplink");
+        all.retain(|want| !["uplink", "store"].contains(&want.area));
         Ok(all)
     }
 
@@ -229,10 +231,17 @@ fn units_name_their_paths_as_systemd_reads_them() {
         names,
         [
             format!("{folder}/blanket.service"),
-            format!("{folder}/blanket-watch.service")
+            format!("{folder}/blanket-watch.service"),
+            format!("{folder}/blanketd.service")
         ]
     );
-    for (_, text) in texts {
+    let (guests, daemon) = texts.split_at(2);
+    let (_, daemon) = daemon[0];
+    assert!(
+        daemon.contains("ExecStart=\"/50%% $$HOME/blanketd\"\n"),
+        "{daemon}"
+    );
+    for (_, text) in guests {
         assert!(
             text.contains("RequiresMountsFor=\"/mnt/50%% $HOME\"\n"),
             "{text}"

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use blanket_drivers::probe::Virtualization;
 use blanket_drivers::uplink::{Interface, interfaces};
+use blanket_drivers::volume::list;
 
 use super::change::{Target, is_loaded};
 use super::record::Options;
@@ -21,6 +22,8 @@ const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 pub(crate) const SERVICE: &str = "blanket.service";
 /// Saves them when the provider is about to take the machine away.
 pub(crate) const WATCH: &str = "blanket-watch.service";
+/// Talks to the other nodes.
+pub(crate) const DAEMON: &str = "blanketd.service";
 
 /// Something that is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,10 +46,14 @@ pub(crate) struct Node<'a> {
     pub(crate) notices: bool,
     /// This program.
     pub(crate) program: PathBuf,
+    /// The program `blanketd`, if it is here.
+    pub(crate) daemon: Option<PathBuf>,
     /// Where guests are saved.
     pub(crate) evacuated: PathBuf,
     /// Where the uplinks' self-tests are kept.
     pub(crate) uplinks: PathBuf,
+    /// Where the volumes' are.
+    pub(crate) stores: PathBuf,
 }
 
 impl Node<'_> {
@@ -84,6 +91,7 @@ pub(crate) fn wants(node: &Node) -> Result<Vec<Want>> {
     all.extend(huge_pages(node)?);
     all.extend(transparent_huge_pages(node)?);
     all.extend(uplinks(node)?);
+    all.extend(stores(node));
     if node.system.has_systemd() {
         all.extend(units(node));
     }
@@ -236,6 +244,16 @@ fn uplinks(node: &Node) -> Result<Vec<Want>> {
     Ok(all.collect())
 }
 
+fn stores(node: &Node) -> impl Iterator<Item = Want> {
+    list(Path::new("/"), "").into_iter().map(|volume| {
+        let target = Target::Store {
+            volume: volume.name,
+            folder: node.stores.clone(),
+        };
+        want("store", target, "guests' disks on it are served best")
+    })
+}
+
 /// A path as systemd reads it in a unit (systemd.syntax(7)).
 fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
@@ -280,6 +298,10 @@ fn units(node: &Node) -> Vec<Want> {
         let why = "guests are saved when the provider is about to take the machine away";
         all.push((WATCH, watch, why));
     }
+    if let Some(daemon) = &node.daemon {
+        let why = "other nodes reach this one, once it is in a cluster";
+        all.push((DAEMON, daemon_unit(daemon), why));
+    }
     let wants = all.into_iter().flat_map(|(name, text, why)| {
         let unit = Target::Unit {
             name: name.to_owned(),
@@ -291,4 +313,19 @@ fn units(node: &Node) -> Vec<Want> {
         ]
     });
     wants.collect()
+}
+
+/// The daemon owns what it reads; the one capability is for the sockets of
+/// monitors that run as other users.
+fn daemon_unit(program: &Path) -> String {
+    let program = quoted(program).replace('$', "$$");
+    format!(
+        "# Written by blanket up; blanket down removes it.\n\
+         [Unit]\nDescription=Blanket: talks to the other nodes\n\
+         Wants=network-online.target\nAfter=network-online.target local-fs.target\n\n\
+         [Service]\nType=exec\nExecStart={program}\nRestart=always\nRestartSec=2\n\
+         NoNewPrivileges=yes\nCapabilityBoundingSet=CAP_DAC_OVERRIDE\n\
+         RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK\n\
+         \n[Install]\nWantedBy=multi-user.target\n"
+    )
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use blanket_testbed::{
-    Client, GuestImages, Host, HostBuilder, Node, NodeBuilder, Output, Provider, guest,
+    Accelerator, Client, GuestImages, Host, HostBuilder, Node, NodeBuilder, Output, Provider, guest,
 };
 
 /// How long a guest may take to answer: generous, because hardware
@@ -138,35 +138,39 @@ pub fn natively(describe: impl FnOnce() -> HostBuilder, test: impl FnOnce(&Host)
 
 /// Boots a node and runs a test on it.
 ///
-/// An emulated node with guests has been seen to end without a message from
-/// its kernel or from QEMU; SVM emulated on two processors is the suspect, not
-/// more. So a test whose node is gone gets another one, twice at the most, and
-/// says so. A test that fails on a node that lives has failed.
+/// A node whose SVM QEMU emulates, with two processors, goes wrong at times: its translations of
+/// addresses are then neither the guest's nor its own, though the page tables are right (the log
+/// of `-d int,mmu` shows it), and the guest meets a shutdown, or hangs, or the node ends without a
+/// message. So there a test that fails is tried again on another node, and says so; what fails
+/// always fails. On real hardware it is not.
 ///
 /// # Panics
 /// The node cannot be booted, or the test fails.
 pub fn on_node(describe: impl Fn() -> NodeBuilder, test: impl Fn(&Node)) {
-    const TRIES: u32 = 3;
-    for attempt in 1..=TRIES {
+    let tries = match Accelerator::probe() {
+        Accelerator::Tcg => 3,
+        Accelerator::Kvm => 1,
+    };
+    for left in (0..tries).rev() {
         let node = match describe().boot() {
             Ok(node) => node,
             Err(error) => panic!("the node does not boot: {error:?}"),
         };
-        let result = catch_unwind(AssertUnwindSafe(|| test(&node)));
-        if result.is_err() {
-            // Its connections end a moment before the emulator does.
-            std::thread::sleep(Duration::from_millis(500));
+        let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(&node))) else {
+            return;
+        };
+        // Its connections end a moment before the emulator does.
+        std::thread::sleep(Duration::from_millis(500));
+        let why = if node.is_running() {
+            tell_of_monitors(&node);
+            "it failed on a node with emulated SVM"
+        } else {
+            "the emulated machine of the node ended"
+        };
+        if left == 0 {
+            resume_unwind(panic);
         }
-        match result {
-            Ok(()) => return,
-            Err(_) if attempt < TRIES && !node.is_running() => {
-                println!("the emulated machine of the provider ended: once more");
-            }
-            Err(panic) => {
-                tell_of_monitors(&node);
-                resume_unwind(panic)
-            }
-        }
+        println!("tried again, because {why}");
     }
 }
 
@@ -188,6 +192,8 @@ fn tell_of_monitors(node: &Client) {
 pub struct Vm<'a> {
     node: &'a Client,
     name: String,
+    /// The agent's console.
+    console: String,
 }
 
 impl<'a> Vm<'a> {
@@ -204,7 +210,18 @@ impl<'a> Vm<'a> {
         Ok(Self {
             node,
             name: name.to_owned(),
+            console: socket,
         })
+    }
+
+    /// One that has been started otherwise, with the agent's console where `blanket` puts it.
+    #[must_use]
+    pub fn started(node: &'a Client, name: &str) -> Self {
+        Self {
+            node,
+            name: name.to_owned(),
+            console: format!("/run/blanket/{name}/console.sock"),
+        }
     }
 
     /// `blanket run` with an initrd whose agent answers when the guest is up.
@@ -258,7 +275,7 @@ impl<'a> Vm<'a> {
     /// # Errors
     /// It does not answer: what it said on its serial port.
     pub fn guest(&self) -> Result<Client> {
-        guest(self.node, &console(&self.name), GUEST_LIMIT)
+        guest(self.node, &self.console, GUEST_LIMIT)
             .map_err(anyhow::Error::from)
             .with_context(|| {
                 let logs = ["", "--monitor"].map(|which| {
@@ -290,6 +307,7 @@ impl<'a> Vm<'a> {
         let vm = Self {
             node: self.node,
             name: new.to_owned(),
+            console: socket,
         };
         Ok((vm, serde_json::from_slice(&output.stdout)?))
     }

@@ -98,6 +98,9 @@ fn a_machine_becomes_a_node_and_is_left_as_it_was() {
         );
         assert!(done.contains("guests get: hvm machine, because"), "{done}");
         assert!(done.contains("uplink eth0: "), "{done}");
+        assert!(done.contains("measure the engines of vda"), "{done}");
+        assert!(done.contains("\nstore vda: "), "{done}");
+        says(node, "[ -e /var/lib/blanket/stores/vda.json ]");
         let up = state(node);
         let changed = difference(&before, &up);
         for what in [

@@ -138,6 +138,13 @@ fn two_pv_guests_talk_through_testpmd_also_after_its_end_and_their_pauses() {
                 pings(host, &first);
                 data_arrives(&first, &second, 32);
                 iperf3(&first, &second);
+                if i > 0 {
+                    // What follows does not depend on the offload.
+                    for vm in [&one, &two] {
+                        assert!(vm.blanket("rm", "--force").unwrap().status.success());
+                    }
+                    return stop_testpmd(host);
+                }
                 traffic_comes_back(host, [&one, &two], &first, options);
                 for vm in [&one, &two] {
                     assert!(vm.blanket("pause", "").unwrap().status.success());

@@ -21,8 +21,7 @@ use super::types::{
 };
 use crate::config::VmConfig;
 use crate::migrate::Request;
-use crate::monitor::{Ending, Error, Monitor};
-use crate::snapshot::Pieces;
+use crate::monitor::{Ending, Error, Monitor, Sending};
 
 /// A configuration is never longer than this, in bytes.
 const MAX_BODY: usize = 1 << 20;
@@ -78,9 +77,11 @@ fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response 
 fn refused(error: &Error) -> Response {
     let status = match error {
         Error::NoVm => StatusCode::NOT_FOUND,
-        Error::Exists | Error::State { .. } | Error::Saving | Error::Migrating => {
-            StatusCode::CONFLICT
-        }
+        Error::Exists
+        | Error::State { .. }
+        | Error::Saving
+        | Error::NotLive(_)
+        | Error::Migrating => StatusCode::CONFLICT,
         Error::Config(_)
         | Error::Build(_)
         | Error::Target(_)
@@ -161,7 +162,7 @@ fn act(shared: &Shared, action: Action) -> Response {
 }
 
 /// The pieces of a snapshot as an answer's body.
-struct Pieced(Pieces);
+struct Pieced(Sending);
 
 impl hyper::body::Body for Pieced {
     type Data = Bytes;
@@ -169,16 +170,19 @@ impl hyper::body::Body for Pieced {
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let piece = self.0.next();
-        Poll::Ready(piece.map(|piece| Ok(Frame::data(piece.into()))))
+        let piece = match &mut self.0 {
+            Sending::Resting(pieces) => Poll::Ready(pieces.next()),
+            Sending::Live(live, _) => live.poll(context),
+        };
+        piece.map(|piece| piece.map(|piece| Ok(Frame::data(piece.into()))))
     }
 }
 
 async fn snapshot(State(shared): State<Shared>) -> Response {
     match shared.monitor().snapshot() {
-        Ok(pieces) => Body::new(Pieced(pieces)).into_response(),
+        Ok(sending) => Body::new(Pieced(sending)).into_response(),
         Err(error) => refused(&error),
     }
 }

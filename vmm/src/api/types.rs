@@ -5,7 +5,7 @@
 //! | `PUT /vm` | [`VmConfig`] | [`VmInfo`]: the machine is built, not started |
 //! | `GET /vm` | | [`VmInfo`], or 404 before the machine is built |
 //! | `POST /vm/ACTION` | | [`VmInfo`] after the [`Action`] |
-//! | `GET /vm/snapshot` | | the [snapshot](crate::snapshot) of a paused or suspended VM, but for the marks of its disks |
+//! | `GET /vm/snapshot` | | the [stream](crate::snapshot::stream) of a VM's snapshot; one that runs goes on after a moment, or is refused with 409 |
 //! | `PUT /vm/migration` | [`Request`](crate::migrate::Request) | the [`VmConfig`] that the destination's machine is to have: the VM leaves when a destination comes to the monitor's migration socket |
 //! | `GET /vm/migration` | | [`Status`](blanket_migration::Status) |
 //! | `DELETE /vm/migration` | | [`Status`](blanket_migration::Status): it ends soon, unless the guest has been handed over |

@@ -6,11 +6,13 @@ use std::mem::MaybeUninit;
 
 use blanket_devices::{char as char_device, vhost_user};
 use blanket_drivers::{store, tap};
+use blanket_memory::uffd;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
 
+use crate::snapshot::pager;
 use crate::vcpu::KICK_SYSCALLS;
 
 /// A class of thread.
@@ -33,6 +35,8 @@ pub enum Class {
     VhostUser,
     /// A thread that populates guest memory.
     Populate,
+    /// The thread that moves guest memory while the guest runs.
+    Pager,
     /// The thread that migrates the guest, and those that it makes for it.
     Migrate,
 }
@@ -162,6 +166,7 @@ const SETUP: &[libc::c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_umask,
     libc::SYS_uname,
+    libc::SYS_userfaultfd,
 ];
 
 /// What moving a guest takes.
@@ -214,6 +219,7 @@ impl Class {
                 tap::SYSCALLS,
                 char_device::SYSCALLS,
                 vhost_user::SYSCALLS,
+                pager::SYSCALLS,
             ],
             Self::Main => &[MAIN],
             // A vCPU that sets up or resets a device works on its queues.
@@ -250,6 +256,7 @@ impl Class {
             Self::VhostUser => &[vhost_user::SYSCALLS],
             // madvise is everybody's.
             Self::Populate => &[],
+            Self::Pager => &[pager::SYSCALLS],
             // Threads, and Unix sockets: see `program`.
             Self::Migrate => &[MIGRATE],
         };
@@ -272,6 +279,7 @@ impl Class {
             // Sockets that do not block, besides.
             Self::Migrate => Ioctls::Kvm(vec![libc::FIONBIO]),
             Self::Worker => Ioctls::Only(list(&[tap::IOCTLS, char_device::IOCTLS])),
+            Self::Pager => Ioctls::Only(list(&[uffd::IOCTLS])),
             Self::Store | Self::VhostUser | Self::Populate => Ioctls::Only(Vec::new()),
         }
     }
@@ -400,7 +408,7 @@ pub fn report_refusals() -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const ALL: [Class; 8] = [
+    const ALL: [Class; 9] = [
         Class::Migrate,
         Class::Setup,
         Class::Main,
@@ -409,6 +417,7 @@ mod tests {
         Class::Store,
         Class::VhostUser,
         Class::Populate,
+        Class::Pager,
     ];
 
     #[test]

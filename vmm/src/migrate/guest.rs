@@ -9,11 +9,11 @@ use blanket_migration::{Guest, Machine};
 use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::VmFd;
 use tokio::sync::mpsc::UnboundedSender;
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Order, What};
 use crate::machine::map_memory_with;
-use crate::snapshot::Touched;
+use crate::snapshot::{Touched, clear};
 
 /// Memory that the guest, its devices and the monitor write.
 pub struct Tracked {
@@ -63,18 +63,9 @@ impl Tracked {
         pages
     }
 
-    /// Makes zeros of it all, where it may be something else.
-    pub(super) fn clear(&mut self) -> Result<(), String> {
-        for region in self.ram.iter() {
-            for offset in (0..region.len()).step_by(PAGE) {
-                if self.touched.must_read(region, offset) {
-                    region
-                        .write_slice(&[0; PAGE], MemoryRegionAddress(offset))
-                        .map_err(|error| error.to_string())?;
-                }
-            }
-        }
-        Ok(())
+    /// Makes zeros of it all.
+    pub(super) fn clear(&self) -> Result<(), String> {
+        clear(&self.ram, self.touched.clone()).map_err(|error| error.to_string())
     }
 }
 

@@ -111,7 +111,7 @@ impl Migrator {
     }
 
     /// Receives a guest and has it run; else the process ends.
-    pub(crate) fn arrive(&self, mut memory: Tracked, source: Destination) {
+    pub(crate) fn arrive(&self, memory: Tracked, source: Destination) {
         let orders = self.orders.clone();
         self.start(move || {
             let cleared = memory.clear();

@@ -1,6 +1,12 @@
-use std::io::Cursor;
-use std::sync::LazyLock;
+use std::fs::File;
+use std::io::{Cursor, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::{Arc, LazyLock};
 
+use blanket_devices::lifecycle::SavedState;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::stream::{HEAD, chunk};
 use super::*;
 use proptest::prelude::*;
 
@@ -43,13 +49,16 @@ fn written() -> (Vec<u8>, GuestRam) {
         ram.write_obj(0xa5u8, GuestAddress(at)).unwrap();
     }
     let mut bytes = bytes(&ram);
-    let marks = [DiskMark {
+    bytes.extend(chunk(*b"disk", &encode(&marks()).unwrap()));
+    (bytes, ram)
+}
+
+fn marks() -> [DiskMark; 1] {
+    [DiskMark {
         path: "/d".into(),
         size: 9,
         modified: (1, 2),
-    }];
-    write_disks(&mut bytes, &marks).unwrap();
-    (bytes, ram)
+    }]
 }
 
 fn content(ram: &GuestRam) -> Vec<u8> {
@@ -61,7 +70,7 @@ fn content(ram: &GuestRam) -> Vec<u8> {
 }
 
 fn read(bytes: &[u8]) -> Result<GuestRam, Error> {
-    let mut snapshot = Snapshot::new(bytes)?;
+    let mut snapshot = stream::Reader::new(bytes)?;
     let ram = ram();
     // What a kernel that was loaded has left.
     ram.write_obj(1u64, GuestAddress(0x9000)).unwrap();
@@ -74,7 +83,7 @@ fn what_was_written_is_read_and_zeros_take_no_room() {
     let (bytes, ram) = written();
     assert!(bytes.len() < 6 * PAGE, "{}", bytes.len());
     assert!(content(&read(&bytes).unwrap()) == content(&ram));
-    let snapshot = Snapshot::new(Cursor::new(&bytes)).unwrap();
+    let snapshot = stream::Reader::new(Cursor::new(&bytes)).unwrap();
     assert_eq!((snapshot.head(), snapshot.state()), (&head(), &state()));
     assert_eq!(snapshot.disks().unwrap()[0].path, PathBuf::from("/d"));
 }
@@ -126,14 +135,14 @@ fn kinds_that_are_not_known_are_skipped_and_newer_versions_refused() {
         ..head()
     };
     newer.extend(chunk(HEAD, &encode(&head).unwrap()));
-    assert!(matches!(read(&newer), Err(Error::Version { found: 2 })));
+    assert!(matches!(read(&newer), Err(Error::Version { found: 3 })));
 }
 
 #[test]
 fn what_does_not_fit_or_is_something_else_is_refused() {
     let (bytes, _) = written();
     let small = GuestRam::from_ranges(&[(GuestAddress(0), SIZE)]).unwrap();
-    let mut snapshot = Snapshot::new(bytes.as_slice()).unwrap();
+    let mut snapshot = stream::Reader::new(bytes.as_slice()).unwrap();
     assert!(matches!(
         snapshot.load(&small, Touched::default()),
         Err(Error::Memory)
@@ -154,6 +163,164 @@ fn a_disk_that_was_written_to_is_told_from_one_that_was_not() {
     assert_ne!(mark(), before);
 }
 
+/// The same in a file, with its disks' marks.
+fn file(compression: Compression) -> (tempfile::NamedTempFile, GuestRam) {
+    let (bytes, ram) = written();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    record(&bytes, file.reopen().unwrap(), compression).unwrap();
+    (file, ram)
+}
+
+/// Takes it in pieces of odd sizes.
+fn record(bytes: &[u8], file: File, compression: Compression) -> Result<Written, Error> {
+    let mut recorder = Recorder::new(file, compression);
+    for piece in bytes.chunks(4097) {
+        recorder.write_all(piece)?;
+    }
+    recorder.finish(&marks())
+}
+
+fn read_file(path: &Path) -> Result<GuestRam, Error> {
+    let mut snapshot = Snapshot::open(path)?;
+    let ram = ram();
+    ram.write_obj(1u64, GuestAddress(0x9000)).unwrap();
+    snapshot.load(&ram, Touched::open())?;
+    Ok(ram)
+}
+
+#[test]
+fn a_file_has_what_was_sent_and_takes_no_more_room_than_that() {
+    for compression in [Compression::None, Compression::Zstd] {
+        let (file, ram) = file(compression);
+        let snapshot = Snapshot::open(file.path()).unwrap();
+        assert_eq!(snapshot.state(), &state());
+        assert_eq!(snapshot.head().config, head().config);
+        assert_eq!(snapshot.disks().unwrap(), marks());
+        assert!(content(&read_file(file.path()).unwrap()) == content(&ram));
+        let on_disk = file.as_file().metadata().unwrap().blocks() * 512;
+        // Five pages, one table, and what is around them.
+        assert!(on_disk < 96 << 10, "{on_disk}");
+    }
+}
+
+#[test]
+fn compressed_memory_takes_less_room_and_memory_that_cannot_be_is_stored_as_it_is() {
+    let sizes = [Compression::None, Compression::Zstd].map(|compression| {
+        let ram = ram();
+        let mut x = 1u32;
+        for at in (0..SIZE as u64).step_by(4) {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // One half of it cannot be compressed.
+            let value = if at < SIZE as u64 / 2 { x >> 3 } else { 7 };
+            ram.write_obj(value, GuestAddress(at)).unwrap();
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let written = record(&bytes(&ram), file.reopen().unwrap(), compression).unwrap();
+        assert_eq!(written.memory, SIZE as u64);
+        assert!(content(&read_file(file.path()).unwrap()) == content(&ram));
+        written.on_disk
+    });
+    assert!(sizes[1] < sizes[0] * 3 / 4, "{sizes:?}");
+}
+
+#[test]
+fn files_of_version_1_are_read() {
+    let (bytes, ram) = written();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().write_all_at(&bytes, 0).unwrap();
+    assert!(content(&read_file(file.path()).unwrap()) == content(&ram));
+    let snapshot = Snapshot::open(file.path()).unwrap();
+    assert_eq!(snapshot.disks().unwrap(), marks());
+}
+
+#[test]
+fn a_changed_byte_of_memory_is_told_with_the_file_and_the_chunk() {
+    let (file, _) = file(Compression::None);
+    let Snapshot::File(reader) = Snapshot::open(file.path()).unwrap() else {
+        panic!("it is a file of version 2");
+    };
+    let (chunk, offset) = reader.geometry().chunk(HOLE).unwrap();
+    let place = file.as_file().metadata().unwrap().len();
+    let data = (0..place)
+        .step_by(PAGE)
+        .find(|at| {
+            let mut byte = [0];
+            file.as_file()
+                .read_exact_at(&mut byte, at + chunk * CHUNK as u64)
+                .unwrap();
+            byte == [0xa5]
+        })
+        .unwrap();
+    let at = data + chunk * CHUNK as u64 + offset as u64 + 9;
+    file.as_file().write_all_at(&[1], at).unwrap();
+    // What is not damaged can still be read.
+    let mut content = vec![0; CHUNK];
+    assert!(reader.chunk(0, &mut content).unwrap());
+    let error = reader.chunk(chunk, &mut content).unwrap_err().to_string();
+    let name = file.path().to_str().unwrap();
+    assert!(
+        error.contains(name) && error.contains("chunk 64,"),
+        "{error}"
+    );
+    assert!(error.contains("0x40000000"), "{error}");
+}
+
+#[test]
+fn a_file_that_was_not_ended_or_needs_more_is_refused() {
+    let (bytes, _) = written();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut recorder = Recorder::new(file.reopen().unwrap(), Compression::None);
+    recorder.write_all(&bytes[..bytes.len() / 2]).unwrap();
+    assert!(matches!(recorder.finish(&[]), Err(Error::Damaged(_))));
+    let error = Snapshot::open(file.path()).err().unwrap().to_string();
+    assert!(error.contains("not written to its end"), "{error}");
+    #[derive(serde::Serialize)]
+    struct Newer {
+        version: u32,
+        written_by: &'static str,
+    }
+    for (version, expected) in [(3, "reads up to 2"), (2, "made by Blanket 7.0")] {
+        let newer = Newer {
+            version,
+            written_by: "7.0",
+        };
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(chunk(*b"head", &encode(&newer).unwrap()));
+        file.as_file().write_all_at(&bytes, 0).unwrap();
+        let error = Snapshot::open(file.path()).err().unwrap().to_string();
+        assert!(
+            error.contains(expected) && error.contains("upgrade"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_stream_that_sends_a_chunk_twice_is_refused() {
+    let regions = Regions(vec![(0, SIZE as u64)]);
+    let file = tempfile::tempfile().unwrap();
+    let mut writer = Writer::new(file, &head(), regions, Compression::None).unwrap();
+    for chunk in [0, CHUNK as u64] {
+        writer.put(chunk, &[1; PAGE]).unwrap();
+    }
+    writer.put(PAGE as u64, &[1; PAGE]).unwrap();
+    assert!(matches!(
+        writer.put(CHUNK as u64, &[1]),
+        Err(Error::Damaged(_))
+    ));
+    let mut writer = Writer::new(
+        tempfile::tempfile().unwrap(),
+        &head(),
+        Regions(vec![(0, SIZE as u64)]),
+        Compression::None,
+    )
+    .unwrap();
+    assert!(matches!(
+        writer.put(SIZE as u64 - 1, &[1, 2]),
+        Err(Error::Memory)
+    ));
+}
+
 proptest! {
     #[test]
     fn no_byte_can_change_or_be_missing_unnoticed(at: prop::sample::Index, flip in 1u8..) {
@@ -170,8 +337,32 @@ proptest! {
         let mut all = MAGIC.to_vec();
         all.extend(bytes);
         prop_assert!(read(&all).is_err());
-        if let Ok(snapshot) = Snapshot::new(Cursor::new(&all)) {
+        if let Ok(snapshot) = stream::Reader::new(Cursor::new(&all)) {
             let _ = snapshot.disks();
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn no_byte_of_a_file_can_change_what_is_read(at: prop::sample::Index, flip in 1u8..) {
+        static FILE: LazyLock<(Vec<u8>, Vec<usize>, Vec<u8>)> = LazyLock::new(|| {
+            let (file, ram) = file(Compression::Zstd);
+            let bytes = std::fs::read(file.path()).unwrap();
+            // Most of the file is holes, which nobody reads.
+            let used = (0..bytes.len()).filter(|at| bytes[*at] != 0).collect();
+            (bytes, used, content(&ram))
+        });
+        let (bytes, used, expected) = &*FILE;
+        let at = used[at.index(used.len())];
+        let changed = tempfile::NamedTempFile::new().unwrap();
+        changed.as_file().write_all_at(bytes, 0).unwrap();
+        changed.as_file().write_all_at(&[bytes[at] ^ flip], at as u64).unwrap();
+        if let Ok(ram) = read_file(changed.path()) {
+            prop_assert!(content(&ram) == *expected);
+        }
+        changed.as_file().set_len(at as u64).unwrap();
+        prop_assert!(read_file(changed.path()).is_err());
     }
 }

@@ -40,6 +40,11 @@ pub struct Floors {
 /// child; two more of the kernel are not counted here) and its system calls.
 const FORK_FAULTS: f64 = 6.0;
 const FORK_CALLS: f64 = 4.0;
+/// What Linux flushes for it, beside the two switches: all of the parent when
+/// its pages have become read-only, and of the child before its page tables are
+/// taken apart; an address for each page that is copied.
+const FORK_FLUSHES: f64 = 2.0;
+const FORK_INVALIDATIONS: f64 = 4.0;
 
 /// Measures them with the payload in the folder `payloads`, natively.
 ///
@@ -57,12 +62,19 @@ pub fn measure(payloads: &Path) -> Result<Floors> {
     // Two system calls are in it.
     let space = smallest(Operation::AddressSpace, 4)?;
     let switches = pipe - 4.0 * system_call;
+    let flush = smallest(Operation::Flush, 20)? - system_call;
+    let invalidation = smallest(Operation::Invalidation, 20)? - system_call;
     Ok(Floors {
         system_call,
         page_fault,
         one_page: smallest(Operation::OnePage, 8)?,
         pipe,
-        fork: space + FORK_FAULTS * page_fault + (FORK_CALLS - 2.0) * system_call + switches,
+        fork: space
+            + FORK_FAULTS * page_fault
+            + (FORK_CALLS - 2.0) * system_call
+            + switches
+            + FORK_FLUSHES * flush
+            + FORK_INVALIDATIONS * invalidation,
     })
 }
 
@@ -86,5 +98,15 @@ mod tests {
         let parts = 2.0 * floors.system_call + floors.page_fault;
         assert!(floors.one_page > 0.7 * parts, "{floors:?}");
         assert!(floors.fork > 2.0 * parts, "{floors:?}");
+        let smallest = |operation| {
+            let path = Path::new(&payloads).join("floor");
+            let batches = vm::run(&path, operation, BATCHES, 20).unwrap();
+            batches.into_iter().fold(f64::INFINITY, f64::min)
+        };
+        for operation in [Operation::Flush, Operation::Invalidation] {
+            let flushed = smallest(operation);
+            eprintln!("{operation:?}: {flushed:.0} ns, of {floors:?}");
+            assert!(flushed > floors.system_call, "{operation:?}: {flushed} ns");
+        }
     }
 }

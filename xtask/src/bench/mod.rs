@@ -6,6 +6,7 @@ pub mod floor;
 mod load;
 mod pv;
 pub mod row;
+mod snapshot;
 mod uplink;
 
 use std::process::ExitCode;
@@ -50,6 +51,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "pv",
         about: "guests in pv machines: boot, system calls, faults, processes, disk, network",
         run: pv::run,
+    },
+    Benchmark {
+        name: "snapshot",
+        about: "snapshots of a guest that runs: its pause, bytes, and the time until it goes on",
+        run: snapshot::run,
     },
     Benchmark {
         name: "uplink",

@@ -10,11 +10,16 @@ use quick_junit::{TestCase, TestCaseStatus};
 /// the reason behind it.
 const SKIPPED: &str = "skipped, because ";
 
+/// How a test says that it failed at first, but holds: the same.
+const TRIED_AGAIN: &str = "tried again, because ";
+
 /// The result of one test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Status {
     /// It held.
     Passed,
+    /// It held when it was tried again, because of this.
+    PassedLater(String),
     /// It did not hold.
     Failed,
     /// It could not run, because of this.
@@ -90,24 +95,29 @@ fn status(case: &TestCase) -> Status {
         TestCaseStatus::Success { .. } => [&case.system_out, &case.system_err]
             .into_iter()
             .flatten()
-            .find_map(|text| skip_reason(text.as_str()))
-            .map_or(Status::Passed, Status::Skipped),
+            .find_map(|text| told(text.as_str()))
+            .unwrap_or(Status::Passed),
     }
 }
 
-/// The reason that a test's output gives for not having run.
-fn skip_reason(output: &str) -> Option<String> {
-    output
-        .lines()
-        .find_map(|line| line.trim().strip_prefix(SKIPPED))
-        .map(|reason| reason.trim().to_owned())
+/// What the output of a test that did not fail says of it.
+fn told(output: &str) -> Option<Status> {
+    output.lines().map(str::trim).find_map(|line| {
+        let reason = |start| line.strip_prefix(start).map(|r: &str| r.trim().to_owned());
+        let later = || reason(TRIED_AGAIN).map(Status::PassedLater);
+        reason(SKIPPED).map(Status::Skipped).or_else(later)
+    })
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, status) in &self.results {
-            if let Status::Skipped(reason) = status {
-                writeln!(f, "skipped: {name}, because {reason}")?;
+            match status {
+                Status::Skipped(reason) => writeln!(f, "skipped: {name}, because {reason}")?,
+                Status::PassedLater(reason) => {
+                    writeln!(f, "tried again: {name}, because {reason}")?;
+                }
+                Status::Passed | Status::Failed => {}
             }
         }
         for (name, status) in &self.results {
@@ -118,10 +128,14 @@ impl fmt::Display for Report {
         write!(
             f,
             "{} passed, {} failed, {} skipped",
-            self.count(|status| *status == Status::Passed),
+            self.count(|status| matches!(status, Status::Passed | Status::PassedLater(_))),
             self.failures(),
             self.count(|status| matches!(status, Status::Skipped(_))),
-        )
+        )?;
+        match self.count(|status| matches!(status, Status::PassedLater(_))) {
+            0 => Ok(()),
+            later => write!(f, "; {later} of those that passed were tried again"),
+        }
     }
 }
 
@@ -165,6 +179,20 @@ the guest was not skipped, because it is quick
         );
         assert_eq!(report.results["devices breaks"], Status::Failed);
         assert_eq!(report.failures(), 1);
+    }
+
+    #[test]
+    fn a_test_that_held_when_it_was_tried_again_is_named_and_counted() {
+        let mut report = report();
+        let told = told("booted\n tried again, because it was too hot\n");
+        report.add("oven", told.unwrap());
+        assert_eq!(
+            report.to_string(),
+            "skipped: devices needs_kvm, because /dev/kvm is missing & nothing helps\n\
+             tried again: oven, because it was too hot\n\
+             failed: devices breaks\n\
+             2 passed, 1 failed, 1 skipped; 1 of those that passed were tried again"
+        );
     }
 
     #[test]

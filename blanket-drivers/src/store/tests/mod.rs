@@ -5,6 +5,7 @@ mod confined;
 mod engines;
 mod full;
 mod images;
+mod overlay;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -135,8 +135,8 @@ fn saves_while_it_goes_on(host: &Host, vm: &Vm, guest: &Client) {
     assert!(saved.status.success(), "{saved}");
     let info = vm.info().unwrap();
     assert_eq!(info["state"], "running");
-    let size = host.sh("stat -c %s /run/later").text().unwrap();
-    let size: u64 = size.trim().parse().unwrap();
+    let size = host.sh("stat -c %b /run/later").text().unwrap();
+    let size = size.trim().parse::<u64>().unwrap() * 512;
     let resident = &info["metrics"]["memory"]["guest_resident"];
     let resident = resident.as_u64().unwrap();
     assert!(

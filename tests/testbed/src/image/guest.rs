@@ -44,7 +44,7 @@ const MINIMUM: [&str; 6] = [
 const DISK_ROOM_MIB: u64 = 64;
 
 /// Drivers of the devices that a guest may have.
-const MODULES: [&str; 16] = [
+const MODULES: [&str; 17] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_net",
@@ -61,6 +61,8 @@ const MODULES: [&str; 16] = [
     "af_packet",
     "button",
     "evdev",
+    // A disk that does nothing, to compare others with.
+    "null_blk",
 ];
 
 const INIT: &str = include_str!("guest-init.sh");

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use blanket_system_tests::{Vm, native_with, xen_invitation, xen_pair};
 use blanket_testbed::{Client, Host, workloads};
 use serde_json::Value;
@@ -92,20 +92,22 @@ impl<'a> Guest<'a> {
             "net0" => more("rx_packets")? + more("tx_packets")?,
             _ => more("reads")? + more("writes")?,
         };
-        let calls = hypercalls(&after)? - hypercalls(&before)?;
+        let calls = |name| Ok::<_, Error>((total(&after, name)? - total(&before, name)?) / units);
         Ok(Run {
             figure,
             maps: more("grant_maps")? / units,
-            hypercalls: calls / units,
+            hypercalls: calls("hypercalls")?,
+            flushes: calls("mmuext")?,
         })
     }
 }
 
-/// Hypercalls of a guest so far, whatever they were for.
-fn hypercalls(metrics: &Value) -> Result<f64> {
+/// A counter of all of a guest's vCPUs.
+fn total(metrics: &Value, name: &str) -> Result<f64> {
     let vcpus = metrics["vcpus"].as_array().context("no vCPUs")?;
-    let counts = vcpus.iter().map(|vcpu| vcpu["hypercalls"].as_f64());
-    counts.sum::<Option<f64>>().context("no hypercalls")
+    let counts = vcpus.iter().map(|vcpu| vcpu[name].as_f64());
+    let total = counts.sum::<Option<f64>>();
+    total.with_context(|| format!("vCPUs have no {name}"))
 }
 
 /// One run's figure, and what a request or a packet has taken.
@@ -113,6 +115,8 @@ struct Run {
     figure: f64,
     maps: f64,
     hypercalls: f64,
+    /// Of the hypercalls, those for page tables and TLBs.
+    flushes: f64,
 }
 
 /// One figure of all runs.
@@ -122,7 +126,8 @@ fn figures(runs: &[Run], figure: impl Fn(&Run) -> f64) -> Vec<f64> {
 
 /// The rows of a kind of access.
 fn disk(kept: &Guest, once: &Guest, access: &Access) -> Result<Vec<Row>> {
-    let run = |guest: &Guest| guest.measure("blk1", || load::fio(&guest.client, access));
+    let run =
+        |guest: &Guest| guest.measure("blk1", || load::fio(&guest.client, load::DISK, access));
     let (mut ours, mut peers) = (Vec::new(), Vec::new());
     for _ in 0..RUNS {
         ours.push(run(kept)?);
@@ -139,6 +144,7 @@ fn disk(kept: &Guest, once: &Guest, access: &Access) -> Result<Vec<Row>> {
         }),
         row("mappings for each request", "", |run| run.maps),
         row("hypercalls of the guest for each", "", |run| run.hypercalls),
+        row("TLB flushes and alike for each", "", |run| run.flushes),
     ];
     Ok(rows.into_iter().flatten().collect())
 }
@@ -148,7 +154,7 @@ fn network(host: &Client, guest: &Guest) -> Result<Vec<Row>> {
     load::serve_iperf(&guest.client)?;
     let mut rows = Vec::new();
     for (direction, flag) in [("host to guest", ""), ("guest to host", "-R")] {
-        let run = |_| guest.measure("net0", || load::iperf(host, "10.9.0.2", flag));
+        let run = |_| guest.measure("net0", || load::iperf(host, "iperf3", "10.9.0.2", flag));
         let runs: Vec<Run> = (0..RUNS).map(run).collect::<Result<_>>()?;
         let title = format!("TCP {direction}, per-request grants");
         rows.extend(Row::new(&title, "Gb/s", &figures(&runs, |run| run.figure)));
@@ -156,6 +162,8 @@ fn network(host: &Client, guest: &Guest) -> Result<Vec<Row>> {
         rows.extend(Row::new("mappings for each packet", "", &maps));
         let calls = figures(&runs, |run| run.hypercalls);
         rows.extend(Row::new("hypercalls of the guest for each", "", &calls));
+        let flushes = figures(&runs, |run| run.flushes);
+        rows.extend(Row::new("TLB flushes and alike for each", "", &flushes));
     }
     Ok(rows)
 }

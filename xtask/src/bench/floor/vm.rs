@@ -68,6 +68,10 @@ pub(super) enum Operation {
     /// A new address space with page tables for two regions, a page of each
     /// touched, its end: two system calls.
     AddressSpace = 4,
+    /// A system call that loads the kernel's page table anew.
+    Flush = 5,
+    /// A system call that flushes an address from the kernel's page table.
+    Invalidation = 6,
 }
 
 /// Runs `operation`, `rounds` times in each of `batches`; the nanoseconds that

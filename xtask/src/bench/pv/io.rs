@@ -30,7 +30,7 @@ pub(super) fn rows(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
     load::prepare(&guest)?;
     let mut rows = Vec::new();
     for access in [RANDOM_READS, BATCHED_READS, RANDOM_WRITES, LONG_READS] {
-        let runs = (0..RUNS).map(|_| load::fio(&guest, &access));
+        let runs = (0..RUNS).map(|_| load::fio(&guest, load::DISK, &access));
         rows.extend(Row::new(
             access.title,
             access.unit,
@@ -48,7 +48,7 @@ fn network(host: &Client, guest: &Client) -> Result<Vec<Row>> {
     load::serve_iperf(guest)?;
     let mut rows = Vec::new();
     for (direction, flag) in [("host to guest", ""), ("guest to host", "-R")] {
-        let runs = (0..RUNS).map(|_| load::iperf(host, "10.9.0.2", flag));
+        let runs = (0..RUNS).map(|_| load::iperf(host, "iperf3", "10.9.0.2", flag));
         let metric = format!("TCP {direction}, 1 vCPU");
         rows.extend(Row::new(
             &metric,

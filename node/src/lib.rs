@@ -1,6 +1,9 @@
-//! The `blanket` command: the VMs on this node.
+//! The programs `blanket`, the command line, and `blanketd`, the daemon of each
+//! node. What is public besides is what nodes read that others have sent.
 
+pub mod cluster;
 mod commands;
+mod daemon;
 mod evacuate;
 mod failure;
 mod home;
@@ -18,8 +21,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    console, doctor, evacuate as evacuation, info, life, logs, migrate, provider, ps, run, set,
-    snapshot, stop, store, supervise, up as node, uplink,
+    ca, clone, console, doctor, evacuate as evacuation, info, life, logs, migrate, node as nodes,
+    provider, ps, restore, run, set, snapshot, stop, store, supervise, up as node, uplink,
 };
 
 /// Virtual machines on this node.
@@ -69,7 +72,9 @@ enum Command {
     /// Save a VM to a file: its memory and all else but its disks.
     Snapshot(snapshot::Args),
     /// Start a VM that goes on where a snapshot was made.
-    Restore(Box<snapshot::RestoreArgs>),
+    Restore(Box<restore::Args>),
+    /// Start VMs that go on where a VM or snapshot is, with disks and addresses of their own.
+    Clone(clone::Args),
     /// Move a running VM to a fresh monitor, without its guest taking notice.
     Migrate(Box<migrate::Args>),
     /// Save all guests to a directory and end them, now or when the provider is about to take this
@@ -87,6 +92,12 @@ enum Command {
     Store(store::Args),
     /// Tell who provides this machine, and what they say about it.
     Provider(provider::Args),
+    /// The nodes of the cluster that this one is in.
+    #[command(subcommand)]
+    Node(nodes::Args),
+    /// The CA of a cluster of nodes.
+    #[command(subcommand)]
+    Ca(ca::Args),
     #[command(hide = true)]
     Supervise(supervise::Args),
 }
@@ -117,23 +128,41 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Resume(args) => life::act(&home, &args, Action::Resume),
         Command::Sysrq(args) => life::sysrq(&home, &args),
         Command::Snapshot(args) => snapshot::snapshot(&home, &args),
-        Command::Restore(args) => snapshot::restore(&home, *args, cli.home.as_deref()),
+        Command::Restore(args) => restore::restore(&home, *args, cli.home.as_deref()),
+        Command::Clone(args) => clone::clone(&home, &args, cli.home.as_deref()),
         Command::Migrate(args) => migrate::migrate(&home, *args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),
         Command::Provider(args) => provider::provider(&args),
         Command::Store(args) => store::store(&home, &args),
+        Command::Node(args) => nodes::node(&home, &args),
+        Command::Ca(args) => ca::ca(&home, &args),
         Command::Supervise(args) => supervise::supervise(&home, &args),
     }
 }
 
-fn main() -> ExitCode {
+/// The program `blanket`.
+#[must_use]
+pub fn blanket() -> ExitCode {
     match dispatch(Cli::parse()) {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{}", failure::describe(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The program `blanketd`.
+#[must_use]
+pub fn blanketd() -> ExitCode {
+    match daemon::run(&daemon::Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let text = failure::describe(&error);
+            eprintln!("blanketd: {}", text.trim_start_matches("blanket: "));
             ExitCode::FAILURE
         }
     }
@@ -154,5 +183,6 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+        daemon::Args::command().debug_assert();
     }
 }

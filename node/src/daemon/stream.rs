@@ -1,0 +1,341 @@
+//! Streams of bytes from one node to a service on another.
+//!
+//! A service is a Unix stream socket that has a name on its node. A stream to
+//! it is carried in one TCP connection of its own: bytes, the end of either
+//! direction, and the wish to wait pass through as they are. Who needs more
+//! throughput opens several.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::net::{TcpStream, UnixListener, UnixStream};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinSet;
+use tokio_rustls::server::TlsStream;
+
+use super::http::Io;
+use super::listen::HANDSHAKE;
+use super::{Node, cluster, lock, peer};
+use crate::cluster::hello::{self, Answer, Hello, Ticket};
+use crate::cluster::identity::{NodeId, Peer};
+use crate::cluster::members::Member;
+use crate::cluster::names::{NodeName, ServiceName};
+use crate::cluster::tls;
+use crate::failure::{answered, failure, problem};
+
+/// How long a ticket is good for.
+const TICKET_LIFE: Duration = Duration::from_secs(30);
+
+/// So many tickets can be waiting to be redeemed.
+const MAX_TICKETS: usize = 1024;
+
+/// Bytes that are moved at once.
+const PIECE: usize = 256 << 10;
+
+/// Whether a stream's bytes are encrypted. Who may open it is settled with TLS
+/// either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Carriage {
+    /// TLS, as everything else.
+    Tls,
+    /// Plain TCP, for links that are trusted.
+    Plain,
+}
+
+/// What a ticket is for.
+#[derive(Debug)]
+struct Right {
+    node: NodeId,
+    service: ServiceName,
+    until: Instant,
+}
+
+/// The tickets that wait to be redeemed.
+#[derive(Debug, Default)]
+pub(super) struct Tickets(Mutex<HashMap<String, Right>>);
+
+impl Tickets {
+    pub(super) fn make(&self, node: NodeId, service: ServiceName) -> Result<Ticket> {
+        let text = cluster::random_text()?;
+        let now = Instant::now();
+        let mut all = lock(&self.0);
+        all.retain(|_, right| right.until > now);
+        anyhow::ensure!(all.len() < MAX_TICKETS, "too many streams are being opened");
+        let until = now + TICKET_LIFE;
+        let right = Right {
+            node,
+            service,
+            until,
+        };
+        all.insert(text.clone(), right);
+        Ok(Ticket(text))
+    }
+
+    /// What a ticket is for: the node that may open a stream, and the service.
+    /// It is good no more.
+    fn redeem(&self, ticket: &Ticket) -> Option<(NodeId, ServiceName)> {
+        let right = lock(&self.0).remove(&ticket.0)?;
+        (right.until > Instant::now()).then_some((right.node, right.service))
+    }
+}
+
+async fn send(io: &mut (impl Io + ?Sized), frame: &impl Serialize) -> Result<()> {
+    io.write_all(&hello::encode(frame)?).await?;
+    io.flush().await?;
+    Ok(())
+}
+
+async fn receive<T: DeserializeOwned>(io: &mut (impl Io + ?Sized)) -> Result<T> {
+    let read = async {
+        let mut head = [0; hello::HEAD];
+        io.read_exact(&mut head).await?;
+        let mut body = vec![0; hello::body_len(head)?];
+        io.read_exact(&mut body).await?;
+        Ok(hello::decode(&body)?)
+    };
+    tokio::time::timeout(HANDSHAKE, read).await?
+}
+
+fn refusal(error: &anyhow::Error) -> Answer {
+    let problem = problem(error);
+    let cut = |text: String| text.chars().take(400).collect::<String>();
+    Answer::Refused {
+        error: cut(problem.error),
+        remedy: problem.remedy.map(cut),
+    }
+}
+
+/// Serves a stream that came within TLS.
+pub(super) async fn serve(
+    node: &Arc<Node>,
+    mut tls: TlsStream<TcpStream>,
+    peer: Peer,
+    checked: Result<()>,
+) -> Result<()> {
+    let wanted: Hello = receive(&mut tls).await?;
+    let answer = async {
+        checked?;
+        match wanted {
+            Hello::Open(service) => Ok((Answer::Open, Some(node.reach(&service).await?))),
+            Hello::Ticket(service) => {
+                node.service(&service)?;
+                let ticket = node.tickets.make(peer.id.clone(), service)?;
+                Ok((Answer::Ticket(ticket), None))
+            }
+            Hello::Redeem(_) => Err(anyhow::anyhow!("a ticket is for plain TCP")),
+        }
+    };
+    answer_and_carry(node, tls, answer.await, &peer.id).await
+}
+
+/// Serves a stream that came over plain TCP.
+pub(super) async fn serve_plain(
+    node: &Arc<Node>,
+    mut tcp: TcpStream,
+    permit: OwnedSemaphorePermit,
+) -> Result<()> {
+    let wanted: Hello = receive(&mut tcp).await?;
+    drop(permit);
+    let Hello::Redeem(ticket) = wanted else {
+        anyhow::bail!("it came without TLS and without a ticket");
+    };
+    let (from, service) = node
+        .tickets
+        .redeem(&ticket)
+        .context("its ticket is wrong, used or expired")?;
+    let answer = async { Ok((Answer::Open, Some(node.reach(&service).await?))) };
+    answer_and_carry(node, tcp, answer.await, &from).await
+}
+
+async fn answer_and_carry(
+    node: &Arc<Node>,
+    mut io: impl Io,
+    answer: Result<(Answer, Option<UnixStream>)>,
+    from: &NodeId,
+) -> Result<()> {
+    match answer {
+        Ok((answer, service)) => {
+            send(&mut io, &answer).await?;
+            match service {
+                Some(service) => Ok(node.carry(io, service, from).await?),
+                None => Ok(io.shutdown().await?),
+            }
+        }
+        Err(error) => {
+            send(&mut io, &refusal(&error)).await?;
+            let _ = io.shutdown().await;
+            Err(error)
+        }
+    }
+}
+
+/// A service under its name, for as long as this is held.
+pub(crate) struct Offer {
+    node: Arc<Node>,
+    service: ServiceName,
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        lock(&self.node.services).remove(&self.service);
+    }
+}
+
+/// A Unix socket at which each connection becomes a stream to a service on
+/// another node, for as long as this is held.
+pub(crate) struct Forward {
+    path: PathBuf,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        self.task.abort();
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Node {
+    /// Offers the Unix stream socket `at` to other nodes as `service`.
+    pub(crate) fn offer(self: &Arc<Self>, service: ServiceName, at: PathBuf) -> Result<Offer> {
+        let mut services = lock(&self.services);
+        anyhow::ensure!(
+            !services.contains_key(&service),
+            "there is a service {service} already"
+        );
+        services.insert(service.clone(), at);
+        Ok(Offer {
+            node: Arc::clone(self),
+            service,
+        })
+    }
+
+    fn service(&self, service: &ServiceName) -> Result<PathBuf> {
+        let path = lock(&self.services).get(service).cloned();
+        path.with_context(|| format!("there is no service {service}"))
+    }
+
+    async fn reach(&self, service: &ServiceName) -> Result<UnixStream> {
+        let path = self.service(service)?;
+        let connected = UnixStream::connect(path).await;
+        connected.with_context(|| format!("the service {service} does not answer"))
+    }
+
+    /// Opens a stream to a service on another node.
+    pub(crate) async fn open_stream(
+        &self,
+        name: &NodeName,
+        service: &ServiceName,
+        carriage: Carriage,
+    ) -> Result<Box<dyn Io>> {
+        let (trust, membership) = self.joined()?;
+        let member = membership.member(name).ok_or_else(|| {
+            failure(
+                format!("there is no node {name}"),
+                "blanket node ls shows all",
+            )
+        })?;
+        let who = peer::called(member);
+        let config = Arc::clone(&trust.stream);
+        let server = tls::server_name(&member.name)?;
+        let mut tls = peer::dial(&who, &member.address, config, server).await?;
+        let wanted = match carriage {
+            Carriage::Tls => Hello::Open(service.clone()),
+            Carriage::Plain => Hello::Ticket(service.clone()),
+        };
+        let answer = exchange(&mut tls, &wanted).await;
+        match answer.map_err(|error| peer::tell(&who, &error))? {
+            Answer::Open if carriage == Carriage::Tls => Ok(Box::new(tls)),
+            Answer::Ticket(ticket) if carriage == Carriage::Plain => {
+                self.open_plain(member, ticket).await
+            }
+            _ => anyhow::bail!("{who}: the answer cannot be understood"),
+        }
+    }
+
+    async fn open_plain(&self, member: &Member, ticket: Ticket) -> Result<Box<dyn Io>> {
+        let who = peer::called(member);
+        let mut tcp = peer::connect(&who, &member.address).await?;
+        match exchange(&mut tcp, &Hello::Redeem(ticket)).await {
+            Ok(Answer::Open) => Ok(Box::new(tcp)),
+            Ok(_) => anyhow::bail!("{who}: the answer cannot be understood"),
+            Err(error) => Err(peer::tell(&who, &error)),
+        }
+    }
+
+    /// Makes a Unix socket at `path`; each connection to it becomes a stream to
+    /// a service on another node.
+    pub(crate) fn forward(
+        self: &Arc<Self>,
+        path: &Path,
+        name: NodeName,
+        service: ServiceName,
+        carriage: Carriage,
+    ) -> Result<Forward> {
+        let listener = UnixListener::bind(path)
+            .with_context(|| format!("cannot listen on {}", path.display()))?;
+        let node = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            // Those that are under way end with this task.
+            let mut streams = JoinSet::new();
+            while let Ok((local, _)) = listener.accept().await {
+                while streams.try_join_next().is_some() {}
+                let (node, name, service) = (Arc::clone(&node), name.clone(), service.clone());
+                streams.spawn(async move {
+                    if let Err(error) = node.forward_one(local, &name, &service, carriage).await {
+                        tracing::warn!("a stream to {service} on {name} has ended: {error:#}");
+                    }
+                });
+            }
+        });
+        Ok(Forward {
+            path: path.to_owned(),
+            task,
+        })
+    }
+
+    async fn forward_one(
+        &self,
+        local: UnixStream,
+        name: &NodeName,
+        service: &ServiceName,
+        carriage: Carriage,
+    ) -> Result<()> {
+        let remote = self.open_stream(name, service, carriage).await?;
+        let (_, membership) = self.joined()?;
+        let member = membership.member(name).context("the node was removed")?;
+        Ok(self.carry(remote, local, &member.id).await?)
+    }
+
+    /// Moves bytes both ways until both have ended, one has failed, or the node
+    /// `with` is removed from the cluster.
+    async fn carry(&self, mut a: impl Io, mut b: UnixStream, with: &NodeId) -> io::Result<()> {
+        let mut membership = self.membership.subscribe();
+        let removed = membership.wait_for(|membership| {
+            let gone = |all: &crate::cluster::members::Membership| all.is_removed(with);
+            membership.as_deref().is_none_or(gone)
+        });
+        tokio::select! {
+            done = copy_bidirectional_with_sizes(&mut a, &mut b, PIECE, PIECE) => done.map(drop),
+            _ = removed => Err(io::Error::other("the node was removed from the cluster")),
+        }
+    }
+}
+
+async fn exchange(io: &mut impl Io, wanted: &Hello) -> Result<Answer> {
+    send(io, wanted).await?;
+    match receive(io).await? {
+        Answer::Refused { error, remedy } => {
+            Err(answered(blanket_vmm::api::types::Problem { error, remedy }))
+        }
+        answer => Ok(answer),
+    }
+}

@@ -1,0 +1,258 @@
+//! Snapshots of guests that run on, what can be wrong with their files, and clones.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
+use blanket_system_tests::{Vm, native, natively, on_node, provider};
+use blanket_testbed::Client;
+use serde_json::Value;
+
+/// What `blanket snapshot NAME FLAGS --json` tells.
+fn snapshot(vm: &Vm, flags: &str) -> Value {
+    let saved = vm.blanket("snapshot", &format!("{flags} --json")).unwrap();
+    assert!(saved.status.success(), "{saved}");
+    serde_json::from_slice(&saved.stdout).unwrap()
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap()
+}
+
+/// Fills memory of the guest with what nobody has elsewhere.
+fn fill(guest: &Client, mib: u32) {
+    let fill = format!(
+        "dd if=/dev/urandom of=/run/x bs=1M count={mib} && sha256sum /run/x > /run/sum && \
+         cat /proc/sys/kernel/random/boot_id > /run/id"
+    );
+    guest.sh(fill).text().unwrap();
+}
+
+/// It still is there.
+fn is_whole(guest: &Client) {
+    let check = "sha256sum -c /run/sum && cmp /run/id /proc/sys/kernel/random/boot_id && \
+                 ! dmesg | grep -e BUG: -e Oops -e 'Call Trace'";
+    guest.sh(check).text().unwrap();
+}
+
+/// Goes on changing its memory until it is ended.
+fn changes_memory(guest: &Client) {
+    guest
+        .sh("while true; do dd if=/dev/urandom of=/run/y bs=1M count=8; done")
+        .spawn("/run/changes.log")
+        .unwrap();
+}
+
+/// Bytes of its memory that are in the node's.
+fn resident(vm: &Vm) -> u64 {
+    number(&vm.info().unwrap()["metrics"]["memory"]["guest_resident"])
+}
+
+/// `blanket restore FLAGS` as another VM.
+fn restored<'a>(node: &'a Client, name: &str, flags: &str) -> Vm<'a> {
+    let restore = format!("blanket restore {flags} --name {name} --console stdio");
+    let output = node.sh(restore).run().unwrap();
+    assert!(output.status.success(), "{output}");
+    Vm::started(node, name)
+}
+
+#[test]
+fn a_guest_is_saved_while_it_runs_and_its_memory_comes_back_when_it_is_needed() {
+    natively(
+        || native("snapshots").unwrap(),
+        |host| {
+            let vm = Vm::pv(host, "web", "", "--memory 1G").unwrap();
+            let guest = vm.guest().unwrap();
+            fill(&guest, 24);
+            changes_memory(&guest);
+            let saved = snapshot(&vm, "/run/web");
+            assert_eq!(saved["live"], true, "{saved}");
+            assert!(saved["pause_ms"].as_f64().unwrap() > 0.0, "{saved}");
+            // It used about 100 MB.
+            let bytes = number(&saved["bytes"]);
+            assert!((24 << 20..150 << 20).contains(&bytes), "{saved}");
+            assert!(number(&saved["memory_bytes"]) <= bytes, "{saved}");
+            let blocks = host.sh("stat -c %b /run/web").text().unwrap();
+            assert_eq!(blocks.trim().parse::<u64>().unwrap() * 512, bytes);
+            let compressed = snapshot(&vm, "/run/less --compress");
+            assert!(number(&compressed["bytes"]) < bytes * 3 / 4, "{compressed}");
+            is_whole(&guest);
+            assert_eq!(vm.info().unwrap()["state"], "running");
+            refuses(host, &vm);
+            // Beside each other, and beside the one that was saved.
+            for (name, flags) in [("lazy", "/run/web"), ("eager", "/run/less --eager")] {
+                let back = restored(host, name, flags);
+                let there = resident(&back);
+                let all = there > bytes / 2;
+                assert_eq!(all, name == "eager", "{name}: {there} of {bytes}");
+                is_whole(&back.guest().unwrap());
+                // What was not needed is in its snapshots nevertheless.
+                let again = snapshot(&back, "/run/again");
+                assert!(number(&again["bytes"]) > bytes * 3 / 4, "{again}");
+                back.blanket("rm", "--force").unwrap();
+                let third = restored(host, "third", "/run/again");
+                is_whole(&third.guest().unwrap());
+                third.blanket("rm", "--force").unwrap();
+            }
+            is_whole(&guest);
+        },
+    );
+}
+
+/// Files that cannot be written, and files that are damaged.
+fn refuses(host: &Client, vm: &Vm) {
+    let full = "mkdir /run/small && mount -t tmpfs -o size=20M none /run/small";
+    host.sh(full).text().unwrap();
+    let saved = vm.blanket("snapshot", "/run/small/web").unwrap();
+    let error = String::from_utf8_lossy(&saved.stderr);
+    assert!(!saved.status.success(), "{saved}");
+    assert!(error.contains("No space left"), "{error}");
+    let left = host
+        .sh("ls -A /run/small; umount /run/small")
+        .text()
+        .unwrap();
+    assert_eq!(left, "");
+    // Whenever it is interrupted: all of it or nothing.
+    for after in ["0.01", "0.05", "0.1", "0.2"] {
+        let interrupt = format!(
+            "mkdir -p /run/int && timeout -s INT {after} blanket snapshot web /run/int/web; \
+             ls -A /run/int; rm -f /run/int/web"
+        );
+        let left = host.sh(interrupt).run().unwrap();
+        let left = String::from_utf8_lossy(&left.stdout).into_owned();
+        assert!(!left.contains("partial"), "{left}");
+    }
+    assert_eq!(vm.info().unwrap()["state"], "running");
+    // The kernel's code is there.
+    let damage = "cp --sparse=always /run/web /run/bad && \
+                  printf DAMAGED | dd of=/run/bad bs=1 seek=20M conv=notrunc";
+    host.sh(damage).text().unwrap();
+    let restore = "blanket restore /run/bad --eager --name bad --console stdio";
+    let output = host.sh(restore).run().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{output}");
+    assert!(error.contains("/run/bad is damaged (chunk "), "{error}");
+}
+
+/// What the guest sees: address of its interface, first bytes of its disk.
+fn address(guest: &Client) -> String {
+    guest.sh("cat /sys/class/net/eth0/address").text().unwrap()
+}
+
+/// Writes to its disk, and reads that back from it.
+fn writes(guest: &Client, text: &str) {
+    let write = format!(
+        "echo {text} | dd of=/dev/xvda bs=512 count=1 conv=sync,fsync,notrunc && \
+         echo 3 > /proc/sys/vm/drop_caches && head -n 1 /dev/xvda | grep -x {text}"
+    );
+    guest.sh(write).text().unwrap();
+}
+
+fn reads(guest: &Client, text: &str) {
+    let read = format!("echo 3 > /proc/sys/vm/drop_caches; head -n 1 /dev/xvda | grep -x {text}");
+    guest.sh(read).text().unwrap();
+}
+
+#[test]
+fn clones_run_beside_each_other_with_disks_and_addresses_of_their_own() {
+    natively(
+        || native("clones").unwrap(),
+        |host| {
+            host.sh("truncate -s 16M /run/disk").text().unwrap();
+            let flags = "--memory 512M --disk /run/disk --net tap";
+            let vm = Vm::pv(host, "web", "", flags).unwrap();
+            let guest = vm.guest().unwrap();
+            fill(&guest, 8);
+            writes(&guest, "before");
+            let cloned = vm.blanket("clone", "3 --name c{}").unwrap();
+            assert!(cloned.status.success(), "{cloned}");
+            assert_eq!(String::from_utf8_lossy(&cloned.stdout), "c1\nc2\nc3\n");
+            let names = ["c1", "c2", "c3"];
+            let clones = names.map(|name| Vm::started(host, name));
+            let mut addresses = vec![address(&guest)];
+            let mut taps = vec![];
+            for (name, clone) in names.iter().zip(&clones) {
+                let info = clone.info().unwrap();
+                let device = |name: &str| {
+                    let devices = info["vm"]["devices"].as_array().unwrap().clone();
+                    devices
+                        .into_iter()
+                        .find(|device| device["name"] == name)
+                        .unwrap()
+                };
+                taps.push(device("net0")["tap"].as_str().unwrap().to_owned());
+                let mac = device("net0")["mac"].as_str().unwrap().to_owned();
+                let guest = clone.guest().unwrap();
+                is_whole(&guest);
+                reads(&guest, "before");
+                writes(&guest, name);
+                assert_eq!(address(&guest).trim(), mac);
+                addresses.push(address(&guest));
+            }
+            addresses.sort();
+            addresses.dedup();
+            taps.sort();
+            taps.dedup();
+            assert_eq!((addresses.len(), taps.len()), (4, 3));
+            for (name, clone) in names.iter().zip(&clones) {
+                reads(&clone.guest().unwrap(), name);
+            }
+            // The source is as it was, and goes on.
+            reads(&guest, "before");
+            is_whole(&guest);
+            writes(&guest, "after");
+            reads(&clones[0].guest().unwrap(), "c1");
+            let cloning = "ls -A /var/lib/blanket/cloning";
+            assert_eq!(host.sh(cloning).text().unwrap(), "");
+            for clone in &clones {
+                clone.blanket("rm", "--force").unwrap();
+            }
+            of_a_snapshot(host, &vm);
+        },
+    );
+}
+
+/// Clones of a snapshot: it says when they cannot be.
+fn of_a_snapshot(host: &Client, vm: &Vm) {
+    let refused = |what: &str, why: &str| {
+        let output = host.sh(format!("blanket clone {what}")).run().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains(why), "{output}");
+    };
+    snapshot(vm, "/run/plain");
+    refused("/run/plain", "--suspend");
+    refused("web 2 --name same", "{}");
+    snapshot(vm, "/run/web --suspend --stop");
+    host.sh("blanket rm web").text().unwrap();
+    host.sh("blanket clone /run/web 2").text().unwrap();
+    for name in ["web-1", "web-2"] {
+        let guest = Vm::started(host, name).guest().unwrap();
+        reads(&guest, "after");
+        writes(&guest, name);
+        is_whole(&guest);
+    }
+    host.sh("touch /run/disk").text().unwrap();
+    refused("/run/web --name late", "has changed since");
+    let listed = host.sh("blanket ps --json").text().unwrap();
+    assert!(!listed.contains("late"), "{listed}");
+}
+
+#[test]
+fn a_guest_of_an_hvm_machine_is_saved_while_it_runs_and_comes_back() {
+    on_node(
+        || provider("snapshots").unwrap(),
+        |node| {
+            let vm = Vm::linux(node, "web", "", "--memory 256M").unwrap();
+            let guest = vm.guest().unwrap();
+            fill(&guest, 4);
+            changes_memory(&guest);
+            let saved = snapshot(&vm, "/run/web");
+            assert_eq!(saved["live"], true, "{saved}");
+            is_whole(&guest);
+            let back = restored(node, "back", "/run/web");
+            is_whole(&back.guest().unwrap());
+            is_whole(&guest);
+            back.blanket("rm", "--force").unwrap();
+            let cloned = vm.blanket("clone", "").unwrap();
+            assert!(cloned.status.success(), "{cloned}");
+            is_whole(&Vm::started(node, "web-1").guest().unwrap());
+        },
+    );
+}
