@@ -4,6 +4,7 @@
 //! [`layout::regions`] says where it lies in the guest's physical address
 //! space and [`build`] maps it; [`uffd`] resolves faults on it.
 
+pub mod dirty;
 pub mod iovec;
 pub mod layout;
 mod map;
@@ -12,5 +13,6 @@ pub mod uffd;
 pub use iovec::IoVec;
 pub use map::{Backing, Error, Spec, build, build_at, populate, touched_bytes};
 
-/// A guest's memory. Cheap to clone: the clones share the mappings.
-pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+/// A guest's memory. Cheap to clone: the clones share the mappings, and the log
+/// of what is written ([`dirty`]).
+pub type GuestRam = vm_memory::GuestMemoryMmap<dirty::WriteLog>;

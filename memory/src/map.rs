@@ -4,9 +4,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+use crate::dirty::WriteLog;
 use crate::{GuestRam, layout};
 
 /// Which pages back guest memory.
@@ -174,7 +176,7 @@ fn region(
     len: u64,
     file: Option<&File>,
     offset: u64,
-) -> Result<GuestRegionMmap<()>, Error> {
+) -> Result<GuestRegionMmap<WriteLog>, Error> {
     let size = usize::try_from(len).map_err(|_| Error::Layout(format!("{len} bytes")))?;
     let mut flags = libc::MAP_NORESERVE;
     if let Backing::Hugetlb { shift } = spec.backing {
@@ -182,8 +184,8 @@ fn region(
         flags = libc::MAP_HUGETLB | ((shift as i32) << libc::MAP_HUGE_SHIFT);
     }
     let map = || {
-        let builder =
-            MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        let builder = MmapRegionBuilder::new_with_bitmap(size, WriteLog::with_len(size))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         let builder = match file {
             Some(file) => builder
                 .with_file_offset(FileOffset::new(
@@ -211,7 +213,9 @@ const HUGE: usize = 2 << 20;
 /// then can one entry of the nested page table map a whole huge page. Where
 /// the kernel (before Linux 6.7) does not see to that, room above the mapping
 /// is taken for as long as it is made; if that does not help, any will do.
-fn aligned(map: impl Fn() -> Result<MmapRegion, Error>) -> Result<MmapRegion, Error> {
+fn aligned(
+    map: impl Fn() -> Result<MmapRegion<WriteLog>, Error>,
+) -> Result<MmapRegion<WriteLog>, Error> {
     const TRIES: usize = 8;
     let mut fillers = Vec::new();
     let mut region = map()?;

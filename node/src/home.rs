@@ -8,7 +8,7 @@
 //! STATE/up.json     what `blanket up` has changed
 //! STATE/stores/     the self-test of each volume
 //! STATE/node/       blanketd's: keys, certificates, store, audit log
-//! RUN/NAME/         api.sock, serial.sock, console.sock
+//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock
 //! RUN/../blanketd.sock  where blanketd takes commands
 //! ```
 //!
@@ -247,6 +247,9 @@ impl VmDir {
     }
     pub(crate) fn serial_socket(&self) -> PathBuf {
         self.run.join("serial.sock")
+    }
+    pub(crate) fn migration_socket(&self) -> PathBuf {
+        self.run.join("migrate.sock")
     }
     pub(crate) fn console_socket(&self) -> PathBuf {
         self.run.join("console.sock")

@@ -21,8 +21,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    ca, clone, console, doctor, evacuate as evacuation, info, life, logs, node as nodes, provider,
-    ps, restore, run, set, snapshot, stop, store, supervise, up as node, uplink,
+    ca, clone, console, doctor, evacuate as evacuation, info, life, logs, migrate, node as nodes,
+    provider, ps, restore, run, set, snapshot, stop, store, supervise, up as node, uplink,
 };
 
 /// Virtual machines on this node.
@@ -75,6 +75,8 @@ enum Command {
     Restore(Box<restore::Args>),
     /// Start VMs that go on where a VM or snapshot is, with disks and addresses of their own.
     Clone(clone::Args),
+    /// Move a running VM to a fresh monitor, without its guest taking notice.
+    Migrate(Box<migrate::Args>),
     /// Save all guests to a directory and end them, now or when the provider is about to take this
     /// machine away. `blanket restore --evacuated` brings them back.
     Evacuate(evacuation::Args),
@@ -128,6 +130,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Snapshot(args) => snapshot::snapshot(&home, &args),
         Command::Restore(args) => restore::restore(&home, *args, cli.home.as_deref()),
         Command::Clone(args) => clone::clone(&home, &args, cli.home.as_deref()),
+        Command::Migrate(args) => migrate::migrate(&home, *args, cli.home.as_deref()),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),

@@ -19,10 +19,11 @@ use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::api::types::{
-    Action, METRICS_PATH, Metrics, Problem, SNAPSHOT_PATH, SYSRQ_PATH, SysRq, TARGET_PATH, Target,
-    VM_PATH, VmInfo,
+    Action, METRICS_PATH, MIGRATION_PATH, Metrics, Problem, SNAPSHOT_PATH, SYSRQ_PATH, SysRq,
+    TARGET_PATH, Target, VM_PATH, VmInfo,
 };
 use crate::config::VmConfig;
+use crate::migrate;
 
 /// Longest answer that is read, in bytes. A VM's description is far smaller.
 const MAX_ANSWER: usize = 4 << 20;
@@ -158,6 +159,31 @@ impl Client {
     /// There is no VM yet, or the monitor cannot be reached.
     pub fn metrics(&self) -> Result<Metrics, Error> {
         self.request(Method::GET, METRICS_PATH, None::<&()>)
+    }
+
+    /// Has the VM leave for the destination that comes next; the configuration
+    /// that the destination's machine is to have.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be moved.
+    pub fn migrate(&self, request: &migrate::Request) -> Result<VmConfig, Error> {
+        self.request(Method::PUT, MIGRATION_PATH, Some(request))
+    }
+
+    /// How far the VM's migration is, or how it went.
+    ///
+    /// # Errors
+    /// The monitor cannot be reached.
+    pub fn migration(&self) -> Result<blanket_migration::Status, Error> {
+        self.request(Method::GET, MIGRATION_PATH, None::<&()>)
+    }
+
+    /// Ends the VM's migration, if it has not been handed over.
+    ///
+    /// # Errors
+    /// The monitor cannot be reached.
+    pub fn cancel_migration(&self) -> Result<blanket_migration::Status, Error> {
+        self.request(Method::DELETE, MIGRATION_PATH, None::<&()>)
     }
 
     /// Writes the [stream](crate::snapshot::stream) of a VM's snapshot to `out`.

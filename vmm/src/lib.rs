@@ -10,6 +10,7 @@ pub mod hvm;
 pub mod jail;
 pub mod log;
 pub mod machine;
+pub mod migrate;
 pub mod monitor;
 pub mod pv;
 pub mod snapshot;

@@ -6,13 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use blanket_migration::{Destination, wire};
 use blanket_vmm::api::server;
 use blanket_vmm::api::types::Action;
 use blanket_vmm::config::VmConfig;
 use blanket_vmm::jail::privileges::{self, User};
 use blanket_vmm::jail::{Class, seccomp};
 use blanket_vmm::log;
-use blanket_vmm::monitor::{Ending, Loading, Monitor};
+use blanket_vmm::machine::Given;
+use blanket_vmm::migrate::Offered;
+use blanket_vmm::monitor::{Ending, Loading, Monitor, Wishes};
 use blanket_vmm::snapshot::Snapshot;
 use blanket_vmm::snapshot::pager::WorkingSet;
 use blanket_vmm::timeline::Timeline;
@@ -47,6 +50,15 @@ struct Arguments {
     /// Read all of the snapshot's memory before the guest goes on.
     #[arg(long, requires = "restore")]
     eager: bool,
+    /// Unix socket where another monitor comes for this one's guest.
+    #[arg(long, value_name = "PATH")]
+    migration_socket: Option<PathBuf>,
+
+    /// Receive a running guest from the monitor whose migration socket this is.
+    /// Its configuration is that one's, unless --config names a file; flags
+    /// prevail over both.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["restore", "no_boot"])]
+    receive: Option<PathBuf>,
 
     /// Build the VM but leave its start to the API.
     #[arg(long, requires = "api_socket")]
@@ -66,7 +78,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     log::init();
     match run(arguments, timeline) {
-        Ok(Ending::PowerOff | Ending::Reboot) => ExitCode::SUCCESS,
+        Ok(Ending::PowerOff | Ending::Reboot | Ending::Moved) => ExitCode::SUCCESS,
         Ok(Ending::Failed(message)) => {
             eprintln!("blanket-vmm: {message}");
             ExitCode::FAILURE
@@ -105,9 +117,15 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         }
         _ => Loading::Eager,
     };
-    let config = match (&arguments.config, &snapshot) {
+    let mut guest = arguments.receive.as_deref().map(meet).transpose()?;
+    let theirs = match (&snapshot, &guest) {
+        (Some(snapshot), _) => Some(&snapshot.head().config),
+        (_, Some(guest)) => Some(&guest.offered.config),
+        _ => None,
+    };
+    let config = match (&arguments.config, theirs) {
         (Some(path), _) => VmConfig::from_file(path)?.overlaid(arguments.vm),
-        (None, Some(snapshot)) => snapshot.head().config.clone().overlaid(arguments.vm),
+        (None, Some(config)) => config.clone().overlaid(arguments.vm),
         (None, None) => arguments.vm,
     };
     anyhow::ensure!(
@@ -118,14 +136,21 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
-    let (mut monitor, events) =
+    let (mut monitor, wishes) =
         Monitor::new(arguments.id, arguments.user.unwrap_or_default(), timeline);
     runtime.block_on(async {
         // Bound first: who connects early waits for its answer, not for a file.
         let listener = arguments.api_socket.as_deref().map(listen).transpose()?;
         let _socket = arguments.api_socket.map(SocketFile);
+        let exit = arguments.migration_socket.as_deref().map(listen);
+        if let Some(exit) = exit.transpose()? {
+            monitor.set_exit(exit.into_std()?);
+        }
+        let _exit = arguments.migration_socket.map(SocketFile);
         monitor.timeline().mark("API ready");
-        if config.kernel.is_some() {
+        if let Some(guest) = guest.take() {
+            receive(&mut monitor, config, guest)?;
+        } else if config.kernel.is_some() {
             monitor.create(config)?;
             match &mut snapshot {
                 Some(snapshot) => {
@@ -139,8 +164,38 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
                 None => monitor.boot()?,
             }
         }
-        serve(monitor, events, listener).await
+        serve(monitor, wishes, listener).await
     })
+}
+
+/// A guest whose source has been met.
+struct Guest {
+    source: Destination,
+    offered: Offered,
+    given: Given,
+}
+
+fn meet(path: &Path) -> anyhow::Result<Guest> {
+    let context = || format!("the migration socket {}", path.display());
+    let (source, descriptors) = Destination::meet(path).with_context(context)?;
+    let offered: Offered = wire::decode(source.machine()).with_context(context)?;
+    let given = offered.given(descriptors).with_context(context)?;
+    Ok(Guest {
+        source,
+        offered,
+        given,
+    })
+}
+
+/// Builds a machine for the guest, whose source hears of it if there is none.
+fn receive(monitor: &mut Monitor, config: VmConfig, guest: Guest) -> anyhow::Result<()> {
+    match monitor.create_with(config, guest.given) {
+        Ok(()) => Ok(monitor.arrive(guest.source, &guest.offered.likeness)?),
+        Err(error) => {
+            guest.source.refuse(&error.to_string());
+            Err(error.into())
+        }
+    }
 }
 
 /// Removes the API socket's file at the end. (A monitor that was root may not
@@ -175,7 +230,7 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 /// Serves requests, the guest's events and signals until the VM ends.
 async fn serve(
     monitor: Monitor,
-    mut events: tokio::sync::mpsc::UnboundedReceiver<blanket_vmm::vcpu::Event>,
+    mut wishes: Wishes,
     listener: Option<UnixListener>,
 ) -> anyhow::Result<Ending> {
     use tokio::signal::unix::{SignalKind, signal};
@@ -198,8 +253,13 @@ async fn serve(
     let lock = || monitor.lock().unwrap_or_else(PoisonError::into_inner);
     let ending = loop {
         tokio::select! {
-            Some(event) = events.recv() => {
+            Some(event) = wishes.events.recv() => {
                 if let Some(ending) = lock().handle(event) {
+                    break ending;
+                }
+            }
+            Some(order) = wishes.orders.recv() => {
+                if let Some(ending) = lock().carry_out(order) {
                     break ending;
                 }
             }
@@ -213,6 +273,11 @@ async fn serve(
         // Answers on their way go out; a client that does not read them does
         // not keep the process.
         let _ = tokio::time::timeout(Duration::from_millis(500), server).await;
+    }
+    if ending == Ending::Moved {
+        // Disks and taps are another monitor's: nothing may touch them any more,
+        // as taking things down would.
+        std::process::exit(0);
     }
     Ok(ending)
 }

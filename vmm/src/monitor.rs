@@ -15,6 +15,7 @@
 //! guest knows of; `resume()` leads from there to running too.
 
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -27,11 +28,14 @@ use crate::api::types::{self, Action, Metrics, Problem, Target, VmInfo, VmState}
 use crate::config::{HugePages, MachineChoice, OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
-use crate::machine::{Machine, Parts, setup};
+use crate::machine::{Given, Machine, Parts, setup};
+use crate::migrate::{HandOver, Migrator, Order};
 use crate::snapshot::pager::{Live, Pager, WorkingSet};
 use crate::snapshot::{self, Head, Pieces, Regions, Snapshot, Touched};
 use crate::timeline::Timeline;
 use crate::vcpu::{Event, EventSink};
+
+mod migration;
 
 /// Why an action was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +78,12 @@ pub enum Error {
     /// The snapshot cannot be written.
     #[error("cannot make the snapshot: {0}")]
     Write(std::io::Error),
+    /// It is on its way to another monitor, or from one.
+    #[error("the VM is being migrated: wait until it is, or cancel that")]
+    Migrating,
+    /// It cannot be migrated.
+    #[error("the VM cannot be migrated: {0}")]
+    Unmovable(String),
     /// The monitor cannot be confined.
     #[error("cannot confine the monitor: {0}")]
     Jail(std::io::Error),
@@ -100,6 +110,16 @@ pub enum Ending {
     Reboot,
     /// It failed; the message says why.
     Failed(String),
+    /// Its guest runs in another monitor.
+    Moved,
+}
+
+/// What the monitor is to hear of.
+pub struct Wishes {
+    /// What guests did, for [`Monitor::handle`].
+    pub events: UnboundedReceiver<Event>,
+    /// What a migration wants, for [`Monitor::carry_out`].
+    pub orders: UnboundedReceiver<Order>,
 }
 
 /// The VM of this process, if it has one yet.
@@ -109,6 +129,9 @@ pub struct Monitor {
     timeline: Timeline,
     vm: Option<Vm>,
     events: UnboundedSender<Event>,
+    orders: UnboundedSender<Order>,
+    /// Where a guest's destination comes.
+    exit: Option<Arc<UnixListener>>,
 }
 
 struct Vm {
@@ -124,6 +147,10 @@ struct Vm {
     touched: Touched,
     /// What moves its memory while it runs, or why there is nothing.
     pager: Result<Pager, String>,
+    migrator: Migrator,
+    devices: HandOver,
+    /// It is another monitor's.
+    moved: bool,
 }
 
 /// What the monitor sends of a snapshot.
@@ -143,19 +170,25 @@ pub enum Loading {
 }
 
 impl Monitor {
-    /// A monitor without a VM; events of its vCPUs come out of the receiver,
-    /// for [`Monitor::handle`].
+    /// A monitor without a VM, and what comes of it.
     #[must_use]
-    pub fn new(id: String, user: User, timeline: Timeline) -> (Self, UnboundedReceiver<Event>) {
-        let (events, receiver) = unbounded_channel();
+    pub fn new(id: String, user: User, timeline: Timeline) -> (Self, Wishes) {
+        let (events, happened) = unbounded_channel();
+        let (orders, ordered) = unbounded_channel();
+        let wishes = Wishes {
+            events: happened,
+            orders: ordered,
+        };
         let monitor = Self {
             id,
             user,
             timeline,
             vm: None,
             events,
+            orders,
+            exit: None,
         };
-        (monitor, receiver)
+        (monitor, wishes)
     }
 
     /// The steps so far.
@@ -169,11 +202,20 @@ impl Monitor {
     /// The configuration cannot work here. A process that is not confined yet
     /// may try another one.
     pub fn create(&mut self, config: VmConfig) -> Result<(), Error> {
+        self.create_with(config, Given::default())
+    }
+
+    /// The same with devices that another monitor has given.
+    ///
+    /// # Errors
+    /// As [`Monitor::create`].
+    pub fn create_with(&mut self, config: VmConfig, given: Given) -> Result<(), Error> {
         if self.vm.is_some() {
             return Err(Error::Exists);
         }
         config.validate()?;
-        let parts = Parts::open(&config)?;
+        let parts = Parts::open(&config, given)?;
+        let devices = parts.hand_over().map_err(Error::Jail)?;
         let touched = Touched::open();
         let uffd = Uffd::open();
         self.timeline.mark("resources opened");
@@ -184,6 +226,7 @@ impl Monitor {
             let _ = events.send(event);
         });
         let machine = parts.build(&config, &sink)?;
+        let migrator = Migrator::spawn(self.orders.clone()).map_err(Error::Jail)?;
         self.timeline.mark("machine built");
         let cpu = machine.cpu();
         let reason = cpu.why.as_ref().map(ToString::to_string);
@@ -199,6 +242,9 @@ impl Monitor {
             live: Weak::new(),
             touched,
             pager,
+            migrator,
+            devices,
+            moved: false,
         });
         Ok(())
     }
@@ -263,6 +309,9 @@ impl Monitor {
         let name = self.id.clone();
         let vm = self.vm()?;
         vm.expect(&Vm::STARTED, "be saved")?;
+        if vm.migrator.is_busy() {
+            return Err(Error::Migrating);
+        }
         if vm.live.strong_count() > 0 {
             return Err(Error::Saving);
         }
@@ -293,6 +342,9 @@ impl Monitor {
             return self.boot().map(|()| None);
         }
         let vm = self.vm()?;
+        if action != Action::Poweroff && vm.migrator.is_busy() {
+            return Err(Error::Migrating);
+        }
         match action {
             Action::Boot => {}
             Action::Pause => {
@@ -370,6 +422,9 @@ impl Monitor {
 
     /// Ends the VM: the devices flush and let go.
     pub fn end(&mut self, ending: Ending) -> Ending {
+        if self.vm.as_ref().is_some_and(|vm| vm.moved) {
+            return Ending::Moved;
+        }
         if let Some(vm) = &mut self.vm
             && vm.state != VmState::Stopped
         {

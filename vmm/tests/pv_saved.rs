@@ -39,7 +39,7 @@ fn build(config: &VmConfig) -> (Machine, Receiver<Event>) {
     let sink: EventSink = Arc::new(move |event| {
         let _ = events.lock().unwrap().send(event);
     });
-    let parts = Parts::open(config).unwrap();
+    let parts = Parts::open(config, Default::default()).unwrap();
     (Machine::build(config, parts, &sink).unwrap(), receiver)
 }
 

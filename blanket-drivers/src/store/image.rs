@@ -184,6 +184,30 @@ impl Image {
                 path,
             });
         }
+        Self::open_file(spec, file)
+    }
+
+    /// Opens an image whose file another process has opened, locked, and hands
+    /// over: the lock comes with it. Both may have the image open, if only one
+    /// uses it, because nothing of a raw image is kept in memory.
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn adopt(spec: &Spec, file: File) -> Result<Self, Error> {
+        Self::open_file(spec, file)
+    }
+
+    /// What hands it over: its open file, if it is a raw image in one piece.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn hand_over(&self) -> io::Result<Option<File>> {
+        self.raw_file().map(File::try_clone).transpose()
+    }
+
+    fn open_file(spec: &Spec, file: File) -> Result<Self, Error> {
+        let path = spec.path.clone();
+        let io_error = |source| open_error(&spec.path, source);
         let geometry = probe::geometry(&file).map_err(io_error)?;
         if geometry.len < SECTOR {
             let len = geometry.len;

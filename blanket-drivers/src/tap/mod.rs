@@ -11,9 +11,10 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blanket_memory::IoVec;
+use serde::{Deserialize, Serialize};
 
 pub use crate::mac::MacAddress;
 
@@ -201,6 +202,26 @@ pub struct Tap {
     mtu: u16,
     offloads: Offloads,
     queues: Vec<Arc<TapQueue>>,
+    /// What is wanted of one that another process still uses.
+    held: Mutex<Option<Held>>,
+}
+
+/// Settings that wait until the tap is this process's.
+#[derive(Debug)]
+struct Held {
+    offloads: Offloads,
+    /// Whether each queue is to be attached.
+    attached: Vec<bool>,
+}
+
+/// An open tap as it is described to another process that takes it over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    name: String,
+    mtu: u16,
+    offloads: libc::c_uint,
+    /// Descriptors that come with it.
+    pub queues: u16,
 }
 
 impl Tap {
@@ -243,9 +264,91 @@ impl Tap {
             mtu,
             offloads: Offloads::default(),
             queues,
+            held: Mutex::default(),
         };
         tap.offloads = tap.probe_offloads()?;
         Ok(tap)
+    }
+
+    /// Describes it for [`Tap::adopt`], to be given with its queues.
+    #[must_use]
+    pub fn describe(&self) -> Description {
+        Description {
+            name: self.name.clone(),
+            mtu: self.mtu,
+            offloads: self.offloads.0,
+            queues: self.queues.len() as u16,
+        }
+    }
+
+    /// The tap that another process has described and still uses: nothing in it
+    /// changes until [`Tap::release`].
+    ///
+    /// # Errors
+    /// [`Error::Queues`]: there are not as many queues as it has.
+    pub fn adopt(description: Description, queues: Vec<OwnedFd>) -> Result<Self, Error> {
+        if queues.is_empty() || queues.len() != usize::from(description.queues) {
+            return Err(Error::Queues(description.queues));
+        }
+        Ok(Self {
+            name: description.name,
+            mtu: description.mtu,
+            offloads: Offloads(description.offloads),
+            held: Mutex::new(Some(Held {
+                offloads: Offloads::default(),
+                attached: vec![true; queues.len()],
+            })),
+            queues: queues
+                .into_iter()
+                .map(|fd| Arc::new(TapQueue::from(fd)))
+                .collect(),
+        })
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The other process does not use it any more: brings it to what was set
+    /// since it was adopted.
+    ///
+    /// # Errors
+    /// The kernel refuses a setting.
+    pub fn release(&self) -> io::Result<()> {
+        let Some(held) = self.held().take() else {
+            return Ok(());
+        };
+        self.set_offloads(held.offloads)?;
+        for (queue, attached) in self.queues.iter().zip(held.attached) {
+            match queue.set_attached(attached) {
+                // It is so already; or there is but one.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches or detaches one of its queues: [`TapQueue::set_attached`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_attached(&self, index: u16, attached: bool) -> io::Result<()> {
+        if let Some(held) = &mut *self.held() {
+            if let Some(place) = held.attached.get_mut(usize::from(index)) {
+                *place = attached;
+            }
+            return Ok(());
+        }
+        let queue = self.queues.get(usize::from(index));
+        queue.map_or(Ok(()), |queue| queue.set_attached(attached))
+    }
+
+    /// Throws away what waits in it.
+    pub fn drain(&self) {
+        if self.held().is_none() {
+            self.queues.iter().for_each(|queue| queue.drain());
+        }
     }
 
     /// The interface's name.
@@ -277,6 +380,10 @@ impl Tap {
     /// # Errors
     /// The kernel does not have them.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        if let Some(held) = &mut *self.held() {
+            held.offloads = offloads;
+            return Ok(());
+        }
         // `open` made at least one queue.
         self.queues.first().map_or(Ok(()), |queue| {
             // SAFETY: TUNSETOFFLOAD takes its argument by value.

@@ -60,7 +60,12 @@ pub(crate) trait Peer: Send + Sync {
     fn drain(&self);
 
     /// Has it send frames.
-    fn start(&self) {}
+    ///
+    /// # Errors
+    /// It does not begin.
+    fn start(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Has it send none any more.
     ///
@@ -92,14 +97,15 @@ impl Peer for Tap {
     }
 
     fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()> {
-        let queue = Tap::queues(self).get(usize::from(queue));
-        queue.map_or(Ok(()), |queue| queue.set_attached(attached))
+        Tap::set_attached(self, queue, attached)
+    }
+
+    fn start(&self) -> io::Result<()> {
+        self.release()
     }
 
     fn drain(&self) {
-        for queue in Tap::queues(self) {
-            queue.drain();
-        }
+        Tap::drain(self);
     }
 }
 

@@ -5,15 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 pub use blanket_memory::iovec::{read_bytes, write_bytes};
-use blanket_memory::{GuestRam, IoVec, iovec};
+use blanket_memory::{GuestRam, IoVec, dirty, iovec};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Interrupt;
 
 /// Pieces that one request may have in all: what `readv` and `writev` take.
 const MAX_PIECES: usize = 1024;
+
+/// Bytes of a descriptor (virtio 1.2, 2.7.5).
+const DESCRIPTOR: u64 = 16;
 
 /// A virtqueue in use.
 ///
@@ -121,8 +125,44 @@ impl VirtQueue {
         if self.broken {
             return;
         }
+        self.written(head);
         if let Err(error) = self.queue.add_used(&self.ram, head, len) {
             self.fail(&format!("used ring: {error}"));
+        }
+    }
+
+    /// Notes that a request's writable buffers were written, of which it tells
+    /// the driver next. (A driver that has changed the descriptors meanwhile
+    /// breaks its own memory, where it is carried elsewhere.)
+    pub(super) fn written(&self, head: u16) {
+        if !dirty::is_on(&self.ram) {
+            return;
+        }
+        let (mut table, mut size) = (self.queue.desc_table(), u32::from(self.queue.size()));
+        let (mut next, mut left) = (head, size);
+        let mut indirect = false;
+        while left > 0 && u32::from(next) < size {
+            let at = GuestAddress(table.wrapping_add(DESCRIPTOR * u64::from(next)));
+            let Ok(descriptor) = self.ram.read_obj::<Descriptor>(at) else {
+                return;
+            };
+            left -= 1;
+            if descriptor.refers_to_indirect_table() {
+                if std::mem::replace(&mut indirect, true) {
+                    // No table leads to another.
+                    return;
+                }
+                (table, size) = (descriptor.addr().0, descriptor.len() / DESCRIPTOR as u32);
+                (next, left) = (0, size);
+                continue;
+            }
+            if descriptor.is_write_only() {
+                dirty::mark(&self.ram, descriptor.addr(), descriptor.len() as usize);
+            }
+            if !descriptor.has_next() {
+                return;
+            }
+            next = descriptor.next();
         }
     }
 

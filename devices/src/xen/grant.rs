@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blanket_drivers::grant::Granter;
 pub use blanket_drivers::grant::{Access, PAGE};
+use blanket_memory::dirty::{self, WriteLog};
 use blanket_memory::{GuestRam, IoVec};
+use vm_memory::bitmap::{Bitmap, RefSlice};
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
 use super::BACKEND;
@@ -235,7 +237,9 @@ impl GrantTable {
             .memory
             .get_slice(GuestAddress(addr), ENTRY)
             .map_err(|_| missing)?;
-        f(slice.get_atomic_ref(0).map_err(|_| missing)?)
+        let result = f(slice.get_atomic_ref(0).map_err(|_| missing)?);
+        slice.bitmap().mark_dirty(0, ENTRY);
+        result
     }
 
     /// Whether `entry`, as it was read, lets a backend do `access`.
@@ -321,7 +325,11 @@ impl Grant {
     ///
     /// # Errors
     /// The range is not within the page.
-    pub fn slice(&self, offset: usize, len: usize) -> Result<VolatileSlice<'_>, Error> {
+    pub fn slice(
+        &self,
+        offset: usize,
+        len: usize,
+    ) -> Result<VolatileSlice<'_, RefSlice<'_, WriteLog>>, Error> {
         check_range(offset, len)?;
         let addr = GuestAddress(self.page.addr.0 + offset as u64);
         self.table
@@ -330,9 +338,17 @@ impl Grant {
             .map_err(|_| Error::Range { offset, len })
     }
 
+    /// Notes that the page was written, if it was mapped for that: to be called
+    /// behind each write through [`Grant::iovec`], before the guest knows of it.
+    pub fn written(&self) {
+        if self.access == Access::Write {
+            dirty::mark(&self.table.memory, self.page.addr, PAGE);
+        }
+    }
+
     /// `len` bytes of the page from `offset` on, for vectored I/O: keep the
     /// grant until that is over, and do not write to one mapped for
-    /// [`Access::Read`].
+    /// [`Access::Read`]. After a write, [`Grant::written`] is due.
     ///
     /// # Errors
     /// The range is not within the page.
@@ -396,6 +412,26 @@ mod tests {
 
     fn entry(flags: u64, domain: u16, frame: u32) -> u64 {
         flags | u64::from(domain) << 16 | u64::from(frame) << 32
+    }
+
+    #[test]
+    fn a_page_that_was_written_and_its_entry_are_noted() {
+        let (ram, table) = table();
+        put(&ram, 3, entry(PERMIT_ACCESS, BACKEND, 0x20));
+        put(&ram, 4, entry(PERMIT_ACCESS, BACKEND, 0x21));
+        dirty::start(&ram).unwrap();
+        let written = table.map(3, Access::Write).unwrap();
+        let read = table.map(4, Access::Read).unwrap();
+        let noted = || {
+            let runs = dirty::take(&ram).runs(&ram, PAGE);
+            runs.into_iter().map(|(at, _)| at.0).collect::<Vec<_>>()
+        };
+        assert_eq!(noted(), [TABLE]);
+        written.written();
+        read.written();
+        assert_eq!(noted(), [0x2_0000]);
+        drop((written, read));
+        assert_eq!(noted(), [TABLE]);
     }
 
     #[test]

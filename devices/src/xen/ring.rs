@@ -214,6 +214,14 @@ impl<const REQUEST: usize, const RESPONSE: usize> Ring<REQUEST, RESPONSE> {
         let pieces = self.entry(self.indices.rsp_prod, RESPONSE);
         let written = iovec::write_bytes(&pieces, response);
         debug_assert_eq!(written, RESPONSE);
+        let offset = self.offset(self.indices.rsp_prod);
+        // Entries may lie across two pages.
+        let pages = offset / PAGE..=(offset + RESPONSE - 1) / PAGE;
+        self.pages
+            .get(pages)
+            .into_iter()
+            .flatten()
+            .for_each(Grant::written);
         self.indices.rsp_prod = self.indices.rsp_prod.wrapping_add(1);
     }
 
@@ -232,6 +240,7 @@ impl<const REQUEST: usize, const RESPONSE: usize> Ring<REQUEST, RESPONSE> {
         }
         // The guest sees the responses before their index ...
         self.header().rsp_prod.store(new, Ordering::Release);
+        self.header_written();
         self.published = new;
         // ... and the index before the backend looks whether it is awaited.
         fence(Ordering::SeqCst);
@@ -247,6 +256,7 @@ impl<const REQUEST: usize, const RESPONSE: usize> Ring<REQUEST, RESPONSE> {
     pub fn wait_for(&mut self, more: u32) -> Result<bool, Error> {
         let event = self.indices.req_cons.wrapping_add(more);
         self.header().req_event.store(event, Ordering::Relaxed);
+        self.header_written();
         // The guest sees the event before the backend looks the last time.
         fence(Ordering::SeqCst);
         Ok(self.available()? >= more)
@@ -260,10 +270,22 @@ impl<const REQUEST: usize, const RESPONSE: usize> Ring<REQUEST, RESPONSE> {
         unsafe { &*header }
     }
 
+    /// Notes that the header was written.
+    fn header_written(&self) {
+        if let Some(page) = self.pages.first() {
+            page.written();
+        }
+    }
+
+    /// Where the entry of `index` is, in bytes from the first page on.
+    fn offset(&self, index: u32) -> usize {
+        HEADER + (index & (self.entries - 1)) as usize * Self::ENTRY
+    }
+
     /// Where the first `len` bytes of the entry of `index` are: entries may lie
     /// across pages.
     fn entry(&self, index: u32, len: usize) -> [IoVec; 2] {
-        let offset = HEADER + (index & (self.entries - 1)) as usize * Self::ENTRY;
+        let offset = self.offset(index);
         let (page, start) = (offset / PAGE, offset % PAGE);
         let first = len.min(PAGE - start);
         [(page, start, first), (page + 1, 0, len - first)].map(|(page, start, len)| {

@@ -225,6 +225,7 @@ impl Source {
             snapshot: Some(&self.file),
             eager: false,
             prepare: Some(&|vm| self.make_disks(vm)),
+            receive: None,
         };
         start.claim_and_start(home, name).map(drop)
     }

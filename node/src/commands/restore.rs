@@ -121,6 +121,7 @@ impl Restore<'_> {
             snapshot: Some(self.file),
             eager: self.eager,
             prepare: None,
+            receive: None,
         };
         start.claim_and_start(home, &name)?;
         Ok(name)
@@ -129,7 +130,7 @@ impl Restore<'_> {
 
 /// The port of a VM called `name`; in the new VM's directory where it was in
 /// that one's.
-fn without_own_places(port: CharConfig, name: &str) -> CharConfig {
+pub(super) fn without_own_places(port: CharConfig, name: &str) -> CharConfig {
     let own = |path: &PathBuf| path.parent().is_some_and(|folder| folder.ends_with(name));
     if port.socket.as_ref().is_some_and(own) && port.log.as_ref().is_none_or(own) {
         return CharConfig {

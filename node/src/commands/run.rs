@@ -81,6 +81,7 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         snapshot: None,
         eager: false,
         prepare: None,
+        receive: None,
     };
     let (vm, stream) = start.claim_and_start(home, &args.name)?;
     if let Some(why) = why {
@@ -210,6 +211,9 @@ pub(super) struct Start<'a> {
     pub(super) eager: bool,
     /// What is done once the name is taken.
     pub(super) prepare: Option<Prepare<'a>>,
+    /// The migration socket of the monitor whose guest it gets. Its machine is
+    /// ready then, and no more.
+    pub(super) receive: Option<&'a Path>,
 }
 
 impl Start<'_> {
@@ -282,6 +286,7 @@ impl Launch<'_> {
         }
         command.args(["--", "--id", vm.name.as_str()]);
         command.arg("--api-socket").arg(vm.api_socket());
+        command.arg("--migration-socket").arg(vm.migration_socket());
         command.arg("--config").arg(vm.config());
         if let Some(user) = self.how.user {
             command.args(["--user", user]);
@@ -294,6 +299,9 @@ impl Launch<'_> {
             if self.how.eager {
                 command.arg("--eager");
             }
+        }
+        if let Some(source) = self.how.receive {
+            command.arg("--receive").arg(source);
         }
         Ok(command)
     }
@@ -310,6 +318,7 @@ impl Launch<'_> {
                     return Ok(stream);
                 }
                 Ok(info) if info.state != VmState::Created => return Ok(None),
+                Ok(_) if self.how.receive.is_some() => return Ok(None),
                 _ => (),
             }
             if supervisor.try_wait()?.is_some() {

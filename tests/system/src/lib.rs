@@ -278,6 +278,23 @@ impl<'a> Vm<'a> {
         Ok(self.node.sh(line).run()?)
     }
 
+    /// `blanket migrate NAME --as NEW FLAGS`: the VM under its new name, and the report.
+    ///
+    /// # Errors
+    /// It was not migrated: what `blanket` said.
+    pub fn migrate(&self, new: &str, flags: &str) -> Result<(Self, serde_json::Value)> {
+        let socket = console(new);
+        let flags = format!("--as {new} --json --console socket={socket} {flags}");
+        let output = self.blanket("migrate", &flags)?;
+        ensure!(output.status.success(), "{output}");
+        let vm = Self {
+            node: self.node,
+            name: new.to_owned(),
+            console: socket,
+        };
+        Ok((vm, serde_json::from_slice(&output.stdout)?))
+    }
+
     /// `blanket info --json`.
     ///
     /// # Errors

@@ -16,9 +16,11 @@ use hyper::body::{Bytes, Frame};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::types::{
-    Action, METRICS_PATH, Problem, SNAPSHOT_PATH, SYSRQ_PATH, SysRq, TARGET_PATH, Target, VM_PATH,
+    Action, METRICS_PATH, MIGRATION_PATH, Problem, SNAPSHOT_PATH, SYSRQ_PATH, SysRq, TARGET_PATH,
+    Target, VM_PATH,
 };
 use crate::config::VmConfig;
+use crate::migrate::Request;
 use crate::monitor::{Ending, Error, Monitor, Sending};
 
 /// A configuration is never longer than this, in bytes.
@@ -45,6 +47,10 @@ pub fn router(monitor: Arc<Mutex<Monitor>>, endings: UnboundedSender<Ending>) ->
         .route(TARGET_PATH, put(target))
         .route(SYSRQ_PATH, put(sysrq))
         .route(SNAPSHOT_PATH, get(snapshot))
+        .route(
+            MIGRATION_PATH,
+            get(migration).put(migrate).delete(cancel_migration),
+        )
         .route(METRICS_PATH, get(metrics));
     for action in Action::ALL {
         router = router.route(
@@ -71,13 +77,16 @@ fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response 
 fn refused(error: &Error) -> Response {
     let status = match error {
         Error::NoVm => StatusCode::NOT_FOUND,
-        Error::Exists | Error::State { .. } | Error::Saving | Error::NotLive(_) => {
-            StatusCode::CONFLICT
-        }
+        Error::Exists
+        | Error::State { .. }
+        | Error::Saving
+        | Error::NotLive(_)
+        | Error::Migrating => StatusCode::CONFLICT,
         Error::Config(_)
         | Error::Build(_)
         | Error::Target(_)
         | Error::Request(_)
+        | Error::Unmovable(_)
         | Error::Snapshot(_) => StatusCode::BAD_REQUEST,
         Error::Jail(_) | Error::Lifecycle(_) | Error::Write(_) => StatusCode::INTERNAL_SERVER_ERROR,
     };
@@ -178,6 +187,31 @@ async fn snapshot(State(shared): State<Shared>) -> Response {
     }
 }
 
+fn answer<T: serde::Serialize>(result: Result<T, Error>) -> Response {
+    match result {
+        Ok(value) => Json(value).into_response(),
+        Err(error) => refused(&error),
+    }
+}
+
+async fn migrate(
+    State(shared): State<Shared>,
+    request: Result<Json<Request>, JsonRejection>,
+) -> Response {
+    match request {
+        Ok(Json(request)) => answer(shared.monitor().depart(request)),
+        Err(rejection) => problem(rejection.status(), rejection.body_text(), None),
+    }
+}
+
+async fn migration(State(shared): State<Shared>) -> Response {
+    answer(shared.monitor().migration())
+}
+
+async fn cancel_migration(State(shared): State<Shared>) -> Response {
+    answer(shared.monitor().cancel_migration())
+}
+
 async fn metrics(State(shared): State<Shared>) -> Response {
     match shared.monitor().metrics() {
         Ok(metrics) => Json(metrics).into_response(),
@@ -198,7 +232,7 @@ async fn wrong_method() -> Response {
         StatusCode::METHOD_NOT_ALLOWED,
         "this path does not take that method".to_owned(),
         Some(
-            "GET or PUT /vm, PUT /vm/target, PUT /vm/sysrq, GET /vm/snapshot, POST /vm/ACTION, GET /metrics",
+            "GET or PUT /vm, PUT /vm/target, PUT /vm/sysrq, GET /vm/snapshot, GET, PUT or DELETE /vm/migration, POST /vm/ACTION, GET /metrics",
         ),
     )
 }

@@ -6,6 +6,9 @@
 //! | `GET /vm` | | [`VmInfo`], or 404 before the machine is built |
 //! | `POST /vm/ACTION` | | [`VmInfo`] after the [`Action`] |
 //! | `GET /vm/snapshot` | | the [stream](crate::snapshot::stream) of a VM's snapshot; one that runs goes on after a moment, or is refused with 409 |
+//! | `PUT /vm/migration` | [`Request`](crate::migrate::Request) | the [`VmConfig`] that the destination's machine is to have: the VM leaves when a destination comes to the monitor's migration socket |
+//! | `GET /vm/migration` | | [`Status`](blanket_migration::Status) |
+//! | `DELETE /vm/migration` | | [`Status`](blanket_migration::Status): it ends soon, unless the guest has been handed over |
 //! | `PUT /vm/target` | [`Target`] | [`VmInfo`] with it |
 //! | `PUT /vm/sysrq` | [`SysRq`] | [`VmInfo`] after the key |
 //! | `GET /metrics` | | [`Metrics`] |
@@ -31,6 +34,9 @@ pub const TARGET_PATH: &str = "/vm/target";
 
 /// Path of the VM's snapshot.
 pub const SNAPSHOT_PATH: &str = "/vm/snapshot";
+
+/// Path of the VM's migration: `PUT` begins it, `DELETE` cancels it.
+pub const MIGRATION_PATH: &str = "/vm/migration";
 
 /// Path of the guest's SysRq key: `PUT` presses it.
 pub const SYSRQ_PATH: &str = "/vm/sysrq";

@@ -255,6 +255,18 @@ impl machine::Machine for Machine {
         &self.ram
     }
 
+    fn vm(&self) -> Arc<VmFd> {
+        Arc::clone(&self.vm)
+    }
+
+    fn likeness(&self) -> Result<SavedState, lifecycle::Error> {
+        self.look()
+    }
+
+    fn is_like(&self, likeness: &SavedState) -> Result<(), lifecycle::Error> {
+        self.compare(likeness)
+    }
+
     fn save(&self) -> Result<SavedState, lifecycle::Error> {
         self.saved()
     }

@@ -43,6 +43,16 @@ struct Saved {
     power: SavedState,
 }
 
+/// What two machines have in common between which a guest can move.
+#[derive(Serialize, Deserialize)]
+struct Look {
+    memory: u64,
+    cpus: usize,
+    devices: usize,
+    chips: Vec<u32>,
+    cpuid: Vec<kvm_cpuid_entry2>,
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(message: impl ToString) -> lifecycle::Error {
     lifecycle::Error::Device {
@@ -126,26 +136,51 @@ impl Machine {
     /// A saved state, of a machine like this one.
     fn unpack(&self, state: &SavedState) -> Result<Saved, lifecycle::Error> {
         let saved: Saved = state.unpack(KIND, VERSION)?;
+        self.resembles(&Look {
+            memory: saved.memory,
+            cpus: saved.cpus.len(),
+            devices: saved.virtio.len(),
+            chips: saved.chips.iter().map(|chip| chip.chip_id).collect(),
+            cpuid: saved.cpuid.clone(),
+        })?;
+        Ok(saved)
+    }
+
+    /// See [`crate::machine::Machine::likeness`].
+    pub(super) fn look(&self) -> Result<SavedState, lifecycle::Error> {
+        let look = Look {
+            memory: size(&self.ram),
+            cpus: self.vcpus.len(),
+            devices: self.virtio.len(),
+            chips: CHIPS.to_vec(),
+            cpuid: self.cpuid.clone(),
+        };
+        SavedState::pack(KIND, VERSION, &look)
+    }
+
+    /// See [`crate::machine::Machine::is_like`].
+    pub(super) fn compare(&self, likeness: &SavedState) -> Result<(), lifecycle::Error> {
+        self.resembles(&likeness.unpack(KIND, VERSION)?)
+    }
+
+    fn resembles(&self, look: &Look) -> Result<(), lifecycle::Error> {
         let same = [
-            ("memory", saved.memory == size(&self.ram)),
-            ("vCPUs", saved.cpus.len() == self.vcpus.len()),
-            ("devices", saved.virtio.len() == self.virtio.len()),
-            (
-                "interrupt controllers",
-                saved.chips.iter().map(|chip| chip.chip_id).eq(CHIPS),
-            ),
+            ("memory", look.memory == size(&self.ram)),
+            ("vCPUs", look.cpus == self.vcpus.len()),
+            ("devices", look.devices == self.virtio.len()),
+            ("interrupt controllers", look.chips == CHIPS),
         ];
         if let Some((what, _)) = same.iter().find(|(_, same)| !same) {
             return Err(failed(format!(
                 "the saved guest has other {what}; configure this machine like it"
             )));
         }
-        if saved.cpuid != self.cpuid {
+        if look.cpuid != self.cpuid {
             return Err(failed(
                 "the saved guest was told of another processor; restore it on a node with the \
                  same processor and kernel",
             ));
         }
-        Ok(saved)
+        Ok(())
     }
 }

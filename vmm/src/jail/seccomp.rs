@@ -37,6 +37,8 @@ pub enum Class {
     Populate,
     /// The thread that moves guest memory while the guest runs.
     Pager,
+    /// The thread that migrates the guest, and those that it makes for it.
+    Migrate,
 }
 
 /// What any thread's run time needs: memory, locks, time, its own end.
@@ -167,6 +169,30 @@ const SETUP: &[libc::c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
+/// What moving a guest takes.
+const MIGRATE: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_connect,
+    libc::SYS_fcntl,
+    libc::SYS_getsockopt,
+    libc::SYS_membarrier,
+    libc::SYS_poll,
+    libc::SYS_prctl,
+    libc::SYS_pread64,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_set_robust_list,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_socket,
+];
+
 /// Type byte of KVM's ioctls.
 const KVM_TYPE: u64 = 0xae;
 
@@ -186,6 +212,7 @@ impl Class {
             Self::Setup => &[
                 SETUP,
                 MAIN,
+                MIGRATE,
                 KICK_SYSCALLS,
                 store::RING_SYSCALLS,
                 store::THREAD_SYSCALLS,
@@ -230,6 +257,8 @@ impl Class {
             // madvise is everybody's.
             Self::Populate => &[],
             Self::Pager => &[pager::SYSCALLS],
+            // Threads, and Unix sockets: see `program`.
+            Self::Migrate => &[MIGRATE],
         };
         [BASE, ASSERTIONS]
             .iter()
@@ -247,6 +276,8 @@ impl Class {
             Self::Main => Ioctls::Kvm(list(&[tap::IOCTLS, char_device::IOCTLS])),
             // Routes and doorbells follow the guest's wishes.
             Self::Vcpu | Self::XenBus => Ioctls::Kvm(list(&[tap::IOCTLS])),
+            // Sockets that do not block, besides.
+            Self::Migrate => Ioctls::Kvm(vec![libc::FIONBIO]),
             Self::Worker => Ioctls::Only(list(&[tap::IOCTLS, char_device::IOCTLS])),
             Self::Pager => Ioctls::Only(list(&[uffd::IOCTLS])),
             Self::Store | Self::VhostUser | Self::Populate => Ioctls::Only(Vec::new()),
@@ -303,7 +334,7 @@ pub fn program(class: Class) -> io::Result<BpfProgram> {
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);
     }
-    if class == Class::VhostUser {
+    if matches!(class, Class::VhostUser | Class::Migrate) {
         let unix = argument_rule(0, WHOLE, libc::AF_UNIX as u64);
         rules.insert(libc::SYS_socket, vec![unix.map_err(io::Error::other)?]);
     }
@@ -377,7 +408,8 @@ pub fn report_refusals() -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const ALL: [Class; 8] = [
+    const ALL: [Class; 9] = [
+        Class::Migrate,
         Class::Setup,
         Class::Main,
         Class::Vcpu,

@@ -6,7 +6,7 @@ pub(crate) mod open;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blanket_devices::lifecycle::{self, SavedState};
 use blanket_devices::worker::{ThreadSetup, Worker, Workers};
@@ -18,10 +18,12 @@ use kvm_ioctls::VmFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 pub use error::Error;
+pub use open::Given;
 
 use crate::api::types::{DeviceInfo, Machine as Kind, MemoryMetrics, Metrics, Target};
 use crate::config::{MachineChoice, VmConfig};
 use crate::jail::{Class, seccomp};
+use crate::migrate::HandOver;
 use crate::vcpu::EventSink;
 use crate::{hvm, pv};
 use blanket_drivers::cpu::Shown;
@@ -93,6 +95,22 @@ pub trait Machine: Send {
 
     /// All memory that goes with a saved state.
     fn memory(&self) -> &GuestRam;
+
+    /// KVM's end of the machine: it knows which pages the guest writes.
+    fn vm(&self) -> Arc<VmFd>;
+
+    /// What another machine has to have in common with this one to take its
+    /// guest over, as far as that can be told while the guest runs.
+    ///
+    /// # Errors
+    /// It cannot be encoded.
+    fn likeness(&self) -> Result<SavedState, lifecycle::Error>;
+
+    /// Whether this machine is like the one that `likeness` is of.
+    ///
+    /// # Errors
+    /// It is not: what differs, and the remedy.
+    fn is_like(&self, likeness: &SavedState) -> Result<(), lifecycle::Error>;
 
     /// The state of a paused machine, but for its memory.
     ///
@@ -197,18 +215,34 @@ pub fn choose(config: &VmConfig) -> (Kind, String) {
 }
 
 impl Parts {
-    /// Opens all that `config` names, for the machine that it gets.
+    /// Opens all that `config` names but for what is given, for the machine that
+    /// it gets.
     ///
     /// # Errors
     /// The first thing that is missing, in use or not permitted, with the
     /// remedy. What was made until then (taps, sockets) goes away again.
-    pub fn open(config: &VmConfig) -> Result<Self, Error> {
+    pub fn open(config: &VmConfig, given: Given) -> Result<Self, Error> {
         let (kind, reason) = choose(config);
         tracing::info!(machine = %kind, %reason, "machine chosen");
         Ok(match kind {
-            Kind::Hvm => Self::Hvm(Box::new(hvm::Parts::open(config)?)),
-            Kind::Pv => Self::Pv(Box::new(pv::Parts::open(config)?)),
+            Kind::Hvm => Self::Hvm(Box::new(hvm::Parts::open(config, given)?)),
+            Kind::Pv => Self::Pv(Box::new(pv::Parts::open(config, given)?)),
         })
+    }
+
+    /// What hands its disks and interfaces over to another monitor.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn hand_over(&self) -> io::Result<HandOver> {
+        match self {
+            Self::Hvm(parts) => HandOver::of(parts.disks.iter(), &parts.interfaces, true),
+            Self::Pv(parts) => HandOver::of(
+                parts.disks.iter().map(|(it, _)| it),
+                &parts.interfaces,
+                false,
+            ),
+        }
     }
 
     /// Puts the machine together. Threads are made here, each under its
@@ -246,10 +280,15 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Gives the guest its memory.
 pub(crate) fn map_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+    map_memory_with(vm, ram, 0)
+}
+
+/// The same with flags of KVM's (`KVM_MEM_*`), which may change as it runs.
+pub(crate) fn map_memory_with(vm: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), Error> {
     for (slot, region) in ram.iter().enumerate() {
         let mapping = kvm_userspace_memory_region {
             slot: slot as u32,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,

@@ -1,5 +1,6 @@
 //! Opening what a configuration names: for every kind of machine.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
@@ -50,8 +51,20 @@ pub(crate) fn memory(config: &VmConfig, size: u64, shared: bool) -> Spec {
     }
 }
 
-pub(crate) fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error> {
-    let image = Image::open(&store::Spec {
+/// What another monitor hands over, in the order of the configuration; nothing
+/// where all is to be opened here.
+#[derive(Default)]
+pub struct Given {
+    pub(crate) disks: VecDeque<File>,
+    pub(crate) taps: VecDeque<Tap>,
+}
+
+pub(crate) fn open_disk(
+    config: &DiskConfig,
+    queues: u16,
+    given: &mut Given,
+) -> Result<Disk, Error> {
+    let spec = store::Spec {
         path: config.path.clone(),
         readonly: config.readonly,
         format: config.format,
@@ -59,7 +72,11 @@ pub(crate) fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error>
         backing: config.backing,
         engine: config.engine,
         stripe: config.stripe.clone(),
-    })?;
+    };
+    let image = match given.disks.pop_front() {
+        Some(file) => Image::adopt(&spec, file)?,
+        None => Image::open(&spec)?,
+    };
     Ok(Disk {
         serial: config.serial.clone(),
         path: config.path.clone(),
@@ -68,10 +85,17 @@ pub(crate) fn open_disk(config: &DiskConfig, queues: u16) -> Result<Disk, Error>
     })
 }
 
-pub(crate) fn open_interface(config: &NetConfig, queues: u16) -> Result<Interface, Error> {
+pub(crate) fn open_interface(
+    config: &NetConfig,
+    queues: u16,
+    given: &mut Given,
+) -> Result<Interface, Error> {
     let attachment = match &config.vhost_user {
         Some(path) => Attachment::VhostUser(Opened::connect(path, config.queues.unwrap_or(1))?),
-        None => Attachment::Tap(open_tap(config, queues)?),
+        None => Attachment::Tap(match given.taps.pop_front() {
+            Some(tap) => tap,
+            None => open_tap(config, queues)?,
+        }),
     };
     Ok(Interface {
         attachment,

@@ -58,6 +58,7 @@ pub struct Machine {
     described: Vec<DeviceInfo>,
     health: Vec<Health>,
     _workers: Workers,
+    vm: Arc<VmFd>,
 }
 
 /// Events of `cpus`, whose vCPUs KVM interrupts and whose doorbells it hears.
@@ -166,6 +167,7 @@ impl Machine {
             described,
             health,
             _workers: workers,
+            vm: parts.vm,
         })
     }
 
@@ -392,6 +394,18 @@ impl machine::Machine for Machine {
 
     fn memory(&self) -> &GuestRam {
         &self.domain.ram
+    }
+
+    fn vm(&self) -> Arc<VmFd> {
+        Arc::clone(&self.vm)
+    }
+
+    fn likeness(&self) -> Result<SavedState, lifecycle::Error> {
+        self.look()
+    }
+
+    fn is_like(&self, likeness: &SavedState) -> Result<(), lifecycle::Error> {
+        self.compare(likeness)
     }
 
     fn save(&self) -> Result<SavedState, lifecycle::Error> {

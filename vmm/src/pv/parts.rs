@@ -16,7 +16,7 @@ use super::cpuid::{Source, Visible};
 use super::shim::area_size;
 use crate::config::{CharConfig, VmConfig};
 use crate::hvm;
-use crate::machine::open::{self, Disk, Interface, open_char, open_disk, open_interface};
+use crate::machine::open::{self, Disk, Given, Interface, open_char, open_disk, open_interface};
 use crate::machine::{Error, kvm, lock};
 use blanket_drivers::cpu::{self, Shown};
 
@@ -33,19 +33,19 @@ pub struct Parts {
     pub(super) uuid: [u8; 16],
     pub(super) kernel: Kernel,
     pub(super) ram: GuestRam,
-    pub(super) disks: Vec<(Disk, bool)>,
-    pub(super) interfaces: Vec<Interface>,
+    pub(crate) disks: Vec<(Disk, bool)>,
+    pub(crate) interfaces: Vec<Interface>,
     pub(super) console: CharPort,
     pub(super) early: EarlyConsole,
 }
 
 impl Parts {
-    /// Opens all that `config` names.
+    /// Opens all that `config` names, but for what is given.
     ///
     /// # Errors
     /// The first thing that is missing, in use or not permitted, with the
     /// remedy. What was made until then (taps, sockets) goes away again.
-    pub fn open(config: &VmConfig) -> Result<Self, Error> {
+    pub fn open(config: &VmConfig, mut given: Given) -> Result<Self, Error> {
         if u64::from(config.cpus()) > layout::MAX_VCPUS {
             return Err(Error::TooManyCpus {
                 cpus: config.cpus(),
@@ -63,12 +63,17 @@ impl Parts {
             &[(GuestAddress(0), memory), (GuestAddress(layout::GPA), area)],
         )?;
         let queues = config.default_queues();
-        let disks = config
-            .disk
-            .iter()
-            .map(|disk| Ok((open_disk(disk, queues)?, disk.persistent.unwrap_or(true))));
+        let disks = config.disk.iter().map(|disk| {
+            Ok((
+                open_disk(disk, queues, &mut given)?,
+                disk.persistent.unwrap_or(true),
+            ))
+        });
         let disks = disks.collect::<Result<_, Error>>()?;
-        let interfaces = config.net.iter().map(|net| open_interface(net, queues));
+        let interfaces = config
+            .net
+            .iter()
+            .map(|net| open_interface(net, queues, &mut given));
         let interfaces = interfaces.collect::<Result<_, _>>()?;
         let stdio = CharConfig {
             stdio: true,

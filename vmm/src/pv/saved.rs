@@ -77,6 +77,17 @@ struct SavedCpu {
     monitor: CpuState,
 }
 
+/// What two machines have in common between which a guest can move.
+#[derive(Serialize, Deserialize)]
+struct Look {
+    memory: u64,
+    cpus: usize,
+    trusted: bool,
+    hardware: bool,
+    shim: u32,
+    cpuid: Visible,
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(message: impl ToString) -> lifecycle::Error {
     lifecycle::Error::Device {
@@ -259,31 +270,62 @@ impl Machine {
     fn unpack(&self, state: &SavedState) -> Result<Saved, lifecycle::Error> {
         let saved: Saved = state.unpack(KIND, VERSION)?;
         let domain = &self.domain;
-        let same = [
-            ("memory", saved.memory == domain.memory),
-            ("vCPUs", saved.cpus.len() == self.vcpus.len()),
-            ("--trust-guest-user", saved.trusted == domain.trusted),
-            ("kind of KVM", saved.hardware == domain.hardware),
-        ];
-        if let Some((what, _)) = same.iter().find(|(_, same)| !same) {
-            return Err(failed(format!(
-                "the saved guest has other {what}; configure this machine like it"
-            )));
-        }
-        if saved.shim != shim() {
-            return Err(failed(
-                "the saved guest has another version of the hypervisor's code in its memory; \
-                 restore it with the version that saved it",
-            ));
-        }
+        self.resembles(&Look {
+            memory: saved.memory,
+            cpus: saved.cpus.len(),
+            trusted: saved.trusted,
+            hardware: saved.hardware,
+            shim: saved.shim,
+            cpuid: saved.cpuid.clone(),
+        })?;
         let sound = |cpu: &SavedCpu| cpu.monitor.is_sound();
         let frames = domain.memory / PAGE_SIZE;
         if !saved.cpus.iter().all(sound) || saved.suspended.is_some_and(|frame| frame >= frames) {
             return Err(failed("the saved guest's tables have impossible sizes"));
         }
         domain.time.fits(&saved.time).map_err(failed)?;
-        domain.cpuid.fits(&saved.cpuid).map_err(failed)?;
         Ok(saved)
+    }
+
+    /// See [`crate::machine::Machine::likeness`].
+    pub(super) fn look(&self) -> Result<SavedState, lifecycle::Error> {
+        let domain = &self.domain;
+        let look = Look {
+            memory: domain.memory,
+            cpus: self.vcpus.len(),
+            trusted: domain.trusted,
+            hardware: domain.hardware,
+            shim: shim(),
+            cpuid: (*domain.cpuid).clone(),
+        };
+        SavedState::pack(KIND, VERSION, &look)
+    }
+
+    /// See [`crate::machine::Machine::is_like`].
+    pub(super) fn compare(&self, likeness: &SavedState) -> Result<(), lifecycle::Error> {
+        self.resembles(&likeness.unpack(KIND, VERSION)?)
+    }
+
+    fn resembles(&self, look: &Look) -> Result<(), lifecycle::Error> {
+        let domain = &self.domain;
+        let same = [
+            ("memory", look.memory == domain.memory),
+            ("vCPUs", look.cpus == self.vcpus.len()),
+            ("--trust-guest-user", look.trusted == domain.trusted),
+            ("kind of KVM", look.hardware == domain.hardware),
+        ];
+        if let Some((what, _)) = same.iter().find(|(_, same)| !same) {
+            return Err(failed(format!(
+                "the saved guest has other {what}; configure this machine like it"
+            )));
+        }
+        if look.shim != shim() {
+            return Err(failed(
+                "the saved guest has another version of the hypervisor's code in its memory; \
+                 restore it with the version that saved it",
+            ));
+        }
+        domain.cpuid.fits(&look.cpuid).map_err(failed)
     }
 }
 

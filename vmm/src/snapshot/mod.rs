@@ -23,6 +23,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use blanket_memory::GuestRam;
+use blanket_memory::dirty::WriteLog;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -44,6 +45,7 @@ pub use open::Snapshot;
 pub use recorder::Recorder;
 pub use stream::Pieces;
 pub use touched::Touched;
+pub(crate) use touched::clear;
 pub use writer::{Compression, Writer, Written};
 
 const MAGIC: [u8; 8] = *b"blanket\x1a";
@@ -159,7 +161,7 @@ impl Regions {
     #[must_use]
     pub fn of(ram: &GuestRam) -> Self {
         let region = |region: &_| {
-            let region: &vm_memory::GuestRegionMmap = region;
+            let region: &vm_memory::GuestRegionMmap<WriteLog> = region;
             (region.start_addr().0, region.len())
         };
         Self(ram.iter().map(region).collect())

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use blanket_memory::GuestRam;
+use blanket_memory::dirty::WriteLog;
 use vm_memory::{
     Bytes, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
@@ -34,7 +35,7 @@ impl Touched {
 
     /// Whether a page of a region can be other than all zeros. (What others
     /// write to a file is not this process's.)
-    pub(super) fn must_read(&mut self, region: &GuestRegionMmap, offset: u64) -> bool {
+    pub(crate) fn must_read(&mut self, region: &GuestRegionMmap<WriteLog>, offset: u64) -> bool {
         region.file_offset().is_some() || self.has(region.as_ptr() as u64 + offset)
     }
 
@@ -83,7 +84,7 @@ impl Touched {
 }
 
 /// Makes all of it zeros.
-pub(super) fn clear(ram: &GuestRam, mut touched: Touched) -> Result<(), Error> {
+pub(crate) fn clear(ram: &GuestRam, mut touched: Touched) -> Result<(), Error> {
     for region in ram.iter() {
         for offset in (0..region.len()).step_by(PAGE) {
             if touched.must_read(region, offset) {

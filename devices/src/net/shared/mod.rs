@@ -152,13 +152,14 @@ impl Peer for SharedPeer {
         }
     }
 
-    fn start(&self) {
+    fn start(&self) -> io::Result<()> {
         self.backend.start(Box::new(Driver {
             queues: self.queues.clone(),
             attached: self.attached.load(Ordering::Relaxed),
             features: self.features(),
             generation: Arc::clone(&self.generation),
         }));
+        Ok(())
     }
 
     fn stop(&self) -> io::Result<()> {

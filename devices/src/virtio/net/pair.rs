@@ -63,6 +63,9 @@ pub(super) fn wake(queue: &VirtQueue) {
 impl MutEventSubscriber for Pair {
     fn init(&mut self, ops: &mut EventOps) {
         self.watch.forget();
+        if let Err(error) = self.shared.port.peer().start() {
+            tracing::error!(%error, "the interface's other end does not begin");
+        }
         let [rx, tx] = &self.queues;
         if let Err(error) =
             watch(ops, &rx.kick, RX_KICK).and_then(|()| watch(ops, &tx.kick, TX_KICK))

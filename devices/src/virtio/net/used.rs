@@ -35,6 +35,7 @@ impl UsedFrames {
         };
         let next = queue.queue.next_used();
         for (i, (head, len)) in others.iter().enumerate() {
+            queue.written(*head);
             let slot = next.wrapping_add(i as u16) % queue.queue.size();
             let address = queue.queue.used_ring() + 4 + 8 * u64::from(slot);
             // `struct virtq_used_elem`: index, then length (2.7.8).

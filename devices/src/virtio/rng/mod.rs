@@ -202,6 +202,24 @@ mod tests {
     }
 
     #[test]
+    fn what_the_device_has_written_is_noted() {
+        use blanket_memory::dirty;
+        let memory = ram(1 << 20);
+        let mut driver = Driver::new(&memory, 0, 0, 16);
+        driver.add(&[(0x1_0000, 100, true), (0x2_0ff0, 0x2000, true)]);
+        driver.add(&[(0x8000, 64, false)]);
+        dirty::start(&memory).unwrap();
+        source(&driver).serve();
+        let runs = dirty::take(&memory).runs(&memory, 4096);
+        let noted = |at| runs.contains(&(GuestAddress(at), 4096));
+        for page in [0x1_0000, 0x2_0000, 0x2_1000, 0x2_2000] {
+            assert!(noted(page), "{page:#x} {runs:x?}");
+        }
+        // Nor is more noted than that and the ring.
+        assert!(!noted(0x8000) && runs.len() <= 6, "{runs:x?}");
+    }
+
+    #[test]
     fn a_greedy_driver_gets_everything_in_several_turns() {
         let memory = ram(1 << 20);
         let mut driver = Driver::new(&memory, 0, 0, 16);

@@ -261,6 +261,7 @@ impl RingHandler {
                 operation,
                 pages,
             } = answer;
+            pages.iter().for_each(|page| page.written());
             // The guest may take its pages back as soon as it sees the answer.
             drop(pages);
             self.answer(id, operation, status);

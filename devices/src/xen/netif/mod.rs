@@ -212,7 +212,7 @@ impl Netif {
         let Some(connection) = &mut self.connection else {
             return Ok(());
         };
-        self.shared.port.peer().start();
+        self.shared.port.peer().start()?;
         let workers = &connection.workers;
         let queues = std::mem::take(&mut connection.queues);
         for (i, place) in queues.into_iter().enumerate() {

@@ -123,6 +123,8 @@ impl Rx {
         if self.frame.take().is_some() {
             metrics.drop_one();
         }
+        // A frame that is dropped may lie in some.
+        self.buffers.iter().for_each(|it| it.page.written());
         // At most as many as a packet has slots.
         ring.rewind(self.buffers.len() as u32);
         self.buffers.clear();
@@ -259,13 +261,16 @@ impl Rx {
             if i == 0 && gso.is_some() {
                 own |= RX_EXTRA_INFO;
             }
+            buffer.page.written();
             drop(buffer.page);
             ring.push(&rx_response(buffer.id, own, piece.len()));
             slots += 1;
             if i == 0
                 && let Some(gso) = gso
             {
-                self.buffers.pop_front();
+                if let Some(buffer) = self.buffers.pop_front() {
+                    buffer.page.written();
+                }
                 ring.push(&gso_extra(gso));
                 slots += 1;
             }

@@ -4,6 +4,7 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use blanket_memory::GuestRam;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory};
 
 use super::Places;
@@ -35,7 +36,11 @@ impl Bits {
         let slice = self.memory.get_slice(GuestAddress(at), 8);
         slice
             .ok()
-            .and_then(|slice| slice.get_atomic_ref(0).ok().map(operation))
+            .and_then(|slice| {
+                let value = slice.get_atomic_ref(0).ok().map(operation);
+                slice.bitmap().mark_dirty(0, 8);
+                value
+            })
             .unwrap_or(0)
     }
 
@@ -60,6 +65,7 @@ impl Bits {
             && let Ok(byte) = slice.get_atomic_ref::<AtomicU8>(0)
         {
             byte.swap(value, Ordering::SeqCst);
+            slice.bitmap().mark_dirty(0, 1);
         }
     }
 }

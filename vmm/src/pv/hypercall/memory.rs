@@ -1,5 +1,6 @@
 //! Memory: its map, the table of frames, and the balloon.
 
+use blanket_memory::dirty;
 use blanket_pv_shim::layout;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -93,6 +94,11 @@ impl Hypercall<'_> {
             unsafe { libc::madvise(page.cast(), PAGE_SIZE as usize, advice) == 0 }
         });
         if done {
+            dirty::mark(
+                &self.domain.ram,
+                GuestAddress(frame * PAGE_SIZE),
+                PAGE_SIZE as usize,
+            );
             self.domain.balloon(1);
         }
         done

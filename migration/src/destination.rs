@@ -1,0 +1,364 @@
+//! The end that gets the guest.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use blanket_memory::GuestRam;
+use blanket_memory::dirty::PAGE;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::descriptors;
+use crate::status::{MOST_STREAMS, micros};
+use crate::wire::{self, Hello, Join, Kind, Offer, Restored, Running};
+
+/// How long a destination that could run the guest asks whether it may, when
+/// the connection is gone.
+const INQUIRY: Duration = Duration::from_secs(20);
+/// How long it waits for one answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long the handshake may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why the guest does not run here.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The source, or the connection to it.
+    #[error("the migration failed before the guest was handed over: {0}; it is where it was")]
+    Wire(#[from] wire::Error),
+    /// The source speaks another version.
+    #[error(
+        "the source speaks version {found} of the migration protocol, this one {}: use the same version of Blanket at both ends",
+        wire::VERSION
+    )]
+    Version {
+        /// The source's.
+        found: u32,
+    },
+    /// The memory here is not the guest's.
+    #[error("the guest has other memory; configure this machine like the guest's")]
+    Memory,
+    /// A write was lost on the way.
+    #[error("the memory that arrived is not the guest's")]
+    Differs,
+    /// The machine did not take the state.
+    #[error("{0}")]
+    Machine(String),
+    /// Nobody tells whether the guest was handed over.
+    #[error(
+        "the source does not say whether the guest was handed over: it waits here, paused; if the source is gone for good, resume it"
+    )]
+    Undecided,
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        Self::Wire(error.into())
+    }
+}
+
+/// What the engine needs of the monitor here.
+pub trait Machine: Sync {
+    /// All memory, which holds nothing but zeros.
+    fn ram(&self) -> &GuestRam;
+
+    /// Takes the state over, with the memory in place.
+    ///
+    /// # Errors
+    /// The machine cannot.
+    fn restore(&self, state: &[u8]) -> Result<(), String>;
+
+    /// Has the guest run: it is this machine's now.
+    ///
+    /// # Errors
+    /// A device does not go on.
+    fn run(&self) -> Result<(), String>;
+}
+
+/// A source that has been met.
+pub struct Destination {
+    path: PathBuf,
+    offer: Offer,
+    control: UnixStream,
+    data: Vec<UnixStream>,
+    /// For a question at the end: a monitor that has given up its privileges
+    /// may not connect any more.
+    spare: UnixStream,
+}
+
+impl Destination {
+    /// Connects to the source at `path`; what it hands over.
+    ///
+    /// # Errors
+    /// Nobody is there, or it speaks another protocol.
+    pub fn meet(path: &Path) -> Result<(Self, Vec<OwnedFd>), Error> {
+        let mut control = UnixStream::connect(path)?;
+        control.set_read_timeout(Some(PATIENCE))?;
+        let hello = Hello {
+            version: wire::VERSION,
+        };
+        wire::send_value(&mut control, Kind::Hello, &hello)?;
+        let offer: Offer = wire::decode(&wire::expect(&mut control, Kind::Offer)?)?;
+        if offer.version != wire::VERSION {
+            return Err(Error::Version {
+                found: offer.version,
+            });
+        }
+        let descriptors = descriptors::receive(&control, offer.descriptors)?;
+        let data = (0..offer.streams.min(MOST_STREAMS))
+            .map(|index| join(path, offer.session, index))
+            .collect::<Result<_, _>>()?;
+        let met = Self {
+            spare: UnixStream::connect(path)?,
+            path: path.to_owned(),
+            offer,
+            control,
+            data,
+        };
+        Ok((met, descriptors))
+    }
+
+    /// What the source's monitor says of its machine.
+    #[must_use]
+    pub fn machine(&self) -> &[u8] {
+        &self.offer.machine
+    }
+
+    /// Tells the source that it does not work here.
+    pub fn refuse(mut self, reason: &str) {
+        let _ = wire::send(&mut self.control, Kind::Abort, reason.as_bytes());
+    }
+
+    /// Receives the guest and has it run.
+    ///
+    /// # Errors
+    /// It does not run here, and never will, unless it is [`Error::Undecided`].
+    pub fn run(mut self, machine: &dyn Machine) -> Result<(), Error> {
+        let restored = self.receive(machine);
+        if let Err(error) = &restored
+            && !matches!(
+                error,
+                Error::Wire(wire::Error::Cut | wire::Error::Aborted(_))
+            )
+        {
+            let _ = wire::send(&mut self.control, Kind::Abort, error.to_string().as_bytes());
+        }
+        // A source that never hears that it is ready does not hand over.
+        wire::send_value(&mut self.control, Kind::Ready, &restored?)?;
+        let mut control = match self.committed() {
+            Ok(()) => self.control,
+            Err(wire::Error::Aborted(reason)) => return Err(wire::Error::Aborted(reason).into()),
+            Err(_) => self.inquire()?,
+        };
+        let start = Instant::now();
+        machine.run().map_err(Error::Machine)?;
+        let running = Running {
+            resume_us: micros(start.elapsed()),
+        };
+        // It runs, whether or not the source hears of it.
+        let _ = wire::send_value(&mut control, Kind::Running, &running);
+        Ok(())
+    }
+
+    /// All memory and the state.
+    fn receive(&mut self, machine: &dyn Machine) -> Result<Restored, Error> {
+        let ram = machine.ram();
+        let regions = ram.iter().map(|it| (it.start_addr().0, it.len()));
+        if !regions.eq(self.offer.regions.iter().copied()) {
+            return Err(Error::Memory);
+        }
+        let streams = std::mem::take(&mut self.data);
+        wire::send(&mut self.control, Kind::Accept, &[])?;
+        // From here on the source says when it is over.
+        self.control.set_read_timeout(None)?;
+        let endings: Vec<_> = streams
+            .iter()
+            .map(UnixStream::try_clone)
+            .collect::<io::Result<_>>()?;
+        std::thread::scope(|scope| {
+            let others: Vec<_> = streams
+                .into_iter()
+                .map(|stream| scope.spawn(move || take_memory(stream, ram)))
+                .collect();
+            let state = self.state(ram);
+            // What is to come has come, or never will.
+            for stream in &endings {
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            }
+            let mut result = state;
+            for other in others {
+                if let Ok(Err(error)) = other.join() {
+                    result = Err(error);
+                }
+            }
+            let state = result?;
+            let start = Instant::now();
+            machine.restore(&state).map_err(Error::Machine)?;
+            Ok(Restored {
+                restore_us: micros(start.elapsed()),
+            })
+        })
+    }
+
+    /// The state, which comes when all memory is in place.
+    fn state(&mut self, ram: &GuestRam) -> Result<Vec<u8>, Error> {
+        let mut payload = Vec::new();
+        loop {
+            match wire::receive(&mut self.control, &mut payload)? {
+                Kind::State => return Ok(payload),
+                Kind::Verify if payload == memory_sum(ram)?.to_le_bytes() => {}
+                Kind::Verify => return Err(Error::Differs),
+                _ => return Err(wire::Error::Damaged("its parts are not in order").into()),
+            }
+        }
+    }
+
+    fn committed(&mut self) -> Result<(), wire::Error> {
+        let session = wire::expect(&mut self.control, Kind::Commit)?;
+        if session == self.offer.session {
+            Ok(())
+        } else {
+            Err(wire::Error::Damaged("another session's commit"))
+        }
+    }
+
+    /// Asks the source whether the guest was handed over, as the connection
+    /// broke when it may have been.
+    fn inquire(&self) -> Result<UnixStream, Error> {
+        let end = Instant::now() + INQUIRY;
+        let mut spare = self.spare.try_clone().ok();
+        while Instant::now() < end {
+            let answer = match spare.take() {
+                Some(stream) => self.ask(stream),
+                None => UnixStream::connect(&self.path)
+                    .map_err(wire::Error::from)
+                    .and_then(|stream| self.ask(stream)),
+            };
+            match answer {
+                Ok(stream) => return Ok(stream),
+                Err(wire::Error::Aborted(reason)) => {
+                    return Err(wire::Error::Aborted(reason).into());
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "no word on whether the guest was handed over");
+                }
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Err(Error::Undecided)
+    }
+
+    fn ask(&self, mut stream: UnixStream) -> Result<UnixStream, wire::Error> {
+        stream.set_read_timeout(Some(ANSWER))?;
+        wire::send(&mut stream, Kind::Ask, &self.offer.session)?;
+        if wire::expect(&mut stream, Kind::Commit)? != self.offer.session {
+            return Err(wire::Error::Damaged("another session's commit"));
+        }
+        Ok(stream)
+    }
+}
+
+fn join(path: &Path, session: [u8; 16], index: u32) -> Result<UnixStream, Error> {
+    let mut stream = UnixStream::connect(path)?;
+    wire::send_value(&mut stream, Kind::Join, &Join { session, index })?;
+    Ok(stream)
+}
+
+/// Puts what comes on a data stream in its place, until the stream ends.
+fn take_memory(mut stream: UnixStream, ram: &GuestRam) -> Result<(), Error> {
+    let taken = take_frames(&mut stream, ram);
+    if let Err(error) = &taken {
+        // The source waits for the round's end on this stream.
+        let _ = wire::send(&mut stream, Kind::Abort, error.to_string().as_bytes());
+        // Nobody reads on: it need not write on.
+        let _ = stream.shutdown(std::net::Shutdown::Read);
+    }
+    taken
+}
+
+fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam) -> Result<(), Error> {
+    let mut payload = Vec::new();
+    loop {
+        let kind = match wire::receive(&mut stream, &mut payload) {
+            // It ends between two frames when all is done, and when the source
+            // is gone: the control stream tells which.
+            Err(wire::Error::Cut) => return Ok(()),
+            other => other?,
+        };
+        match kind {
+            Kind::Sync => wire::send(&mut stream, Kind::Sync, &payload)?,
+            Kind::Pages | Kind::Zeros => place(kind, &payload, ram)?,
+            _ => return Err(wire::Error::Damaged("memory is not what came").into()),
+        }
+    }
+}
+
+/// Carries out one frame of memory. For the fuzzer, too.
+///
+/// # Errors
+/// It does not fit the memory.
+pub fn place(kind: Kind, payload: &[u8], ram: &GuestRam) -> Result<(), Error> {
+    let whole = |at: u64, len: usize| at.is_multiple_of(PAGE as u64) && len.is_multiple_of(PAGE);
+    let (head, rest) = payload.as_chunks::<8>();
+    match kind {
+        Kind::Pages => {
+            let (at, bytes) = payload
+                .split_first_chunk()
+                .ok_or(wire::Error::Damaged("memory without a place"))?;
+            let at = u64::from_le_bytes(*at);
+            if !whole(at, bytes.len()) {
+                return Err(wire::Error::Damaged("a part of a page").into());
+            }
+            let placed = ram.write_slice(bytes, GuestAddress(at));
+            placed.map_err(|_| Error::Memory)
+        }
+        Kind::Zeros if rest.is_empty() && head.len().is_multiple_of(2) => {
+            for range in head.as_chunks::<2>().0 {
+                let [at, len] = range.map(u64::from_le_bytes);
+                if !whole(at, len as usize) || !ram.check_range(GuestAddress(at), len as usize) {
+                    return Err(wire::Error::Damaged("zeros outside memory").into());
+                }
+                for page in 0..len / PAGE as u64 {
+                    clear(ram, GuestAddress(at + page * PAGE as u64))?;
+                }
+            }
+            Ok(())
+        }
+        _ => Err(wire::Error::Damaged("memory is not what came").into()),
+    }
+}
+
+/// Makes a page zeros, without touching one that is.
+fn clear(ram: &GuestRam, at: GuestAddress) -> Result<(), Error> {
+    let mut page = [0; PAGE];
+    ram.read_slice(&mut page, at).map_err(|_| Error::Memory)?;
+    if page != [0; PAGE] {
+        ram.write_slice(&[0; PAGE], at).map_err(|_| Error::Memory)?;
+    }
+    Ok(())
+}
+
+/// What all memory adds up to: each page's place and content, but for zeros.
+pub(crate) fn memory_sum(ram: &GuestRam) -> io::Result<u64> {
+    let mut sum = 0u64;
+    let mut page = [0; PAGE];
+    for region in ram.iter() {
+        for offset in (0..region.len()).step_by(PAGE) {
+            region
+                .read_slice(&mut page, MemoryRegionAddress(offset))
+                .map_err(io::Error::other)?;
+            if page != [0; PAGE] {
+                let at = region.start_addr().0 + offset;
+                let mut hasher = crc32fast::Hasher::new();
+                hasher.update(&at.to_le_bytes());
+                hasher.update(&page);
+                sum = sum
+                    .wrapping_mul(31)
+                    .wrapping_add(u64::from(hasher.finalize()));
+            }
+        }
+    }
+    Ok(sum)
+}

@@ -1,0 +1,72 @@
+//! Live migration: a running guest moves to another monitor.
+//!
+//! Two monitors migrate over Unix stream sockets. The source listens, the
+//! destination connects: once for the control stream, once for each of the data
+//! streams that the source asks for, and once to be able to ask, whatever
+//! happens, who has the guest. Neither knows whether the other end is
+//! on the same machine, or what carries the bytes there.
+//!
+//! ```text
+//! source                                   destination
+//!   │ ◀────────────── hello ────────────────  │
+//!   │ ── offer (memory, machine, files) ────▶ │  builds a machine like it
+//!   │ ◀──────── join (each data stream) ────  │
+//!   │ ◀────────────── accept ───────────────  │  nothing has been stopped yet
+//!   │                                         │
+//!   │ ══ pages, zeros (data streams) ═══════▶ │  round after round: what the
+//!   │ ══ sync ══════════════════════════════▶ │  guest and its devices wrote
+//!   │ ◀═══════════════════════════════ sync ═ │  in the last one
+//!   │                                         │
+//!   │ stops the guest, saves its state        │
+//!   │ ══ the last pages, sync ══════════════▶ │
+//!   │ ── state ─────────────────────────────▶ │  restores it, does not run it
+//!   │ ◀─────────────── ready ───────────────  │
+//!   │ ── commit ────────────────────────────▶ │  THE GUEST CHANGES HANDS
+//!   │ ◀────────────── running ──────────────  │
+//!   ends                                      goes on
+//! ```
+//!
+//! # Who has the guest
+//!
+//! At any time at most one end may run it. The source owns it until it has sent
+//! `commit`, and never runs it after; the destination runs it only when it has
+//! received `commit`.
+//!
+//! ```text
+//! source:      copying ──▶ switching ──── commit ────▶ handed ─── running ──▶ moved
+//!                 │            │                         │ ▲
+//!        any error, cancel     │ any error               └─┘ asked: commit again
+//!                 ▼            ▼
+//!              failed ◀─ resumes the guest
+//!
+//! destination: receiving ──▶ ready ─────── commit ───────▶ running
+//!                 │            │  └─ cut ─▶ asking ─ commit ──▲
+//!     cut, error, abort      abort            │ abort, silence
+//!                 ▼            ▼              ▼
+//!               ends          ends         undecided: paused, until it is told
+//! ```
+//!
+//! | what happens | before `commit` | after |
+//! |---|---|---|
+//! | connection cut | the guest runs on at the source; the destination ends | the destination asks again, over a new connection, and runs it |
+//! | destination dies | the guest runs on at the source | the guest is gone, as with any monitor that dies; the source says so |
+//! | source dies | the guest is gone, as with any monitor that dies; if the destination was ready, whoever knows that the source is dead may resume it there | the guest runs at the destination |
+//! | a byte changes | its checksum is wrong: as if cut | the same |
+//! | the destination has no memory left, or its machine refuses the state | the guest runs on at the source | |
+//! | cancelled | the guest runs on at the source | too late |
+//!
+//! A frame as short as `commit` is taken by a Unix socket whole or not at all:
+//! a source that could not send it knows that nobody has it.
+
+mod descriptors;
+mod destination;
+mod source;
+mod status;
+pub mod wire;
+
+pub use destination::{Destination, Error as DestinationError, Machine, place};
+pub use source::{Error, Guest, Source, Terms};
+pub use status::{MOST_STREAMS, Options, Phase, Progress, Round, Status, Step};
+
+#[cfg(test)]
+mod tests;

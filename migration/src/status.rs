@@ -1,0 +1,296 @@
+//! What is wanted of a migration, how far it is, and how it went.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+/// Most data streams.
+pub const MOST_STREAMS: u32 = 16;
+
+/// What is wanted of a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Data streams, 1 to [`MOST_STREAMS`]; 0 for one per processor.
+    pub streams: u32,
+    /// The guest is stopped when it is expected to stand still for no more than
+    /// so many milliseconds.
+    pub downtime_ms: u64,
+    /// Most bytes per second; 0 for no limit.
+    pub bandwidth: u64,
+    /// Rounds after which it is given up.
+    pub rounds: u32,
+    /// Whether both ends compare all memory while the guest stands still: for
+    /// tests, as it takes its time.
+    pub verify: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            streams: 0,
+            downtime_ms: 50,
+            bandwidth: 0,
+            rounds: 30,
+            verify: false,
+        }
+    }
+}
+
+impl Options {
+    /// How many streams that makes on this machine.
+    #[must_use]
+    pub fn streams(&self) -> u32 {
+        let auto = || std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        let wanted = match self.streams {
+            0 => auto(),
+            n => n,
+        };
+        wanted.clamp(1, MOST_STREAMS)
+    }
+}
+
+/// Where a migration is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// The destination has not come yet.
+    #[default]
+    Waiting,
+    /// Memory is sent while the guest runs.
+    Copying,
+    /// The guest stands still and is handed over.
+    Switching,
+    /// The guest is the destination's, which has not confirmed that it runs.
+    Handed,
+    /// The guest runs at the destination.
+    Moved,
+    /// It was cancelled or has failed: the guest is here.
+    Failed,
+}
+
+/// A round over memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// Pages that were looked at.
+    pub pages: u64,
+    /// Bytes that were sent.
+    pub bytes: u64,
+    /// Microseconds that it took.
+    pub us: u64,
+    /// Pages that the guest wrote meanwhile.
+    pub dirty: u64,
+}
+
+/// A step of the pause.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// What was done.
+    pub step: String,
+    /// Microseconds that it took.
+    pub us: u64,
+}
+
+/// How far a migration is, or how it went.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Where it is.
+    pub phase: Phase,
+    /// Why it has failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Data streams.
+    pub streams: u32,
+    /// Bytes that were sent.
+    pub bytes: u64,
+    /// Bytes that are left of this round, zero pages included.
+    pub left: u64,
+    /// Bytes per second that are sent.
+    pub rate: u64,
+    /// Bytes per second that the guest writes anew.
+    pub dirty_rate: u64,
+    /// Microseconds that the guest would stand still if it were stopped now.
+    pub expected_downtime_us: u64,
+    /// The rounds that are over.
+    pub rounds: Vec<Round>,
+    /// Microseconds from the destination's arrival on.
+    pub total_us: u64,
+    /// Microseconds that the guest stood still: from the order to stop to the
+    /// destination's word that it runs.
+    pub downtime_us: u64,
+    /// What they were spent on.
+    pub pause: Vec<Step>,
+}
+
+/// What the engine and those who watch it share.
+#[derive(Debug, Default)]
+pub struct Progress {
+    status: Mutex<Status>,
+    cancelled: AtomicBool,
+    /// Bytes sent.
+    bytes: AtomicU64,
+    /// Bytes of this round that were looked at.
+    seen: AtomicU64,
+}
+
+impl Progress {
+    /// How far it is.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let mut status = self.lock().clone();
+        status.bytes = self.bytes.load(Ordering::Relaxed);
+        let seen = self.seen.load(Ordering::Relaxed);
+        status.left = status.left.saturating_sub(seen);
+        status
+    }
+
+    /// Asks for its end. It has none left once the guest is handed over.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn begin_round(&self, bytes: u64) {
+        self.seen.store(0, Ordering::Relaxed);
+        self.lock().left = bytes;
+    }
+
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn saw(&self, bytes: u64) {
+        self.seen.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// It is over without success.
+    pub fn fail(&self, error: String) {
+        let mut status = self.lock();
+        status.phase = Phase::Failed;
+        status.error = Some(error);
+    }
+}
+
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The steps of the pause, as they come.
+pub(crate) struct Pause {
+    start: Instant,
+    last: Instant,
+    steps: Vec<Step>,
+}
+
+impl Pause {
+    pub(crate) fn begin() -> Self {
+        let start = Instant::now();
+        Self {
+            start,
+            last: start,
+            steps: Vec::new(),
+        }
+    }
+
+    /// A step is done; `other` microseconds of it are another step's.
+    pub(crate) fn mark(&mut self, step: &str, other: u64) {
+        let now = Instant::now();
+        self.steps.push(Step {
+            step: step.to_owned(),
+            us: micros(now - self.last).saturating_sub(other),
+        });
+        self.last = now;
+    }
+
+    /// A step that the other end has timed.
+    pub(crate) fn add(&mut self, step: &str, us: u64) {
+        self.steps.push(Step {
+            step: step.to_owned(),
+            us,
+        });
+    }
+
+    pub(crate) fn end(self, status: &mut Status) {
+        status.downtime_us = micros(self.last - self.start);
+        status.pause = self.steps;
+    }
+}
+
+/// Keeps all streams together to a number of bytes per second.
+pub(crate) struct Pace {
+    /// Bytes per second; 0 for no limit.
+    limit: u64,
+    /// When the next byte may go.
+    next: Mutex<Instant>,
+}
+
+impl Pace {
+    pub(crate) fn new(limit: u64) -> Self {
+        Self {
+            limit,
+            next: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Waits until `bytes` may go.
+    pub(crate) fn wait(&self, bytes: usize) {
+        if self.limit == 0 {
+            return;
+        }
+        let takes = Duration::from_secs_f64(bytes as f64 / self.limit as f64);
+        let turn = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            let turn = (*next).max(Instant::now());
+            *next = turn + takes;
+            turn
+        };
+        std::thread::sleep(turn.saturating_duration_since(Instant::now()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_holds_for_all_streams_together() {
+        let pace = Pace::new(1_000_000);
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..5).for_each(|_| pace.wait(10_000)));
+            }
+        });
+        // 200 KB, of which the last 10 KB need not be waited for.
+        assert!(start.elapsed() >= Duration::from_millis(185));
+    }
+
+    #[test]
+    fn streams_are_bounded() {
+        let streams = |streams| {
+            let options = Options {
+                streams,
+                ..Options::default()
+            };
+            options.streams()
+        };
+        assert_eq!(
+            (streams(1), streams(5), streams(1000)),
+            (1, 5, MOST_STREAMS)
+        );
+        assert!(streams(0) >= 1);
+    }
+}

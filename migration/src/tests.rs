@@ -1,0 +1,372 @@
+//! Both ends at once, over connections that fail.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use blanket_memory::dirty::{self, PAGE, Pages};
+use blanket_memory::{Backing, GuestRam, Spec, build_at};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+
+const HIGH: u64 = 1 << 32;
+const PAGES: u64 = 1500;
+
+fn ram() -> GuestRam {
+    let size = PAGES * PAGE as u64;
+    let spec = Spec {
+        size: 2 * size,
+        backing: Backing::Small,
+        shared: false,
+    };
+    build_at(
+        &spec,
+        &[(GuestAddress(0), size), (GuestAddress(HIGH), size)],
+    )
+    .unwrap()
+}
+
+/// A guest that counts in its memory, all over the place, as long as it runs.
+struct Counter {
+    ram: GuestRam,
+    runs: Arc<AtomicBool>,
+    resting: Arc<Mutex<()>>,
+    over: Arc<AtomicBool>,
+    /// Bytes that it writes in a row.
+    given_up: bool,
+}
+
+impl Counter {
+    fn new(pause: Duration) -> Self {
+        let this = Self {
+            ram: ram(),
+            runs: Arc::new(AtomicBool::new(true)),
+            resting: Arc::default(),
+            over: Arc::default(),
+            given_up: false,
+        };
+        for page in 0..PAGES / 2 {
+            let at = GuestAddress(page * 2 * PAGE as u64);
+            this.ram.write_obj(page + 1, at).unwrap();
+        }
+        let (ram, runs, resting, over) = (
+            this.ram.clone(),
+            Arc::clone(&this.runs),
+            Arc::clone(&this.resting),
+            Arc::clone(&this.over),
+        );
+        thread::spawn(move || {
+            let mut i = 0u64;
+            while !over.load(Ordering::SeqCst) {
+                {
+                    let _busy = resting.lock().unwrap();
+                    if runs.load(Ordering::SeqCst) {
+                        i += 1;
+                        let at = i.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (PAGES * PAGE as u64 - 8);
+                        let at = if i.is_multiple_of(2) { HIGH + at } else { at };
+                        let value = if i.is_multiple_of(5) { 0 } else { i };
+                        ram.write_obj(value, GuestAddress(at)).unwrap();
+                    }
+                }
+                if !pause.is_zero() {
+                    thread::sleep(pause);
+                }
+            }
+        });
+        this
+    }
+
+    fn runs(&self) -> bool {
+        self.runs.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Guest for Counter {
+    fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    fn begin(&mut self) -> Result<Pages, String> {
+        dirty::start(&self.ram).map_err(|error| error.to_string())?;
+        let mut all = Pages::none(&self.ram);
+        for page in 0..PAGES as usize {
+            all.insert(0, page);
+            all.insert(1, page);
+        }
+        Ok(all)
+    }
+
+    fn dirty(&mut self) -> Result<Pages, String> {
+        Ok(dirty::take(&self.ram))
+    }
+
+    fn end(&mut self) {
+        dirty::stop(&self.ram);
+    }
+
+    fn stop(&mut self) -> Result<Vec<u8>, String> {
+        self.runs.store(false, Ordering::SeqCst);
+        let _at_rest = self.resting.lock().unwrap();
+        Ok(b"its state".to_vec())
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        assert!(!self.given_up);
+        self.runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn give_up(&mut self) {
+        self.given_up = true;
+    }
+}
+
+struct Other {
+    ram: GuestRam,
+    runs: AtomicBool,
+    takes: bool,
+}
+
+impl Machine for Other {
+    fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), String> {
+        assert_eq!(state, b"its state");
+        if self.takes {
+            Ok(())
+        } else {
+            Err("no such processor".to_owned())
+        }
+    }
+
+    fn run(&self) -> Result<(), String> {
+        self.runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// What becomes of the bytes between the two.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    None,
+    /// All connections are cut after so many bytes in this direction.
+    Cut {
+        to_destination: bool,
+        after: u64,
+    },
+    /// One bit of this byte is turned over.
+    Flip {
+        to_destination: bool,
+        at: u64,
+    },
+}
+
+/// Carries connections from one socket to another, once with a fault.
+fn relay(from: &Path, to: PathBuf, fault: Fault) {
+    let listener = UnixListener::bind(from).unwrap();
+    let counted: Arc<[AtomicU64; 2]> = Arc::default();
+    let all: Arc<Mutex<Vec<UnixStream>>> = Arc::default();
+    let done = Arc::new(AtomicBool::new(fault == Fault::None));
+    thread::spawn(move || {
+        for near in listener.incoming() {
+            let (Ok(near), Ok(far)) = (near, UnixStream::connect(&to)) else {
+                continue;
+            };
+            for stream in [&near, &far] {
+                all.lock().unwrap().push(stream.try_clone().unwrap());
+            }
+            for (to_destination, mut input, mut output) in [
+                (false, near.try_clone().unwrap(), far.try_clone().unwrap()),
+                (true, far, near),
+            ] {
+                let (counted, all, done) =
+                    (Arc::clone(&counted), Arc::clone(&all), Arc::clone(&done));
+                thread::spawn(move || {
+                    let mut bytes = [0; 16384];
+                    while let Ok(n @ 1..) = input.read(&mut bytes) {
+                        let n = n as u64;
+                        let here =
+                            counted[usize::from(to_destination)].fetch_add(n, Ordering::SeqCst);
+                        let hits = |at| here <= at && at < here + n && !done.load(Ordering::SeqCst);
+                        let mut pass = n;
+                        match fault {
+                            Fault::Cut {
+                                to_destination: which,
+                                after,
+                            } if which == to_destination && hits(after) => {
+                                done.store(true, Ordering::SeqCst);
+                                pass = after - here;
+                            }
+                            Fault::Flip {
+                                to_destination: which,
+                                at,
+                            } if which == to_destination && hits(at) => {
+                                done.store(true, Ordering::SeqCst);
+                                bytes[(at - here) as usize] ^= 0x10;
+                            }
+                            _ => {}
+                        }
+                        if output.write_all(&bytes[..pass as usize]).is_err() {
+                            break;
+                        }
+                        if pass < n {
+                            for stream in all.lock().unwrap().drain(..) {
+                                let _ = stream.shutdown(Shutdown::Both);
+                            }
+                        }
+                    }
+                    let _ = output.shutdown(Shutdown::Both);
+                    let _ = input.shutdown(Shutdown::Both);
+                });
+            }
+        }
+    });
+}
+
+struct Outcome {
+    here: bool,
+    there: bool,
+    moved: Result<(), Error>,
+    arrived: Result<(), DestinationError>,
+    status: Status,
+}
+
+fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) -> Outcome {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("source");
+    let near = folder.path().join("near");
+    let listener = UnixListener::bind(&path).unwrap();
+    relay(&near, path, fault);
+    let other = Arc::new(Other {
+        ram: ram(),
+        runs: AtomicBool::new(false),
+        takes,
+    });
+    let there = Arc::clone(&other);
+    let destination = thread::spawn(move || {
+        let (met, _) = Destination::meet(&near)?;
+        assert_eq!(met.machine(), b"like this");
+        met.run(&*there)
+    });
+    let progress = Arc::new(Progress::default());
+    let terms = Terms {
+        session: [7; 16],
+        machine: b"like this".to_vec(),
+        descriptors: &[],
+    };
+    let ram = guest.ram.clone();
+    let moved = Source::meet(&listener, terms, &ram, options, &progress)
+        .and_then(|source| source.run(guest, options, &progress, &listener));
+    // Nobody answers any more.
+    drop(listener);
+    let arrived = destination.join().unwrap();
+    Outcome {
+        here: guest.runs(),
+        there: other.runs.load(Ordering::SeqCst),
+        moved,
+        arrived,
+        status: progress.status(),
+    }
+}
+
+fn options() -> Options {
+    Options {
+        streams: 2,
+        verify: true,
+        downtime_ms: 1000,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn a_guest_that_writes_all_the_time_arrives_with_all_its_memory() {
+    for streams in [1, 2, 5] {
+        let mut guest = Counter::new(Duration::ZERO);
+        let options = Options {
+            streams,
+            ..options()
+        };
+        let outcome = migrate(&mut guest, true, &options, Fault::None);
+        outcome.moved.unwrap();
+        outcome.arrived.unwrap();
+        assert!(outcome.there && !outcome.here && guest.given_up);
+        let status = outcome.status;
+        assert_eq!((status.phase, status.streams), (Phase::Moved, streams));
+        let steps: u64 = status.pause.iter().map(|step| step.us).sum();
+        assert!(steps <= status.downtime_us && status.downtime_us <= status.total_us);
+    }
+}
+
+#[test]
+fn a_guest_whose_state_is_refused_runs_on() {
+    let mut guest = Counter::new(Duration::from_micros(100));
+    let outcome = migrate(&mut guest, false, &options(), Fault::None);
+    let error = outcome.moved.unwrap_err().to_string();
+    assert!(error.contains("no such processor"), "{error}");
+    // Zeros are not sent.
+    assert!(outcome.status.rounds[0].bytes < PAGES * 3 / 2 * PAGE as u64);
+    assert!(outcome.here && !outcome.there && outcome.arrived.is_err());
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_stays() {
+    let mut guest = Counter::new(Duration::ZERO);
+    let options = Options {
+        bandwidth: 20 << 20,
+        downtime_ms: 1,
+        rounds: 3,
+        ..options()
+    };
+    let outcome = migrate(&mut guest, true, &options, Fault::None);
+    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
+    assert!(outcome.here && !outcome.there);
+}
+
+/// Bytes that a migration without a fault sends (to the source, to the destination).
+fn wherever(count: u64, of: impl Fn(bool, u64) -> Fault) {
+    for to_destination in [true, false] {
+        // What goes to the source is short, and so is what is said at the end.
+        let most = if to_destination { 7_000_000 } else { 700 };
+        for i in 0..count {
+            let fault = of(to_destination, most * i / count);
+            let mut guest = Counter::new(Duration::from_micros(200));
+            let outcome = migrate(&mut guest, true, &options(), fault);
+            assert!(
+                outcome.here != outcome.there,
+                "{fault:?}: {} {} {:?} {:?}",
+                outcome.here,
+                outcome.there,
+                outcome.moved,
+                outcome.arrived
+            );
+            assert_eq!(outcome.moved.is_ok(), outcome.there, "{fault:?}");
+        }
+    }
+}
+
+#[test]
+fn wherever_the_connection_is_cut_exactly_one_end_runs_the_guest() {
+    wherever(24, |to_destination, after| Fault::Cut {
+        to_destination,
+        after,
+    });
+}
+
+#[test]
+fn wherever_a_bit_changes_exactly_one_end_runs_the_guest() {
+    wherever(16, |to_destination, at| Fault::Flip { to_destination, at });
+}

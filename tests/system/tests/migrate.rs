@@ -1,0 +1,220 @@
+//! Running guests move from monitor to monitor.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
+use std::time::{Duration, Instant};
+
+use blanket_system_tests::{Vm, native, natively, on_node, provider};
+use blanket_testbed::{Client, Host};
+use serde_json::Value;
+
+/// A guest is not slower than this.
+const LONG: Duration = Duration::from_secs(200);
+
+/// How often the guest moves; `cargo xtask test --all` sets more.
+fn moves() -> u32 {
+    let wanted = std::env::var("BLANKET_MIGRATIONS").ok();
+    wanted.and_then(|n| n.parse().ok()).unwrap_or(20)
+}
+
+/// Keeps memory, the disk at `disk`, registers and clocks at work, and compares what it wrote.
+fn begins_load(guest: &Client, disk: &str) {
+    let write = format!(
+        "n=0; while [ ! -e /run/stop ]; do n=$((n + 1)); at=$((n % 8)); \
+         seq $n $((n + 200000)) | head -c 1048576 > /run/x; \
+         dd if=/run/x of={disk} bs=1M seek=$at conv=fsync,notrunc || exit 1; \
+         echo 3 > /proc/sys/vm/drop_caches; \
+         dd if={disk} bs=1M skip=$at count=1 | cmp - /run/x || exit 1; \
+         echo $n > /run/round && mv /run/round /run/rounds; done; touch /run/stopped-disk"
+    );
+    let memory = "seq 1 2000000 > /run/m; want=$(sha256sum < /run/m); \
+                  while [ ! -e /run/stop ]; do cp /run/m /run/copy; \
+                  [ \"$(sha256sum < /run/copy)\" = \"$want\" ] || exit 1; rm /run/copy; done; \
+                  touch /run/stopped-memory";
+    let clock = "until [ -e /run/stop ]; do guest-check clock 1 || exit 1; done; \
+                 touch /run/stopped-clock";
+    let registers = "until [ -e /run/stop ]; do guest-check hold 2 || exit 1; done; \
+                     touch /run/stopped-registers";
+    for (command, log) in [
+        (write.as_str(), "/run/disk.log"),
+        (memory, "/run/memory.log"),
+        (clock, "/run/clock.log"),
+        (registers, "/run/registers.log"),
+    ] {
+        guest.sh(command).spawn(log).unwrap();
+    }
+}
+
+/// The load does another round.
+fn goes_on(guest: &Client) {
+    let rounds = || -> u32 {
+        let rounds = guest.sh("cat /run/rounds 2>/dev/null || echo 0");
+        rounds.text().unwrap().trim().parse().unwrap()
+    };
+    let (goal, deadline) = (rounds() + 1, Instant::now() + LONG);
+    while rounds() < goal {
+        let log = || guest.sh("tail /run/*.log").text().unwrap();
+        assert!(Instant::now() < deadline, "{}", log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Nothing was lost or changed, and the kernel has nothing to complain about.
+fn ends_load(guest: &Client) {
+    let end = "touch /run/stop; for i in $(seq 600); do \
+               [ $(ls /run/stopped-* 2>/dev/null | wc -l) = 4 ] && exit 0; sleep 0.1; done; \
+               ls /run; tail /run/*.log; exit 1";
+    let ended = guest.sh(end).timeout(LONG).run().unwrap();
+    assert!(ended.status.success(), "{ended}");
+    let log = guest.sh("dmesg").text().unwrap();
+    for complaint in ["BUG:", "Oops", "WARNING: CPU", "Call Trace", "soft lockup"] {
+        assert!(!log.contains(complaint), "{complaint} in\n{log}");
+    }
+}
+
+/// What every report says.
+fn is_sound(report: &Value) {
+    assert_eq!(report["phase"], "moved", "{report}");
+    let us = |what: &str| report[what].as_u64().unwrap();
+    assert!(
+        0 < us("downtime_us") && us("downtime_us") <= us("total_us"),
+        "{report}"
+    );
+    let steps = report["pause"].as_array().unwrap().iter();
+    let steps: u64 = steps.map(|step| step["us"].as_u64().unwrap()).sum();
+    assert!(steps <= us("downtime_us"), "{report}");
+}
+
+fn pv<'a>(node: &'a Client, name: &str) -> Vm<'a> {
+    node.sh("truncate -s 64M /var/tmp/disk").text().unwrap();
+    let flags = "--cpus 2 --memory 384M --disk /var/tmp/disk --net tap,host_ip=10.9.0.1/24";
+    Vm::pv(node, name, "blanket.ip=10.9.0.2/24", flags).unwrap()
+}
+
+#[test]
+fn a_guest_under_load_moves_back_and_forth_and_loses_nothing() {
+    natively(
+        || native("migrate").unwrap(),
+        |host| {
+            let mut vm = pv(host, "here");
+            let mut guest = vm.guest().unwrap();
+            let id = guest
+                .sh("cat /proc/sys/kernel/random/boot_id")
+                .text()
+                .unwrap();
+            begins_load(&guest, "/dev/xvda");
+            goes_on(&guest);
+            host.sh("exec ping -i 0.02 10.9.0.2")
+                .spawn("/run/ping.log")
+                .unwrap();
+            for n in 0..moves() {
+                let new = if n % 2 == 0 { "there" } else { "here" };
+                // A lost write of anybody's shows at once.
+                let (moved, report) = vm.migrate(new, "--verify --downtime 500").unwrap();
+                is_sound(&report);
+                println!("{report}");
+                drop(guest);
+                vm = moved;
+                guest = vm.guest().unwrap();
+                assert_eq!(vm.info().unwrap()["state"], "running");
+                if n % 5 == 0 {
+                    goes_on(&guest);
+                }
+            }
+            goes_on(&guest);
+            let pings = "kill -INT $(pidof ping); sleep 0.5; tail -n 3 /run/ping.log";
+            let pings = host.sh(pings).text().unwrap();
+            assert!(pings.contains(" 0% packet loss"), "{pings}");
+            let again = guest
+                .sh("cat /proc/sys/kernel/random/boot_id")
+                .text()
+                .unwrap();
+            assert_eq!(again, id);
+            ends_load(&guest);
+            drop(guest);
+            vm.blanket("rm", "--force").unwrap();
+            assert_eq!(host.sh("blanket ps -a --json").text().unwrap().trim(), "[]");
+        },
+    );
+}
+
+#[test]
+fn a_migration_that_fails_or_is_cancelled_leaves_the_guest_where_it_is() {
+    natively(
+        || native("stays").unwrap(),
+        |host| {
+            let vm = pv(host, "here");
+            let guest = vm.guest().unwrap();
+            begins_load(&guest, "/dev/xvda");
+            stays(host, &vm, &guest, "--memory 256M", "other memory");
+            stays(host, &vm, &guest, "--cpus 1", "other vCPUs");
+            // Too slow to ever be done.
+            let slow = "--bandwidth 8M --downtime 1";
+            stays_killed(host, &vm, &guest, slow);
+            let cancel = format!(
+                "blanket migrate here --as there --console socket=/run/there.console {slow} & \
+                 sleep 1.5; kill -INT $!; ! wait $!"
+            );
+            host.sh(cancel).text().unwrap();
+            goes_on(&guest);
+            assert_eq!(vms(host), 1);
+            ends_load(&guest);
+            drop(guest);
+            vm.blanket("rm", "--force").unwrap();
+        },
+    );
+}
+
+fn vms(host: &Client) -> usize {
+    let list = host.sh("blanket ps -a --json").text().unwrap();
+    let list: Value = serde_json::from_str(&list).unwrap();
+    list.as_array().unwrap().len()
+}
+
+/// The migration fails for this reason, and the guest runs where it did.
+fn stays(host: &Host, vm: &Vm, guest: &Client, flags: &str, why: &str) {
+    let error = match vm.migrate("there", flags) {
+        Ok(_) => panic!("migrated with {flags}"),
+        Err(error) => error.to_string(),
+    };
+    assert!(error.contains(why), "{error}");
+    goes_on(guest);
+    assert_eq!(vms(host), 1);
+}
+
+/// The destination is killed in the middle.
+fn stays_killed(host: &Host, vm: &Vm, guest: &Client, flags: &str) {
+    let kill = format!(
+        "blanket migrate here --as there --console socket=/run/there.console {flags} & sleep 1.5; \
+         kill -KILL $(blanket info --json there | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*' | head -n 1); \
+         ! wait $!"
+    );
+    host.sh(kill).text().unwrap();
+    goes_on(guest);
+    assert_eq!(vm.info().unwrap()["state"], "running");
+    assert_eq!(vms(host), 1);
+}
+
+#[test]
+fn an_hvm_guest_moves_on_a_node() {
+    on_node(
+        || provider("migrate").unwrap(),
+        |node| {
+            let flags = "--cpus 2 --memory 256M --disk /run/disk --net tap,host_ip=10.9.0.1/24";
+            node.sh("truncate -s 16M /run/disk").text().unwrap();
+            let mut vm = Vm::linux(node, "here", "blanket.ip=10.9.0.2/24", flags).unwrap();
+            let mut guest = vm.guest().unwrap();
+            begins_load(&guest, "/dev/vda");
+            goes_on(&guest);
+            for new in ["there", "here"] {
+                let (moved, report) = vm.migrate(new, "--verify --downtime 2000").unwrap();
+                is_sound(&report);
+                drop(guest);
+                vm = moved;
+                guest = vm.guest().unwrap();
+                goes_on(&guest);
+                node.sh("ping -c 1 -W 20 10.9.0.2").text().unwrap();
+            }
+            ends_load(&guest);
+        },
+    );
+}

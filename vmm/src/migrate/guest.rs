@@ -1,0 +1,138 @@
+//! The machine as the engine sees it.
+
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+
+use blanket_memory::GuestRam;
+use blanket_memory::dirty::{self, PAGE, Pages};
+use blanket_migration::{Guest, Machine};
+use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
+use kvm_ioctls::VmFd;
+use tokio::sync::mpsc::UnboundedSender;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Order, What};
+use crate::machine::map_memory_with;
+use crate::snapshot::{Touched, clear};
+
+/// Memory that the guest, its devices and the monitor write.
+pub struct Tracked {
+    pub(crate) ram: GuestRam,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) touched: Touched,
+}
+
+impl Tracked {
+    /// Begins to note what is written, by whomever.
+    pub(super) fn start(&self) -> Result<(), String> {
+        dirty::start(&self.ram).map_err(|error| error.to_string())?;
+        map_memory_with(&self.vm, &self.ram, KVM_MEM_LOG_DIRTY_PAGES)
+            .map_err(|error| error.to_string())
+    }
+
+    /// Notes no more.
+    pub(super) fn stop(&self) {
+        dirty::stop(&self.ram);
+        if let Err(error) = map_memory_with(&self.vm, &self.ram, 0) {
+            tracing::warn!(%error, "KVM goes on to log what the guest writes");
+        }
+    }
+
+    /// Takes what was written.
+    pub(super) fn take(&self) -> Result<Pages, String> {
+        let mut pages = dirty::take(&self.ram);
+        for (slot, region) in self.ram.iter().enumerate() {
+            let log = self.vm.get_dirty_log(slot as u32, region.len() as usize);
+            let log =
+                log.map_err(|error| format!("KVM does not tell what was written: {error}"))?;
+            pages.add(slot, &log);
+        }
+        Ok(pages)
+    }
+
+    /// The pages that may be other than zeros.
+    fn used(&mut self) -> Pages {
+        let mut pages = Pages::none(&self.ram);
+        for (index, region) in self.ram.iter().enumerate() {
+            for offset in (0..region.len()).step_by(PAGE) {
+                if self.touched.must_read(region, offset) {
+                    pages.insert(index, offset as usize / PAGE);
+                }
+            }
+        }
+        pages
+    }
+
+    /// Makes zeros of it all.
+    pub(super) fn clear(&self) -> Result<(), String> {
+        clear(&self.ram, self.touched.clone()).map_err(|error| error.to_string())
+    }
+}
+
+/// Has the main thread do something.
+pub(super) fn order(orders: &UnboundedSender<Order>, what: What) -> Result<Vec<u8>, String> {
+    const GONE: &str = "the monitor ends";
+    let (answer, answered) = sync_channel(1);
+    orders
+        .send(Order { what, answer })
+        .map_err(|_| GONE.to_owned())?;
+    answered.recv().map_err(|_| GONE.to_owned())?
+}
+
+/// The guest that leaves.
+pub(super) struct Leaving {
+    pub(super) memory: Tracked,
+    pub(super) orders: UnboundedSender<Order>,
+}
+
+impl Guest for Leaving {
+    fn ram(&self) -> &GuestRam {
+        &self.memory.ram
+    }
+
+    fn begin(&mut self) -> Result<Pages, String> {
+        self.memory.start()?;
+        Ok(self.memory.used())
+    }
+
+    fn dirty(&mut self) -> Result<Pages, String> {
+        self.memory.take()
+    }
+
+    fn end(&mut self) {
+        self.memory.stop();
+    }
+
+    fn stop(&mut self) -> Result<Vec<u8>, String> {
+        order(&self.orders, What::Stop)
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        order(&self.orders, What::Resume).map(drop)
+    }
+
+    fn give_up(&mut self) {
+        // If there is no main thread any more, nothing can run the guest.
+        let _ = order(&self.orders, What::GiveUp);
+    }
+}
+
+/// The machine for a guest that comes.
+pub(super) struct Coming {
+    pub(super) memory: Tracked,
+    pub(super) orders: UnboundedSender<Order>,
+}
+
+impl Machine for Coming {
+    fn ram(&self) -> &GuestRam {
+        &self.memory.ram
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), String> {
+        order(&self.orders, What::Restore(state.to_vec())).map(drop)
+    }
+
+    fn run(&self) -> Result<(), String> {
+        order(&self.orders, What::Run).map(drop)
+    }
+}

@@ -1,0 +1,172 @@
+//! The thread that migrates.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use blanket_devices::worker::STACK;
+use blanket_migration::{Destination, DestinationError, Options, Progress, Source, Terms};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::guest::{Coming, Leaving, Tracked, order};
+use super::{Order, What};
+use crate::jail::Class;
+use crate::machine::setup;
+
+/// How long a monitor whose guest has left can be asked how it went.
+const LINGER: Duration = Duration::from_secs(10);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Migrates, one guest at a time. Its thread is made before the process confines
+/// itself, as it makes others.
+pub struct Migrator {
+    jobs: Sender<Job>,
+    orders: UnboundedSender<Order>,
+    progress: Arc<Progress>,
+    /// Streams for who does not ask for a number: a confined thread cannot count
+    /// the processors.
+    streams: u32,
+    /// The job at work has it, too.
+    busy: Arc<()>,
+}
+
+/// What a guest leaves with.
+pub(crate) struct Departure {
+    /// Where its destination comes.
+    pub(crate) listener: Arc<UnixListener>,
+    /// See [`Terms::machine`].
+    pub(crate) machine: Vec<u8>,
+    /// What is handed over; open as long as the process lives.
+    pub(crate) descriptors: Vec<RawFd>,
+    pub(crate) options: Options,
+}
+
+impl Migrator {
+    /// Starts the thread. What it wants of the machine comes as `orders`.
+    ///
+    /// # Errors
+    /// There is none to be had.
+    pub(crate) fn spawn(orders: UnboundedSender<Order>) -> io::Result<Self> {
+        let (jobs, work) = channel::<Job>();
+        let confine = setup(Class::Migrate);
+        std::thread::Builder::new()
+            .name("migrate".to_owned())
+            .stack_size(STACK)
+            .spawn(move || match confine() {
+                Ok(()) => work.into_iter().for_each(|job| job()),
+                Err(error) => tracing::error!(%error, "no guest can be migrated"),
+            })?;
+        Ok(Self {
+            jobs,
+            orders,
+            progress: Arc::default(),
+            streams: Options::default().streams(),
+            busy: Arc::default(),
+        })
+    }
+
+    /// Whether it is at work.
+    pub(crate) fn is_busy(&self) -> bool {
+        Arc::strong_count(&self.busy) > 1
+    }
+
+    /// How far it is, or how the last one went.
+    pub(crate) fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    fn start(&self, job: impl FnOnce() + Send + 'static) {
+        let busy = Arc::clone(&self.busy);
+        // The thread ends with the process only.
+        let _ = self.jobs.send(Box::new(move || {
+            let _busy = busy;
+            job();
+        }));
+    }
+
+    /// Waits for a destination and has the guest move there.
+    pub(crate) fn depart(&mut self, memory: Tracked, mut how: Departure) {
+        if how.options.streams == 0 {
+            how.options.streams = self.streams;
+        }
+        self.progress = Arc::default();
+        let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
+        self.start(move || {
+            let moved = depart(memory, &how, &progress, &orders);
+            match moved {
+                Ok(()) => {
+                    std::thread::sleep(LINGER);
+                    let _ = order(&orders, What::End);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the guest has not been migrated");
+                    progress.fail(error);
+                }
+            }
+        });
+    }
+
+    /// Receives a guest and has it run; else the process ends.
+    pub(crate) fn arrive(&self, memory: Tracked, source: Destination) {
+        let orders = self.orders.clone();
+        self.start(move || {
+            let cleared = memory.clear();
+            let machine = Coming {
+                memory,
+                orders: orders.clone(),
+            };
+            let arrived = match cleared {
+                Ok(()) => source.run(&machine),
+                Err(error) => Err(DestinationError::Machine(error)),
+            };
+            match arrived {
+                Ok(()) => {}
+                Err(error @ DestinationError::Undecided) => tracing::warn!(%error),
+                Err(error) => {
+                    let _ = order(&orders, What::Fail(error.to_string()));
+                }
+            }
+        });
+    }
+}
+
+fn depart(
+    memory: Tracked,
+    how: &Departure,
+    progress: &Arc<Progress>,
+    orders: &UnboundedSender<Order>,
+) -> Result<(), String> {
+    let terms = Terms {
+        session: random()?,
+        machine: how.machine.clone(),
+        descriptors: &how.descriptors,
+    };
+    let mut guest = Leaving {
+        memory,
+        orders: orders.clone(),
+    };
+    Source::meet(
+        &how.listener,
+        terms,
+        &guest.memory.ram,
+        &how.options,
+        progress,
+    )
+    .and_then(|source| source.run(&mut guest, &how.options, progress, &how.listener))
+    .map_err(|error| error.to_string())
+}
+
+fn random() -> Result<[u8; 16], String> {
+    let mut bytes = [0; 16];
+    // SAFETY: the buffer is ours, and as long as it says.
+    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if n == bytes.len() as isize {
+        Ok(bytes)
+    } else {
+        Err(format!("no random numbers: {}", io::Error::last_os_error()))
+    }
+}

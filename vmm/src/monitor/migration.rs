@@ -1,0 +1,153 @@
+//! The VM on its way to another monitor, or from one.
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Instant;
+
+use blanket_devices::lifecycle::SavedState;
+use blanket_migration::wire::{decode, encode};
+use blanket_migration::{Destination, Status};
+
+use super::{Ending, Error, Monitor, Vm};
+use crate::api::types::VmState;
+use crate::config::VmConfig;
+use crate::migrate::{self, Departure, HandOver, Offered, Order, Tracked, What};
+
+impl Monitor {
+    /// Lets a guest's destination come to `listener`.
+    pub fn set_exit(&mut self, listener: UnixListener) {
+        self.exit = Some(Arc::new(listener));
+    }
+
+    /// Has the guest leave for the destination that comes next; the
+    /// configuration that its machine has to have.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be moved.
+    pub fn depart(&mut self, request: migrate::Request) -> Result<VmConfig, Error> {
+        let Some(listener) = self.exit.clone() else {
+            let text = "its monitor was started without --migration-socket";
+            return Err(Error::Unmovable(text.to_owned()));
+        };
+        let vm = self.vm()?;
+        vm.expect(&[VmState::Running], "be migrated")?;
+        if vm.live.strong_count() > 0 {
+            return Err(Error::Saving);
+        }
+        if vm.migrator.is_busy() {
+            return Err(Error::Migrating);
+        }
+        let checked = vm.devices.check(request.hand_over);
+        checked.map_err(Error::Unmovable)?;
+        if let Ok(pager) = &vm.pager {
+            let complete = pager.complete();
+            complete.map_err(|error| Error::Unmovable(format!("its memory: {error}")))?;
+        }
+        let config = vm.settled_config();
+        let likeness = vm.machine.likeness()?;
+        let devices = request.hand_over.then_some(&vm.devices);
+        let offered = Offered::new(config.clone(), likeness, devices);
+        let departure = Departure {
+            listener,
+            machine: encode(&offered).map_err(|error| Error::Unmovable(error.to_string()))?,
+            descriptors: devices.map(HandOver::descriptors).unwrap_or_default(),
+            options: request.options,
+        };
+        vm.migrator.depart(vm.memory(), departure);
+        Ok(config)
+    }
+
+    /// How far the migration is, or how it went.
+    ///
+    /// # Errors
+    /// There is no VM.
+    pub fn migration(&mut self) -> Result<Status, Error> {
+        Ok(self.vm()?.migrator.progress().status())
+    }
+
+    /// Ends the migration, if the guest has not been handed over.
+    ///
+    /// # Errors
+    /// There is no VM.
+    pub fn cancel_migration(&mut self) -> Result<Status, Error> {
+        let vm = self.vm()?;
+        vm.migrator.progress().cancel();
+        Ok(vm.migrator.progress().status())
+    }
+
+    /// Receives the guest of `source` in the machine, which has not been started.
+    ///
+    /// # Errors
+    /// The machine is not like the source's: it has been told so.
+    pub fn arrive(&mut self, source: Destination, likeness: &SavedState) -> Result<(), Error> {
+        let vm = self.vm()?;
+        if let Err(error) = vm.machine.is_like(likeness) {
+            source.refuse(&error.to_string());
+            return Err(error.into());
+        }
+        vm.migrator.arrive(vm.memory(), source);
+        Ok(())
+    }
+
+    /// Does what a migration wants; the ending, if that ends the process.
+    pub fn carry_out(&mut self, order: Order) -> Option<Ending> {
+        let ending = match order.what {
+            What::End => Some(Ending::Moved),
+            What::Fail(ref reason) => Some(Ending::Failed(reason.clone())),
+            _ => None,
+        };
+        let done = self.vm().and_then(|vm| vm.carry_out(order.what));
+        // Who does not wait for the answer is not there any more.
+        let _ = order.answer.send(done.map_err(|error| error.to_string()));
+        ending
+    }
+}
+
+impl Vm {
+    /// What the guest is in, with KVM's knowledge of it.
+    fn memory(&self) -> Tracked {
+        Tracked {
+            ram: self.machine.memory().clone(),
+            vm: self.machine.vm(),
+            touched: self.touched.clone(),
+        }
+    }
+
+    fn carry_out(&mut self, what: What) -> Result<Vec<u8>, Error> {
+        match what {
+            What::Stop => {
+                self.expect(&[VmState::Running], "be handed over")?;
+                self.machine.pause()?;
+                self.state = VmState::Paused;
+                let saved = self.machine.save().map_err(Error::from);
+                let encoded = saved.and_then(|state| {
+                    encode(&state).map_err(|error| Error::Unmovable(error.to_string()))
+                });
+                if encoded.is_err() {
+                    self.machine.resume()?;
+                    self.state = VmState::Running;
+                }
+                return encoded;
+            }
+            What::Resume | What::Run => {
+                self.machine.resume()?;
+                self.state = VmState::Running;
+            }
+            // Its devices are another's, too: nothing is flushed or let go.
+            What::GiveUp => {
+                self.moved = true;
+                self.state = VmState::Stopped;
+            }
+            What::Restore(bytes) => {
+                let state: SavedState =
+                    decode(&bytes).map_err(|error| Error::Unmovable(error.to_string()))?;
+                self.machine.check(&state)?;
+                self.machine.restore(&state)?;
+                self.booted = Some(Instant::now());
+                self.state = VmState::Paused;
+            }
+            What::End | What::Fail(_) => {}
+        }
+        Ok(Vec::new())
+    }
+}
