@@ -16,7 +16,7 @@ use crate::wire::{self, Hello, Join, Kind, Offer, Restored, Running};
 
 /// How long a destination that could run the guest asks whether it may, when
 /// the connection is gone.
-const INQUIRY: Duration = Duration::from_secs(20);
+const INQUIRY: Duration = Duration::from_secs(if cfg!(test) { 6 } else { 20 });
 /// How long it waits for one answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long the handshake may take.

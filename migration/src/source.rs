@@ -17,7 +17,7 @@ use crate::status::{Options, Pace, Pause, Phase, Progress, Round, micros};
 use crate::wire::{self, Frames, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
 
 /// How long the other end may take for a step of its own.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
 /// How long the destination may ask what became of a guest that was handed over.
 const INQUIRY: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 30 });
 /// How long a destination that has lost the connection may ask after a failure.

@@ -213,7 +213,10 @@ fn remove(vm: &VmDir) -> Result<()> {
 /// The source does not answer. If it is dead, and the receiver was ready, the
 /// guest is the receiver's: nobody else can run it.
 fn take_over(source: &VmDir, receiver: &VmDir, error: anyhow::Error) -> Result<Status> {
-    if source.process()?.is_some() {
+    // A process that dies lets its sockets go before it is gone.
+    if let Some((_, process)) = source.process()?
+        && !process.wait(END)?
+    {
         return Err(error.context(format!(
             "it is not known whether '{}' has been migrated: see blanket ps",
             source.name
@@ -235,10 +238,23 @@ fn take_over(source: &VmDir, receiver: &VmDir, error: anyhow::Error) -> Result<S
         }
         std::thread::sleep(LOOK);
     }
-    Err(error.context(format!(
-        "the monitor of '{}' ended while it was migrated, before the new one had all of it",
-        source.name
-    )))
+    if receiver.process()?.is_some() {
+        return Err(error.context(format!(
+            "the monitor of '{}' ended while it was migrated, and '{}' does not run it: see blanket ps",
+            source.name, receiver.name
+        )));
+    }
+    remove(receiver)?;
+    Err(failure(
+        format!(
+            "the monitor of '{}' ended while it was migrated, before the new one had all of it: {error:#}",
+            source.name
+        ),
+        format!(
+            "its guest is gone with it: remove it (blanket rm {}) and start it anew",
+            source.name
+        ),
+    ))
 }
 
 /// The progress on the terminal.

@@ -13,7 +13,7 @@ const LONG: Duration = Duration::from_secs(200);
 /// How often the guest moves; `cargo xtask test --all` sets more.
 fn moves() -> u32 {
     let wanted = std::env::var("BLANKET_MIGRATIONS").ok();
-    wanted.and_then(|n| n.parse().ok()).unwrap_or(20)
+    wanted.and_then(|n| n.parse().ok()).unwrap_or(8)
 }
 
 /// Keeps memory, the disk at `disk`, registers and clocks at work, and compares what it wrote.
