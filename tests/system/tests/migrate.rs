@@ -10,7 +10,7 @@ use serde_json::Value;
 /// A guest is not slower than this.
 const LONG: Duration = Duration::from_secs(200);
 
-/// How often the guest moves; `cargo xtask test --all` sets more.
+/// How often the guest moves, if `BLANKET_MIGRATIONS` does not say.
 fn moves() -> u32 {
     let wanted = std::env::var("BLANKET_MIGRATIONS").ok();
     wanted.and_then(|n| n.parse().ok()).unwrap_or(8)
