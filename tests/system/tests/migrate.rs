@@ -10,11 +10,8 @@ use serde_json::Value;
 /// A guest is not slower than this.
 const LONG: Duration = Duration::from_secs(200);
 
-/// How often the guest moves, if `BLANKET_MIGRATIONS` does not say.
-fn moves() -> u32 {
-    let wanted = std::env::var("BLANKET_MIGRATIONS").ok();
-    wanted.and_then(|n| n.parse().ok()).unwrap_or(8)
-}
+/// How often the guest moves.
+const MOVES: u32 = 8;
 
 /// Keeps memory, the disk at `disk`, registers and clocks at work, and compares what it wrote.
 fn begins_load(guest: &Client, disk: &str) {
@@ -106,7 +103,7 @@ fn a_guest_under_load_moves_back_and_forth_and_loses_nothing() {
             host.sh("exec ping -i 0.02 10.9.0.2")
                 .spawn("/run/ping.log")
                 .unwrap();
-            for n in 0..moves() {
+            for n in 0..MOVES {
                 let new = if n % 2 == 0 { "there" } else { "here" };
                 // A lost write of anybody's shows at once.
                 let (moved, report) = vm.migrate(new, "--verify --downtime 500").unwrap();
@@ -149,7 +146,6 @@ fn a_migration_that_fails_or_is_cancelled_leaves_the_guest_where_it_is() {
             stays(host, &vm, &guest, "--cpus 1", "other vCPUs");
             // Too slow to ever be done.
             let slow = "--bandwidth 8M --downtime 1";
-            stays_killed(host, &vm, &guest, slow);
             let cancel = format!(
                 "blanket migrate here --as there --console socket=/run/there.console {slow} & \
                  sleep 1.5; kill -INT $!; ! wait $!"
@@ -181,17 +177,77 @@ fn stays(host: &Host, vm: &Vm, guest: &Client, flags: &str, why: &str) {
     assert_eq!(vms(host), 1);
 }
 
-/// The destination is killed in the middle.
-fn stays_killed(host: &Host, vm: &Vm, guest: &Client, flags: &str) {
-    let kill = format!(
-        "blanket migrate here --as there --console socket=/run/there.console {flags} & sleep 1.5; \
-         kill -KILL $(blanket info --json there | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*' | head -n 1); \
-         ! wait $!"
-    );
+/// Begins a migration from `here` to `there` that is too slow to be done, and kills the monitor
+/// `victim` when some of the memory has been copied: what `blanket` says, and its status.
+fn killed_while_copied(host: &Host, victim: &str) -> String {
+    let log = format!("/run/{victim}-killed.log");
+    host.sh(
+        "blanket migrate here --as there --console socket=/run/there.console \
+         --bandwidth 8M --downtime 1 || echo status $?",
+    )
+    .spawn(&log)
+    .unwrap();
+    let until = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + LONG;
+        while !done() {
+            let said = || host.sh(format!("cat {log}")).text().unwrap();
+            assert!(Instant::now() < deadline, "{what} is not:\n{}", said());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let pid = |name| Vm::started(host, name).info().ok()?["pid"].as_u64();
+    // All that a monitor has of its own is less.
+    let copied = |pid| {
+        let memory = format!("awk '/RssAnon/ {{ print $2 }}' /proc/{pid}/status");
+        let memory = host.sh(memory).text().unwrap_or_default();
+        memory.trim().parse::<u64>().is_ok_and(|kib| kib > 32 << 10)
+    };
+    until("memory copied", &|| pid("there").is_some_and(copied));
+    let kill = format!("kill -KILL {}", pid(victim).unwrap());
     host.sh(kill).text().unwrap();
-    goes_on(guest);
-    assert_eq!(vm.info().unwrap()["state"], "running");
-    assert_eq!(vms(host), 1);
+    let said = || host.sh(format!("cat {log}")).text().unwrap();
+    until("it over", &|| said().contains("status "));
+    said()
+}
+
+#[test]
+fn a_guest_outlives_the_monitor_it_is_copied_to_but_not_the_one_it_is_copied_from() {
+    natively(
+        || native("killed").unwrap(),
+        |host| {
+            let vm = pv(host, "here");
+            let guest = vm.guest().unwrap();
+            begins_load(&guest, "/dev/xvda");
+            goes_on(&guest);
+            let said = killed_while_copied(host, "there");
+            for part in [
+                "'here' was not migrated",
+                "it runs where it did",
+                "status 1",
+            ] {
+                assert!(said.contains(part), "{part} is not in:\n{said}");
+            }
+            goes_on(&guest);
+            assert_eq!(vm.info().unwrap()["state"], "running");
+            assert_eq!(vms(host), 1);
+
+            let said = killed_while_copied(host, "here");
+            for part in ["before the new one had all of it", "status 1"] {
+                assert!(said.contains(part), "{part} is not in:\n{said}");
+            }
+            drop(guest);
+            let left = host.sh("blanket ps -a --json; pidof blanket-vmm; ls /run/blanket");
+            let left = left.text().unwrap_or_else(|error| error.to_string());
+            assert_eq!(vms(host), 1, "{left}");
+            assert!(host.sh("pidof blanket-vmm").text().is_err(), "{left}");
+            vm.blanket("rm", "").unwrap();
+            // Nobody has its disk and its tap.
+            let again = pv(host, "again");
+            begins_load(&again.guest().unwrap(), "/dev/xvda");
+            goes_on(&again.guest().unwrap());
+            again.blanket("rm", "--force").unwrap();
+        },
+    );
 }
 
 #[test]
