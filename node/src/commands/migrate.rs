@@ -149,7 +149,7 @@ pub(crate) fn relocate(
             let reason = status.error.unwrap_or_default();
             Err(failure(
                 format!("'{}' was not migrated: {reason}", source.name),
-                "it runs where it did",
+                "it is where it was: see blanket ps",
             ))
         }
         Err(error) => take_over(source, &receiver, error),
