@@ -10,6 +10,8 @@
 //! Nothing is noted before [`start`]; until then, a write costs one load more. A
 //! page stays noted until [`take`] takes it: it is to be read after that, and
 //! what is written meanwhile is noted for the next time.
+//!
+//! A disk's writes are noted in the same way, in a [`WriteLog`] of its own.
 
 use std::io;
 use std::sync::OnceLock;
@@ -25,7 +27,8 @@ const SHIFT: usize = 12;
 /// Bytes of a page.
 pub const PAGE: usize = 1 << SHIFT;
 
-/// One region's pages, of which those that are written are noted on demand.
+/// The pages of one region or disk, of which those that are written are noted
+/// on demand.
 #[derive(Debug, Default)]
 pub struct WriteLog {
     on: AtomicBool,
@@ -35,6 +38,15 @@ pub struct WriteLog {
 }
 
 impl WriteLog {
+    /// Of `len` bytes.
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        Self {
+            pages: len.div_ceil(PAGE),
+            ..Self::default()
+        }
+    }
+
     fn words(&self) -> &[AtomicU64] {
         let zero = || AtomicU64::new(0);
         let count = self.pages.div_ceil(64);
@@ -46,8 +58,32 @@ impl WriteLog {
         Some((self.words().get(page / 64)?, 1 << (page % 64)))
     }
 
-    /// Begins to note, with nothing noted.
-    fn start(&self) {
+    /// Begins to note, with nothing noted. See [`start`].
+    ///
+    /// # Errors
+    /// As [`start`].
+    pub fn start(&self) -> io::Result<()> {
+        self.clear();
+        barrier()
+    }
+
+    /// Ends it.
+    pub fn stop(&self) {
+        self.on.store(false, Ordering::SeqCst);
+    }
+
+    /// Takes what is noted: runs of whole pages, as offset and bytes, none
+    /// longer than `most` bytes (a multiple of [`PAGE`]).
+    #[must_use]
+    pub fn take_runs(&self, most: usize) -> Vec<(u64, usize)> {
+        let mut found = Vec::new();
+        runs(&self.take(), self.pages, most, |start, count| {
+            found.push(((start * PAGE) as u64, count * PAGE));
+        });
+        found
+    }
+
+    fn clear(&self) {
         for word in self.words() {
             word.store(0, Ordering::Relaxed);
         }
@@ -64,10 +100,7 @@ impl WriteLog {
 
 impl NewBitmap for WriteLog {
     fn with_len(len: usize) -> Self {
-        Self {
-            pages: len.div_ceil(PAGE),
-            ..Self::default()
-        }
+        Self::new(len)
     }
 }
 
@@ -157,27 +190,35 @@ impl Pages {
     /// Runs of consecutive pages, as guest-physical address and bytes, none
     /// longer than `most` bytes (a multiple of [`PAGE`]).
     pub fn runs(&self, ram: &GuestRam, most: usize) -> Vec<(GuestAddress, usize)> {
-        let most = (most / PAGE).max(1);
-        let mut runs = Vec::new();
+        let mut found = Vec::new();
         for (region, words) in ram.iter().zip(&self.regions) {
             let pages = (region.len() as usize).div_ceil(PAGE);
-            let mut page = 0;
-            while page < pages {
-                let rest = words.get(page / 64).copied().unwrap_or(0) >> (page % 64);
-                if rest == 0 {
-                    page = (page / 64 + 1) * 64;
-                    continue;
-                }
-                page += rest.trailing_zeros() as usize;
-                let start = page;
-                while page < pages.min(start + most) && words[page / 64] & 1 << (page % 64) != 0 {
-                    page += 1;
-                }
+            runs(words, pages, most, |start, count| {
                 let at = region.start_addr().unchecked_add((start * PAGE) as u64);
-                runs.push((at, (page - start) * PAGE));
-            }
+                found.push((at, count * PAGE));
+            });
         }
-        runs
+        found
+    }
+}
+
+/// Calls `each` with the first and the number of the pages of each run of bits
+/// among the first `pages` of `words`, none longer than `most` bytes.
+fn runs(words: &[u64], pages: usize, most: usize, mut each: impl FnMut(usize, usize)) {
+    let most = (most / PAGE).max(1);
+    let mut page = 0;
+    while page < pages {
+        let rest = words.get(page / 64).copied().unwrap_or(0) >> (page % 64);
+        if rest == 0 {
+            page = (page / 64 + 1) * 64;
+            continue;
+        }
+        page += rest.trailing_zeros() as usize;
+        let start = page;
+        while page < pages.min(start + most) && words[page / 64] & 1 << (page % 64) != 0 {
+            page += 1;
+        }
+        each(start, page - start);
     }
 }
 
@@ -188,7 +229,7 @@ impl Pages {
 /// The kernel has no barrier for all processors (before Linux 4.3).
 pub fn start(ram: &GuestRam) -> io::Result<()> {
     for region in ram.iter() {
-        region.bitmap_log().start();
+        region.bitmap_log().clear();
     }
     barrier()
 }
@@ -196,7 +237,7 @@ pub fn start(ram: &GuestRam) -> io::Result<()> {
 /// Ends it.
 pub fn stop(ram: &GuestRam) {
     for region in ram.iter() {
-        region.bitmap_log().on.store(false, Ordering::SeqCst);
+        region.bitmap_log().stop();
     }
 }
 
