@@ -7,6 +7,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blanket_memory::dirty::WriteLog;
+
+use super::access::{self, Access};
 use super::probe::{self, Geometry};
 use super::qcow2::{Layers, check_tables};
 use super::raw::RawFile;
@@ -153,6 +156,8 @@ pub struct Image {
     physical_block: u32,
     /// Block devices in it.
     devices: Vec<(u32, u32)>,
+    /// What its users have written, if anybody wants to know.
+    log: Arc<WriteLog>,
 }
 
 /// What an image consists of.
@@ -251,6 +256,7 @@ impl Image {
             body: Body::One(Backend::Qcow2(Arc::new(layers)), Engine::Sync),
             physical_block: geometry.physical,
             devices: Vec::new(),
+            log: log(&limits),
         })
     }
 
@@ -276,6 +282,7 @@ impl Image {
             limits,
             physical_block: most(Self::physical_block_size),
             devices: volumes.iter().flat_map(|one| one.devices.clone()).collect(),
+            log: log(&limits),
             body: Body::Striped(layout, volumes),
         })
     }
@@ -322,6 +329,7 @@ impl Image {
             path,
             limits,
             devices: probe::device_number(&file).into_iter().collect(),
+            log: log(&limits),
             body: Body::One(Backend::Raw(Arc::new(RawFile { file, limits })), engine),
             physical_block: geometry.physical.max(block),
         })
@@ -358,6 +366,26 @@ impl Image {
             path: self.path.clone(),
             source,
         })
+    }
+
+    /// Where those who use its stores note what they have written, when a write
+    /// is done and before the guest knows of it.
+    #[must_use]
+    pub fn log(&self) -> Arc<WriteLog> {
+        Arc::clone(&self.log)
+    }
+
+    /// A way to its content beside its stores.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        let body = match &self.body {
+            Body::One(backend, _) => access::Body::One(backend.clone()),
+            Body::Striped(layout, volumes) => {
+                let volumes = volumes.iter().map(Self::access).collect();
+                access::Body::Striped(*layout, volumes)
+            }
+        };
+        Access::new(body, self.limits, self.log())
     }
 
     /// Bytes of the disk, a multiple of [`Image::block_size`].
@@ -423,15 +451,10 @@ impl Image {
         }
     }
 
-    /// A serial for guests that were given none: the image's file name, its
-    /// first 20 printable ASCII characters.
+    /// A serial for guests that were given none: see [`default_serial`].
     #[must_use]
     pub fn default_serial(&self) -> String {
-        let name = self.path.file_stem().unwrap_or_default().to_string_lossy();
-        name.chars()
-            .filter(char::is_ascii_graphic)
-            .take(20)
-            .collect()
+        default_serial(&self.path)
     }
 
     /// Its file, if it is a raw image.
@@ -447,17 +470,25 @@ impl Image {
     /// # Errors
     /// The node's disk is full or broken.
     pub fn flush(&self) -> io::Result<()> {
-        match &self.body {
-            _ if self.limits.readonly => Ok(()),
-            Body::One(Backend::Raw(raw), _) => raw.file.sync_data(),
-            Body::One(Backend::Qcow2(layers), _) => layers.flush(),
-            // All of them, also behind one that fails.
-            Body::Striped(_, volumes) => {
-                let all: Vec<_> = volumes.iter().map(Self::flush).collect();
-                all.into_iter().collect()
-            }
-        }
+        self.access().flush()
     }
+}
+
+/// The serial of an image at `path` that was given none: its file name, the
+/// first 20 printable ASCII characters.
+#[must_use]
+pub fn default_serial(path: &Path) -> String {
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    name.chars()
+        .filter(char::is_ascii_graphic)
+        .take(20)
+        .collect()
+}
+
+fn log(limits: &Limits) -> Arc<WriteLog> {
+    // More than can be addressed cannot be noted.
+    let len = usize::try_from(limits.capacity).unwrap_or(usize::MAX);
+    Arc::new(WriteLog::new(len))
 }
 
 /// The engine for a raw image.

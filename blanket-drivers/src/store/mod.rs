@@ -11,6 +11,7 @@ use std::os::fd::RawFd;
 use blanket_memory::IoVec;
 use serde::{Deserialize, Serialize};
 
+mod access;
 mod image;
 mod lock;
 mod probe;
@@ -24,7 +25,8 @@ mod tests;
 mod thread;
 mod transfer;
 
-pub use image::{Error, Image, Spec};
+pub use access::Access;
+pub use image::{Error, Image, Spec, default_serial};
 pub use qcow2::create_overlay;
 pub use selftest::{Figures, Measured, Report, measure};
 

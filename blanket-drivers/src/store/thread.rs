@@ -22,7 +22,7 @@ pub(super) enum Backend {
 }
 
 impl Backend {
-    fn run(&self, request: Request) -> Completion {
+    pub(super) fn run(&self, request: Request) -> Completion {
         match self {
             Self::Raw(raw) => raw.run(request),
             Self::Qcow2(layers) => layers.run(request),

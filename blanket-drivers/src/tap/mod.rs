@@ -7,7 +7,7 @@
 //! Linux `Documentation/networking/tuntap.rst` and `drivers/net/tun.c`.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -412,6 +412,20 @@ impl Tap {
 #[derive(Debug)]
 pub struct TapQueue(File);
 
+/// The Ethernet frame with which a guest is announced.
+fn announcement(mac: MacAddress) -> Vec<u8> {
+    let mac = mac.0;
+    let mut frame = [[0xff; 6], mac].concat();
+    // RARP; Ethernet and IPv4; a request for the owner of a hardware address.
+    frame.extend([0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    for hardware in [mac, mac] {
+        frame.extend(hardware);
+        frame.extend([0; 4]);
+    }
+    frame.resize(60, 0);
+    frame
+}
+
 impl TapQueue {
     /// Attaches a new queue to the tap `name`; fills an empty name in.
     fn attach(name: &mut String, queues: u16) -> Result<Self, Error> {
@@ -459,6 +473,17 @@ impl TapQueue {
         // SAFETY: the caller's promise; `count` vectors are there.
         let n = unsafe { libc::readv(self.as_raw_fd(), IoVec::as_raw(vectors), count) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Tells the bridges behind the tap that `mac` is here: a RARP request for
+    /// its own address (RFC 903), as other hypervisors send when a guest has
+    /// moved.
+    ///
+    /// # Errors
+    /// The node is out of memory for it, or the tap is down.
+    pub fn announce(&self, mac: MacAddress) -> io::Result<()> {
+        let frame = announcement(mac);
+        (&self.0).write_all(&[&[0; HEADER_LEN][..], &frame].concat())
     }
 
     /// Sends one frame with its header.

@@ -10,6 +10,9 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use blanket_drivers::store::{Completion, Image, Operation, Request, SECTOR, Store};
+use blanket_memory::IoVec;
+use blanket_memory::dirty::WriteLog;
+use vm_memory::bitmap::Bitmap;
 
 pub use metrics::Metrics;
 
@@ -22,6 +25,8 @@ pub(crate) struct Identity {
     pub(crate) name: String,
     /// Counters.
     pub(crate) metrics: Arc<Metrics>,
+    /// Where writes are noted.
+    pub(crate) log: Arc<WriteLog>,
 }
 
 /// How a request ended.
@@ -39,10 +44,43 @@ pub(crate) enum Outcome {
 struct Pending<T> {
     tag: T,
     operation: Operation,
+    /// What it changes.
+    _change: Option<Change>,
     /// Bytes of data that moved.
     moved: u32,
     /// The write is done and waits for its own flush.
     flushing: bool,
+}
+
+/// A range that is being written: noted when that is over, however it went, and
+/// before the guest knows of it.
+struct Change {
+    log: Arc<WriteLog>,
+    offset: u64,
+    len: u64,
+}
+
+impl Change {
+    fn of(request: &Request, log: &Arc<WriteLog>) -> Option<Self> {
+        let len = match request.operation {
+            Operation::Read | Operation::Flush => return None,
+            Operation::Write => IoVec::total(&request.vectors) as u64,
+            Operation::Discard | Operation::WriteZeroes => request.len,
+        };
+        Some(Self {
+            log: Arc::clone(log),
+            offset: request.offset,
+            len,
+        })
+    }
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        if let (Ok(offset), Ok(len)) = (self.offset.try_into(), self.len.try_into()) {
+            self.log.mark_dirty(offset, len);
+        }
+    }
 }
 
 /// Writes that found no room, as far as they are not done.
@@ -73,6 +111,7 @@ impl Drop for Held {
 ///
 /// Dropping it waits for what is in flight, before it lets go of the tags.
 pub(crate) struct Engine<T> {
+    /// First, as what it has in flight is over when it is dropped.
     store: Box<dyn Store>,
     identity: Arc<Identity>,
     /// By token. Not more than the store takes.
@@ -138,12 +177,14 @@ impl<T> Engine<T> {
         }
         request.token = token as u64;
         let operation = request.operation;
+        let change = Change::of(&request, &self.identity.log);
         // SAFETY: the caller's promise.
         match unsafe { self.store.submit(request) } {
             Ok(()) => {
                 self.pending[token] = Some(Pending {
                     tag,
                     operation,
+                    _change: change,
                     moved: 0,
                     flushing: false,
                 });

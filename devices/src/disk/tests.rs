@@ -56,6 +56,7 @@ fn engine(room: &Arc<AtomicBool>) -> (Engine<u8>, Arc<Metrics>) {
     let identity = Identity {
         name: "blk0".to_owned(),
         metrics: Arc::clone(&metrics),
+        log: Arc::default(),
     };
     (Engine::new(Box::new(store), Arc::new(identity)), metrics)
 }

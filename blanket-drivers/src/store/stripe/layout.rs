@@ -17,11 +17,11 @@ pub struct Layout {
 
 /// What a range of the set has on one volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Extent {
+pub(in crate::store) struct Extent {
     /// First byte, on the volume.
-    pub(super) offset: u64,
+    pub(in crate::store) offset: u64,
     /// Bytes.
-    pub(super) len: u64,
+    pub(in crate::store) len: u64,
 }
 
 impl Layout {
@@ -40,7 +40,7 @@ impl Layout {
     }
 
     /// What the bytes from `offset` on have on `volume`; they are within the set.
-    pub(super) fn extent(&self, volume: u32, offset: u64, len: u64) -> Extent {
+    pub(in crate::store) fn extent(&self, volume: u32, offset: u64, len: u64) -> Extent {
         let start = self.before(volume, offset);
         Extent {
             offset: DATA_START + start,
@@ -49,7 +49,7 @@ impl Layout {
     }
 
     /// Deals the memory of a request that begins at `offset` out to the volumes.
-    pub(super) fn deal(&self, mut offset: u64, vectors: &[IoVec]) -> Vec<Vec<IoVec>> {
+    pub(in crate::store) fn deal(&self, mut offset: u64, vectors: &[IoVec]) -> Vec<Vec<IoVec>> {
         let mut dealt = vec![Vec::new(); self.volumes as usize];
         for vector in vectors {
             let mut rest = *vector;

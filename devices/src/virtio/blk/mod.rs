@@ -90,6 +90,7 @@ impl Block {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
+        let log = image.log();
         Ok(Self {
             features: features(&image, queues),
             image,
@@ -101,6 +102,7 @@ impl Block {
                 identity: Arc::new(Identity {
                     name: name.to_owned(),
                     metrics: Arc::default(),
+                    log,
                 }),
             }),
         })

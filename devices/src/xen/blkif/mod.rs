@@ -116,6 +116,7 @@ impl Block {
         let stores = (0..queues)
             .map(|_| image.queue(DEPTH, &setup))
             .collect::<Result<_, _>>()?;
+        let log = image.log();
         Ok(Self {
             image,
             position: options.position,
@@ -127,6 +128,7 @@ impl Block {
             identity: Arc::new(Identity {
                 name: options.name.to_owned(),
                 metrics: Arc::default(),
+                log,
             }),
             grants: Arc::default(),
         })

@@ -259,6 +259,7 @@ fn slow_handler(driver: &Driver, write_through: bool) -> (BlockHandler, Arc<Mute
         identity: Arc::new(Identity {
             name: "slow".to_owned(),
             metrics: Arc::default(),
+            log: Arc::default(),
         }),
     });
     let (queue, accepted) = (driver.queue(true), Accepted::default());
