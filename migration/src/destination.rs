@@ -11,8 +11,9 @@ use blanket_memory::dirty::PAGE;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::descriptors;
+use crate::disk::{self, Disks};
 use crate::status::{MOST_STREAMS, micros};
-use crate::wire::{self, Hello, Join, Kind, Offer, Restored, Running};
+use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
 
 /// How long a destination that could run the guest asks whether it may, when
 /// the connection is gone.
@@ -40,8 +41,14 @@ pub enum Error {
     /// The memory here is not the guest's.
     #[error("the guest has other memory; configure this machine like the guest's")]
     Memory,
+    /// The disks here are not the guest's.
+    #[error("the guest's disks have other sizes; configure this machine like the guest's")]
+    Disks,
+    /// A disk here cannot be written.
+    #[error("a disk cannot be written: {0}")]
+    Disk(io::Error),
     /// A write was lost on the way.
-    #[error("the memory that arrived is not the guest's")]
+    #[error("the memory or a disk that arrived is not the guest's")]
     Differs,
     /// The machine did not take the state.
     #[error("{0}")]
@@ -63,6 +70,9 @@ impl From<io::Error> for Error {
 pub trait Machine: Sync {
     /// All memory, which holds nothing but zeros.
     fn ram(&self) -> &GuestRam;
+
+    /// The disks whose content comes.
+    fn disks(&self) -> &Disks;
 
     /// Takes the state over, with the memory in place.
     ///
@@ -111,7 +121,8 @@ impl Destination {
             .map(|index| join(path, offer.session, index))
             .collect::<Result<_, _>>()?;
         let met = Self {
-            spare: UnixStream::connect(path)?,
+            // After the data streams.
+            spare: join(path, offer.session, offer.streams.min(MOST_STREAMS))?,
             path: path.to_owned(),
             offer,
             control,
@@ -169,8 +180,14 @@ impl Destination {
         if !regions.eq(self.offer.regions.iter().copied()) {
             return Err(Error::Memory);
         }
+        let disks = machine.disks();
+        let capacities = disks.iter().map(|disk| disk.capacity());
+        if !capacities.eq(self.offer.disks.iter().copied()) {
+            return Err(Error::Disks);
+        }
         let streams = std::mem::take(&mut self.data);
-        wire::send(&mut self.control, Kind::Accept, &[])?;
+        let blank = disks.iter().map(|disk| disk::is_blank(&**disk)).collect();
+        wire::send_value(&mut self.control, Kind::Accept, &Accepted { blank })?;
         // From here on the source says when it is over.
         self.control.set_read_timeout(None)?;
         let endings: Vec<_> = streams
@@ -180,9 +197,9 @@ impl Destination {
         std::thread::scope(|scope| {
             let others: Vec<_> = streams
                 .into_iter()
-                .map(|stream| scope.spawn(move || take_memory(stream, ram)))
+                .map(|stream| scope.spawn(move || take_all(stream, ram, disks)))
                 .collect();
-            let state = self.state(ram);
+            let state = self.state(ram, disks);
             // What is to come has come, or never will.
             for stream in &endings {
                 let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -203,12 +220,17 @@ impl Destination {
     }
 
     /// The state, which comes when all memory is in place.
-    fn state(&mut self, ram: &GuestRam) -> Result<Vec<u8>, Error> {
+    fn state(&mut self, ram: &GuestRam, disks: &Disks) -> Result<Vec<u8>, Error> {
         let mut payload = Vec::new();
         loop {
             match wire::receive(&mut self.control, &mut payload)? {
                 Kind::State => return Ok(payload),
-                Kind::Verify if payload == memory_sum(ram)?.to_le_bytes() => {}
+                Kind::Flush => {
+                    let mut all = disks.iter();
+                    all.try_for_each(|disk| disk.flush()).map_err(Error::Disk)?;
+                    wire::send(&mut self.control, Kind::Flush, &[])?;
+                }
+                Kind::Verify if payload == sum(ram, disks)?.to_le_bytes() => {}
                 Kind::Verify => return Err(Error::Differs),
                 _ => return Err(wire::Error::Damaged("its parts are not in order").into()),
             }
@@ -267,8 +289,8 @@ fn join(path: &Path, session: [u8; 16], index: u32) -> Result<UnixStream, Error>
 }
 
 /// Puts what comes on a data stream in its place, until the stream ends.
-fn take_memory(mut stream: UnixStream, ram: &GuestRam) -> Result<(), Error> {
-    let taken = take_frames(&mut stream, ram);
+fn take_all(mut stream: UnixStream, ram: &GuestRam, disks: &Disks) -> Result<(), Error> {
+    let taken = take_frames(&mut stream, ram, disks);
     if let Err(error) = &taken {
         // The source waits for the round's end on this stream.
         let _ = wire::send(&mut stream, Kind::Abort, error.to_string().as_bytes());
@@ -278,7 +300,7 @@ fn take_memory(mut stream: UnixStream, ram: &GuestRam) -> Result<(), Error> {
     taken
 }
 
-fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam) -> Result<(), Error> {
+fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam, disks: &Disks) -> Result<(), Error> {
     let mut payload = Vec::new();
     loop {
         let kind = match wire::receive(&mut stream, &mut payload) {
@@ -290,9 +312,48 @@ fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam) -> Result<(), Error>
         match kind {
             Kind::Sync => wire::send(&mut stream, Kind::Sync, &payload)?,
             Kind::Pages | Kind::Zeros => place(kind, &payload, ram)?,
+            Kind::Blocks | Kind::Holes => store(kind, &payload, disks)?,
             _ => return Err(wire::Error::Damaged("memory is not what came").into()),
         }
     }
+}
+
+/// Carries out one frame of a disk. For the fuzzer, too.
+///
+/// # Errors
+/// It does not fit the disks, or one cannot be written.
+pub fn store(kind: Kind, payload: &[u8], disks: &Disks) -> Result<(), Error> {
+    let damaged = wire::Error::Damaged;
+    // A disk that has the range.
+    let find = |disk: u64, at: u64, len: u64| {
+        let disk = usize::try_from(disk).ok().and_then(|disk| disks.get(disk));
+        let end = at.checked_add(len);
+        disk.filter(|disk| end.is_some_and(|end| end <= disk.capacity()))
+            .ok_or(damaged("blocks outside the disks"))
+    };
+    if kind == Kind::Blocks {
+        let (head, bytes) = payload
+            .split_first_chunk::<16>()
+            .ok_or(damaged("blocks without a place"))?;
+        let (numbers, _) = head.as_chunks::<8>();
+        let (disk, at) = (
+            u64::from_le_bytes(numbers[0]),
+            u64::from_le_bytes(numbers[1]),
+        );
+        let disk = find(disk, at, bytes.len() as u64)?;
+        return disk.write(at, bytes).map_err(Error::Disk);
+    }
+    let (ranges, rest) = payload.as_chunks::<24>();
+    if !rest.is_empty() {
+        return Err(damaged("a part of a range").into());
+    }
+    for range in ranges {
+        let (numbers, _) = range.as_chunks::<8>();
+        let [disk, at, len] = [0, 1, 2].map(|i: usize| u64::from_le_bytes(numbers[i]));
+        let disk = find(disk, at, len)?;
+        disk.clear(at, len).map_err(Error::Disk)?;
+    }
+    Ok(())
 }
 
 /// Carries out one frame of memory. For the fuzzer, too.
@@ -340,23 +401,44 @@ fn clear(ram: &GuestRam, at: GuestAddress) -> Result<(), Error> {
     Ok(())
 }
 
-/// What all memory adds up to: each page's place and content, but for zeros.
-pub(crate) fn memory_sum(ram: &GuestRam) -> io::Result<u64> {
+/// What all memory and the disks add up to: each page's place and content, but
+/// for zeros.
+pub(crate) fn sum(ram: &GuestRam, disks: &Disks) -> io::Result<u64> {
     let mut sum = 0u64;
+    let mut add = |place: &[u64], page: &[u8]| {
+        if page.iter().any(|byte| *byte != 0) {
+            let mut hasher = crc32fast::Hasher::new();
+            place
+                .iter()
+                .for_each(|number| hasher.update(&number.to_le_bytes()));
+            hasher.update(page);
+            sum = sum
+                .wrapping_mul(31)
+                .wrapping_add(u64::from(hasher.finalize()));
+        }
+    };
     let mut page = [0; PAGE];
     for region in ram.iter() {
         for offset in (0..region.len()).step_by(PAGE) {
             region
                 .read_slice(&mut page, MemoryRegionAddress(offset))
                 .map_err(io::Error::other)?;
-            if page != [0; PAGE] {
-                let at = region.start_addr().0 + offset;
-                let mut hasher = crc32fast::Hasher::new();
-                hasher.update(&at.to_le_bytes());
-                hasher.update(&page);
-                sum = sum
-                    .wrapping_mul(31)
-                    .wrapping_add(u64::from(hasher.finalize()));
+            add(&[region.start_addr().0 + offset], &page);
+        }
+    }
+    let mut piece = vec![0; MOST_MEMORY];
+    for (index, disk) in disks.iter().enumerate() {
+        let mut at = 0;
+        while let Some(data) = disk.next_data(at)? {
+            // Pages, wherever data begin.
+            at = data.start / PAGE as u64 * PAGE as u64;
+            while at < data.end {
+                let len = (disk.capacity() - at).min(MOST_MEMORY as u64) as usize;
+                disk.read(at, &mut piece[..len])?;
+                for (number, page) in piece[..len].chunks(PAGE).enumerate() {
+                    add(&[index as u64, at + (number * PAGE) as u64], page);
+                }
+                at += len as u64;
             }
         }
     }

@@ -13,12 +13,20 @@
 //!   │ ◀──────── join (each data stream) ────  │
 //!   │ ◀────────────── accept ───────────────  │  nothing has been stopped yet
 //!   │                                         │
-//!   │ ══ pages, zeros (data streams) ═══════▶ │  round after round: what the
+//!   │ ══ blocks, holes (data streams) ══════▶ │  the disks, if they move
+//!   │ ══ sync ══════════════════════════════▶ │  along, and what the guest
+//!   │ ◀═══════════════════════════════ sync ═ │  writes to them meanwhile
+//!   │ ── flush ─────────────────────────────▶ │
+//!   │ ◀─────────────────────────────── flush ─ │  all of it is durable
+//!   │                                         │
+//!   │ ══ pages, zeros, blocks, holes ═══════▶ │  round after round: what the
 //!   │ ══ sync ══════════════════════════════▶ │  guest and its devices wrote
 //!   │ ◀═══════════════════════════════ sync ═ │  in the last one
 //!   │                                         │
 //!   │ stops the guest, saves its state        │
-//!   │ ══ the last pages, sync ══════════════▶ │
+//!   │ ══ the last of them, sync ════════════▶ │
+//!   │ ── flush ─────────────────────────────▶ │
+//!   │ ◀─────────────────────────────── flush ─ │
 //!   │ ── state ─────────────────────────────▶ │  restores it, does not run it
 //!   │ ◀─────────────── ready ───────────────  │
 //!   │ ── commit ────────────────────────────▶ │  THE GUEST CHANGES HANDS
@@ -60,11 +68,13 @@
 
 mod descriptors;
 mod destination;
+mod disk;
 mod source;
 mod status;
 pub mod wire;
 
-pub use destination::{Destination, Error as DestinationError, Machine, place};
+pub use destination::{Destination, Error as DestinationError, Machine, place, store};
+pub use disk::{Disk, Disks};
 pub use source::{Error, Guest, Source, Terms};
 pub use status::{MOST_STREAMS, Options, Phase, Progress, Round, Status, Step};
 

@@ -12,9 +12,12 @@ use blanket_memory::dirty::{PAGE, Pages};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::descriptors;
-use crate::destination::memory_sum;
+use crate::destination::sum;
+use crate::disk::{self, Disks, Extent, Whole};
 use crate::status::{Options, Pace, Pause, Phase, Progress, Round, micros};
-use crate::wire::{self, Frames, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
+use crate::wire::{
+    self, Accepted, Frames, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running,
+};
 
 /// How long the other end may take for a step of its own.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
@@ -30,6 +33,13 @@ const BATCH: usize = 256 << 10;
 const FEW: u64 = 256;
 /// A round of so many bytes tells the rate.
 const TELLING: u64 = 1 << 20;
+/// Bytes of a disk that are sent before the destination has to have them on its
+/// own.
+const STRETCH: u64 = 128 << 20;
+/// Rounds over what is written to the disks, before memory's turn comes.
+const DISK_ROUNDS: u32 = 8;
+/// So many bytes of disks are left for the rounds over memory.
+const LITTLE: u64 = 8 << 20;
 
 /// Why the guest stays here.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +88,10 @@ pub trait Guest {
     /// All its memory.
     fn ram(&self) -> &GuestRam;
 
-    /// Begins to note what is written; the pages that may be other than zeros.
+    /// The disks whose content moves along.
+    fn disks(&self) -> Arc<Disks>;
+
+    /// Begins to note what is written to memory; the pages that may be other than zeros.
     ///
     /// # Errors
     /// It cannot be noted.
@@ -116,11 +129,37 @@ struct How<'a> {
     progress: &'a Progress,
 }
 
+/// What a round sends.
+struct Load {
+    pages: Pages,
+    extents: Vec<Extent>,
+}
+
+impl Load {
+    fn bytes(&self) -> u64 {
+        self.pages.count() * PAGE as u64 + disk::bytes(&self.extents)
+    }
+
+    /// What has been written since the last time.
+    fn written(guest: &mut dyn Guest) -> Result<Self, Error> {
+        Ok(Self {
+            pages: guest.dirty().map_err(Error::Guest)?,
+            extents: disk::written(&guest.disks()),
+        })
+    }
+}
+
 /// A destination that has accepted the guest.
 pub struct Source {
     session: [u8; 16],
     control: UnixStream,
     data: Vec<UnixStream>,
+    /// Where it asks if `control` is lost.
+    spare: Option<UnixStream>,
+    /// Its disks that have nothing but zeros.
+    blank: Vec<bool>,
+    /// Rounds so far.
+    rounds: u32,
     /// The destination may be ready.
     at_risk: bool,
 }
@@ -131,6 +170,8 @@ pub struct Terms<'a> {
     pub session: [u8; 16],
     /// See [`Offer::machine`].
     pub machine: Vec<u8>,
+    /// See [`Offer::disks`].
+    pub disks: Vec<u64>,
     /// What is handed over with it.
     pub descriptors: &'a [RawFd],
 }
@@ -216,12 +257,14 @@ impl Source {
             session: terms.session,
             streams,
             regions: regions.collect(),
+            disks: terms.disks,
             machine: terms.machine,
             descriptors: terms.descriptors.len() as u32,
         };
         wire::send_value(&mut control, Kind::Offer, &offer)?;
         descriptors::send(&control, terms.descriptors)?;
-        let mut data: Vec<Option<UnixStream>> = (0..streams).map(|_| None).collect();
+        // The last one is for questions.
+        let mut data: Vec<Option<UnixStream>> = (0..=streams).map(|_| None).collect();
         while data.iter().any(Option::is_none) {
             let Some(mut stream) = accept(listener, Some(&control), progress, deadline)? else {
                 // It says why it does not come, or is gone.
@@ -234,11 +277,15 @@ impl Source {
                 *place = Some(stream);
             }
         }
-        wire::expect(&mut control, Kind::Accept)?;
+        let accepted: Accepted = wire::decode(&wire::expect(&mut control, Kind::Accept)?)?;
+        let mut data: Vec<_> = data.into_iter().flatten().collect();
         Ok(Self {
             session: terms.session,
             control,
-            data: data.into_iter().flatten().collect(),
+            spare: data.pop(),
+            data,
+            blank: accepted.blank,
+            rounds: 0,
             at_risk: false,
         })
     }
@@ -255,9 +302,9 @@ impl Source {
         listener: &UnixListener,
     ) -> Result<(), Error> {
         let start = Instant::now();
-        progress.lock().phase = Phase::Copying;
         let moved = self.copy_and_switch(guest, options, progress);
         guest.end();
+        guest.disks().iter().for_each(|disk| disk.unwatch());
         let done = match moved {
             Ok(pause) => {
                 self.confirm(pause, progress, listener);
@@ -280,14 +327,29 @@ impl Source {
         if wire::send(&mut self.control, Kind::Abort, reason.as_bytes()).is_ok() || !self.at_risk {
             return;
         }
-        let unhurried = Progress::default();
-        let end = Instant::now() + REMORSE;
-        if let Ok(Some(mut stream)) = accept(listener, None, &unhurried, end) {
+        if let Some(mut stream) = self.asked(listener, Instant::now() + REMORSE) {
+            let _ = wire::send(&mut stream, Kind::Abort, reason.as_bytes());
+        }
+    }
+
+    /// Waits for a destination that has lost the connection and asks.
+    fn asked(&mut self, listener: &UnixListener, end: Instant) -> Option<UnixStream> {
+        // Nobody cancels that.
+        let progress = Progress::default();
+        while Instant::now() < end {
+            let accepted = match self.spare.take() {
+                Some(spare) => Ok(Some(spare)),
+                None => accept(listener, None, &progress, end),
+            };
+            let mut stream = accepted.ok().flatten()?;
+            let left = end.saturating_duration_since(Instant::now());
+            stream.set_read_timeout(Some(left.max(LOOK))).ok()?;
             let asked = wire::expect(&mut stream, Kind::Ask);
             if asked.is_ok_and(|session| session == self.session) {
-                let _ = wire::send(&mut stream, Kind::Abort, reason.as_bytes());
+                return Some(stream);
             }
         }
+        None
     }
 
     fn copy_and_switch(
@@ -301,14 +363,24 @@ impl Source {
             pace: &Pace::new(options.bandwidth),
             progress,
         };
-        let mut pages = guest.begin().map_err(Error::Guest)?;
+        let extents = self.copy_disks(guest, &how)?;
+        progress.lock().phase = Phase::Copying;
+        let mut load = Load {
+            pages: guest.begin().map_err(Error::Guest)?,
+            extents,
+        };
         let target = options.downtime_ms * 1000;
         for number in 0..options.rounds.max(1) {
-            let round = self.round(guest.ram(), &pages, number, &how)?;
-            pages = guest.dirty().map_err(Error::Guest)?;
-            let expected = note(progress, round, pages.count());
+            let mut round = self.round(guest, &load, number == 0, &how)?;
+            if !load.extents.is_empty() {
+                self.flush()?;
+            }
+            load = Load::written(guest)?;
+            round.dirty = load.pages.count();
+            round.dirty_disk = disk::bytes(&load.extents);
+            let expected = note(progress, round);
             if expected <= target {
-                return self.switch(guest, &pages, &how);
+                return self.switch(guest, load, &how);
             }
         }
         Err(Error::Diverges {
@@ -317,14 +389,72 @@ impl Source {
         })
     }
 
-    /// Stops the guest and hands it over. Up to the commit, any error has it run
-    /// on here.
-    fn switch(
+    /// Sends the disks' content, until little is written to them meanwhile;
+    /// what is left.
+    fn copy_disks(&mut self, guest: &mut dyn Guest, how: &How<'_>) -> Result<Vec<Extent>, Error> {
+        let disks = guest.disks();
+        if disks.is_empty() {
+            return Ok(Vec::new());
+        }
+        {
+            let mut status = how.progress.lock();
+            status.phase = Phase::Disks;
+            status.disks = disks.iter().map(|disk| disk.capacity()).sum();
+        }
+        for (index, disk) in disks.iter().enumerate() {
+            disk.watch()?;
+            let blank = self.blank.get(index).copied().unwrap_or(false);
+            let mut whole = Whole::of(&**disk, index, !blank);
+            loop {
+                let extents = whole.next(STRETCH)?;
+                if extents.is_empty() {
+                    break;
+                }
+                self.disk_round(guest, extents, blank, how)?;
+            }
+        }
+        let mut left = disk::written(&disks);
+        for _ in 0..DISK_ROUNDS {
+            let before = disk::bytes(&left);
+            if before <= LITTLE {
+                break;
+            }
+            self.disk_round(guest, left, false, how)?;
+            left = disk::written(&disks);
+            // The guest writes as fast as can be sent.
+            if disk::bytes(&left) > before / 4 * 3 {
+                break;
+            }
+        }
+        Ok(left)
+    }
+
+    fn disk_round(
         &mut self,
         guest: &mut dyn Guest,
-        pages: &Pages,
+        extents: Vec<Extent>,
+        first: bool,
         how: &How<'_>,
-    ) -> Result<Pause, Error> {
+    ) -> Result<(), Error> {
+        let load = Load {
+            pages: Pages::none(guest.ram()),
+            extents,
+        };
+        let round = self.round(guest, &load, first, how)?;
+        note(how.progress, round);
+        self.flush()
+    }
+
+    /// Waits until the destination has made durable what it has of the disks.
+    fn flush(&mut self) -> Result<(), Error> {
+        wire::send(&mut self.control, Kind::Flush, &[])?;
+        wire::expect(&mut self.control, Kind::Flush)?;
+        Ok(())
+    }
+
+    /// Stops the guest and hands it over. Up to the commit, any error has it run
+    /// on here.
+    fn switch(&mut self, guest: &mut dyn Guest, load: Load, how: &How<'_>) -> Result<Pause, Error> {
         let progress = how.progress;
         if progress.is_cancelled() {
             return Err(Error::Cancelled);
@@ -333,7 +463,7 @@ impl Source {
         let mut pause = Pause::begin();
         let state = guest.stop().map_err(Error::Guest)?;
         pause.mark("stop and save", 0);
-        let handed = self.hand_over(guest, pages, &state, how, &mut pause);
+        let handed = self.hand_over(guest, load, &state, how, &mut pause);
         match handed {
             Ok(()) => {
                 guest.give_up();
@@ -349,7 +479,7 @@ impl Source {
     fn hand_over(
         &mut self,
         guest: &mut dyn Guest,
-        pages: &Pages,
+        mut load: Load,
         state: &[u8],
         how: &How<'_>,
         pause: &mut Pause,
@@ -357,13 +487,19 @@ impl Source {
         let How {
             options, progress, ..
         } = how;
-        let mut pages = pages.clone();
-        pages.merge(&guest.dirty().map_err(Error::Guest)?);
-        let round = self.round(guest.ram(), &pages, u32::MAX, how)?;
+        let last = Load::written(guest)?;
+        load.pages.merge(&last.pages);
+        // What is among them twice is the same: the guest stands still.
+        load.extents.extend(last.extents);
+        let round = self.round(guest, &load, false, how)?;
         progress.lock().rounds.push(round);
         pause.mark("last memory", 0);
+        if !load.extents.is_empty() {
+            self.flush()?;
+            pause.mark("flush disks", 0);
+        }
         if options.verify {
-            let sum = memory_sum(guest.ram())?.to_le_bytes();
+            let sum = sum(guest.ram(), &guest.disks())?.to_le_bytes();
             wire::send(&mut self.control, Kind::Verify, &sum)?;
             pause.mark("verify", 0);
         }
@@ -388,16 +524,10 @@ impl Source {
         progress.lock().phase = Phase::Handed;
         let mut word = wire::expect(&mut self.control, Kind::Running);
         let end = Instant::now() + INQUIRY;
-        // It cannot be cancelled any more.
-        let unhurried = Progress::default();
-        while word.is_err() && Instant::now() < end {
-            let Ok(Some(mut stream)) = accept(listener, None, &unhurried, end) else {
-                break;
-            };
-            let asked = wire::expect(&mut stream, Kind::Ask);
-            if asked.is_ok_and(|session| session == self.session)
-                && wire::send(&mut stream, Kind::Commit, &self.session).is_ok()
-            {
+        while word.is_err()
+            && let Some(mut stream) = self.asked(listener, end)
+        {
+            if wire::send(&mut stream, Kind::Commit, &self.session).is_ok() {
                 word = wire::expect(&mut stream, Kind::Running);
             }
         }
@@ -418,31 +548,39 @@ impl Source {
         }
     }
 
-    /// Sends `pages` over all streams, and waits until they are in place.
+    /// Sends `load` over all streams, and waits until it is in place. `first`:
+    /// the destination has zeros in its place.
     fn round(
         &mut self,
-        ram: &GuestRam,
-        pages: &Pages,
-        number: u32,
+        guest: &dyn Guest,
+        load: &Load,
+        first: bool,
         how: &How<'_>,
     ) -> Result<Round, Error> {
         let progress = how.progress;
         let start = Instant::now();
         let before = progress.bytes();
-        let count = pages.count();
-        progress.begin_round(count * PAGE as u64);
-        let runs = pages.runs(ram, MOST_MEMORY);
+        let bytes = load.bytes();
+        progress.begin_round(bytes);
+        let memory = load.pages.runs(guest.ram(), MOST_MEMORY).into_iter();
+        let memory = memory.map(|(at, len)| Piece::Memory(at, len));
+        let extents = load.extents.iter().copied().map(Piece::Disk);
+        let pieces: Vec<_> = extents.chain(memory).collect();
+        self.rounds = self.rounds.wrapping_add(1);
+        let disks = guest.disks();
         let work = Work {
-            ram,
-            runs: &runs,
+            ram: guest.ram(),
+            disks: &disks,
+            pieces: &pieces,
             next: AtomicUsize::new(0),
-            first: number == 0,
-            number,
+            first,
+            number: self.rounds,
             failed: AtomicBool::new(false),
             pace: how.pace,
             progress,
         };
-        let streams = if count <= FEW { 1 } else { self.data.len() };
+        let few = bytes <= FEW * PAGE as u64;
+        let streams = if few { 1 } else { self.data.len() };
         let (here, others) = self.data[..streams].split_at_mut(1);
         let result = std::thread::scope(|scope| {
             let others: Vec<_> = others
@@ -458,36 +596,46 @@ impl Source {
             result
         });
         result?;
+        let disk = disk::bytes(&load.extents);
+        progress.lock().disks_sent += disk;
         Ok(Round {
-            pages: count,
+            pages: load.pages.count(),
+            disk,
             bytes: progress.bytes() - before,
             us: micros(start.elapsed()),
-            dirty: 0,
+            ..Round::default()
         })
     }
 }
 
 /// Notes how a round went; the expected downtime in microseconds.
-fn note(progress: &Progress, mut round: Round, dirty: u64) -> u64 {
-    round.dirty = dirty;
+fn note(progress: &Progress, round: Round) -> u64 {
     let mut status = progress.lock();
     let us = round.us.max(1);
     if round.bytes >= TELLING || status.rate == 0 {
         status.rate = (round.bytes * 1_000_000 / us).max(1);
     }
-    let dirty = dirty * PAGE as u64;
+    let dirty = round.dirty * PAGE as u64 + round.dirty_disk;
     status.dirty_rate = dirty * 1_000_000 / us;
     status.expected_downtime_us = dirty * 1_000_000 / status.rate;
     status.rounds.push(round);
     status.expected_downtime_us
 }
 
+/// What a frame can carry.
+#[derive(Clone, Copy)]
+enum Piece {
+    Memory(GuestAddress, usize),
+    Disk(Extent),
+}
+
 /// What the streams of a round share.
 struct Work<'a> {
     ram: &'a GuestRam,
-    runs: &'a [(GuestAddress, usize)],
+    disks: &'a Disks,
+    pieces: &'a [Piece],
     next: AtomicUsize,
-    /// Where the destination's memory is all zeros.
+    /// What it is to replace is all zeros.
     first: bool,
     number: u32,
     failed: AtomicBool,
@@ -510,10 +658,9 @@ impl Work<'_> {
     }
 
     fn send_runs(&self, stream: &mut UnixStream) -> Result<(), Error> {
-        let mut frames = Frames::default();
-        let mut zeros = Vec::new();
-        let mut memory = vec![0; MOST_MEMORY];
-        while let Some((at, len)) = self.runs.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        let mut batch = Batch::default();
+        let mut buffer = vec![0; MOST_MEMORY];
+        while let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             if self.progress.is_cancelled() {
                 return Err(Error::Cancelled);
             }
@@ -521,17 +668,13 @@ impl Work<'_> {
                 // Another stream has the reason.
                 return Ok(());
             }
-            let memory = &mut memory[..*len];
-            self.ram
-                .read_slice(memory, *at)
-                .map_err(|error| Error::Guest(error.to_string()))?;
-            pack(*at, memory, &mut frames, &mut zeros);
-            self.progress.saw(*len as u64);
-            if frames.bytes().len() + zeros.len() >= BATCH {
-                self.flush(stream, &mut frames, &mut zeros)?;
+            let len = self.pack(*piece, &mut buffer, &mut batch)?;
+            self.progress.saw(len as u64);
+            if batch.len() >= BATCH {
+                self.flush(stream, &mut batch)?;
             }
         }
-        self.flush(stream, &mut frames, &mut zeros)?;
+        self.flush(stream, &mut batch)?;
         wire::send(stream, Kind::Sync, &self.number.to_le_bytes())?;
         let back = wire::expect(stream, Kind::Sync)?;
         if back != self.number.to_le_bytes() {
@@ -540,46 +683,96 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn flush(
-        &self,
-        stream: &mut UnixStream,
-        frames: &mut Frames,
-        zeros: &mut Vec<u8>,
-    ) -> Result<(), Error> {
-        if !self.first {
-            for some in zeros.chunks(MOST_MEMORY) {
-                frames.begin();
-                frames.push(some);
-                frames.end(Kind::Zeros);
+    /// Reads a piece and puts it into the batch; its bytes.
+    fn pack(&self, piece: Piece, buffer: &mut [u8], batch: &mut Batch) -> Result<usize, Error> {
+        match piece {
+            Piece::Memory(at, len) => {
+                let memory = &mut buffer[..len];
+                let read = self.ram.read_slice(memory, at);
+                read.map_err(|error| Error::Guest(error.to_string()))?;
+                batch.pack(None, at.0, memory);
+                Ok(len)
+            }
+            Piece::Disk(Extent { disk, at, len }) => {
+                let bytes = &mut buffer[..len];
+                let read = self.disks[disk].read(at, bytes);
+                read.map_err(|error| Error::Guest(format!("a disk cannot be read: {error}")))?;
+                batch.pack(Some(disk as u64), at, bytes);
+                Ok(len)
             }
         }
-        zeros.clear();
-        self.pace.wait(frames.bytes().len());
-        io::Write::write_all(stream, frames.bytes()).map_err(wire::Error::from)?;
-        self.progress.sent(frames.bytes().len() as u64);
-        frames.clear();
+    }
+
+    fn flush(&self, stream: &mut UnixStream, batch: &mut Batch) -> Result<(), Error> {
+        if !self.first {
+            for (kind, zeros) in [(Kind::Zeros, &batch.zeros), (Kind::Holes, &batch.holes)] {
+                // Whole entries of both.
+                for some in zeros.chunks(MOST_MEMORY / 48 * 48) {
+                    batch.frames.begin();
+                    batch.frames.push(some);
+                    batch.frames.end(kind);
+                }
+            }
+        }
+        let bytes = batch.frames.bytes();
+        self.pace.wait(bytes.len());
+        io::Write::write_all(stream, bytes).map_err(wire::Error::from)?;
+        self.progress.sent(bytes.len() as u64);
+        batch.clear();
         Ok(())
     }
 }
 
-/// Packs the pages of `memory`, which is at `at`: those that are all zeros into
-/// `zeros`, the others into `frames`.
-fn pack(at: GuestAddress, memory: &[u8], frames: &mut Frames, zeros: &mut Vec<u8>) {
-    let mut place = at.0;
-    let same = |a: &[u8], b: &[u8]| is_zero(a) == is_zero(b);
-    let pages: Vec<&[u8]> = memory.chunks(PAGE).collect();
-    for run in pages.chunk_by(|a, b| same(a, b)) {
-        let len = run.len() * PAGE;
-        if run.first().is_some_and(|page| is_zero(page)) {
-            zeros.extend(place.to_le_bytes());
-            zeros.extend((len as u64).to_le_bytes());
-        } else {
-            frames.begin();
-            frames.push(&place.to_le_bytes());
-            run.iter().for_each(|page| frames.push(page));
-            frames.end(Kind::Pages);
+/// What is to be sent at once.
+#[derive(Default)]
+struct Batch {
+    frames: Frames,
+    /// Ranges of memory: pairs of address and length.
+    zeros: Vec<u8>,
+    /// Ranges of disks: triples of disk, offset and length.
+    holes: Vec<u8>,
+}
+
+impl Batch {
+    fn len(&self) -> usize {
+        self.frames.bytes().len() + self.zeros.len() + self.holes.len()
+    }
+
+    fn clear(&mut self) {
+        self.frames.clear();
+        self.zeros.clear();
+        self.holes.clear();
+    }
+
+    /// Packs the pages of `bytes`, which are at `at` of a disk or of memory:
+    /// those that are all zeros, and the others.
+    fn pack(&mut self, disk: Option<u64>, at: u64, bytes: &[u8]) {
+        let mut place = at;
+        let pages: Vec<&[u8]> = bytes.chunks(PAGE).collect();
+        for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            let len: usize = run.iter().map(|page| page.len()).sum();
+            let numbers = disk.into_iter().chain([place]);
+            if run.first().is_some_and(|page| is_zero(page)) {
+                let ranges = match disk {
+                    Some(_) => &mut self.holes,
+                    None => &mut self.zeros,
+                };
+                for number in numbers.chain([len as u64]) {
+                    ranges.extend(number.to_le_bytes());
+                }
+            } else {
+                self.frames.begin();
+                for number in numbers {
+                    self.frames.push(&number.to_le_bytes());
+                }
+                run.iter().for_each(|page| self.frames.push(page));
+                self.frames.end(match disk {
+                    Some(_) => Kind::Blocks,
+                    None => Kind::Pages,
+                });
+            }
+            place += len as u64;
         }
-        place += len as u64;
     }
 }
 

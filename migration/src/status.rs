@@ -59,6 +59,8 @@ pub enum Phase {
     /// The destination has not come yet.
     #[default]
     Waiting,
+    /// The disks' content is sent while the guest runs.
+    Disks,
     /// Memory is sent while the guest runs.
     Copying,
     /// The guest stands still and is handed over.
@@ -71,17 +73,23 @@ pub enum Phase {
     Failed,
 }
 
-/// A round over memory.
+/// A round over memory and what was written to the disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Round {
     /// Pages that were looked at.
     pub pages: u64,
+    /// Bytes of disks that were looked at.
+    #[serde(default)]
+    pub disk: u64,
     /// Bytes that were sent.
     pub bytes: u64,
     /// Microseconds that it took.
     pub us: u64,
     /// Pages that the guest wrote meanwhile.
     pub dirty: u64,
+    /// Bytes that it wrote to disks meanwhile.
+    #[serde(default)]
+    pub dirty_disk: u64,
 }
 
 /// A step of the pause.
@@ -103,13 +111,19 @@ pub struct Status {
     pub error: Option<String>,
     /// Data streams.
     pub streams: u32,
+    /// Bytes of the disks that move along.
+    #[serde(default)]
+    pub disks: u64,
+    /// Bytes of disks that have been sent, with those that were written anew.
+    #[serde(default)]
+    pub disks_sent: u64,
     /// Bytes that were sent.
     pub bytes: u64,
-    /// Bytes that are left of this round, zero pages included.
+    /// Bytes that are left of this round, zeros included.
     pub left: u64,
     /// Bytes per second that are sent.
     pub rate: u64,
-    /// Bytes per second that the guest writes anew.
+    /// Bytes per second that the guest writes anew, to memory and disks.
     pub dirty_rate: u64,
     /// Microseconds that the guest would stand still if it were stopped now.
     pub expected_downtime_us: u64,

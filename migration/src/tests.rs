@@ -1,7 +1,8 @@
 //! Both ends at once, over connections that fail.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,8 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use blanket_memory::dirty::{self, PAGE, Pages};
+use blanket_memory::dirty::{self, PAGE, Pages, WriteLog};
 use blanket_memory::{Backing, GuestRam, Spec, build_at};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -32,9 +34,95 @@ fn ram() -> GuestRam {
     .unwrap()
 }
 
-/// A guest that counts in its memory, all over the place, as long as it runs.
+const SECTORS: u64 = 5001;
+const SECTOR: usize = 512;
+
+/// A disk in memory, of a size that is no whole number of pages.
+struct Ram {
+    bytes: Mutex<Vec<u8>>,
+    log: WriteLog,
+    /// What was written since the last flush is lost.
+    flushed: Mutex<Vec<u8>>,
+}
+
+impl Ram {
+    fn new() -> Arc<Self> {
+        let bytes = vec![0; SECTORS as usize * SECTOR];
+        Arc::new(Self {
+            flushed: Mutex::new(bytes.clone()),
+            log: WriteLog::new(bytes.len()),
+            bytes: Mutex::new(bytes),
+        })
+    }
+
+    fn store(&self, offset: u64, bytes: &[u8]) {
+        let at = offset as usize;
+        self.bytes.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+impl Disk for Ram {
+    fn capacity(&self) -> u64 {
+        SECTORS * SECTOR as u64
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let bytes = self.bytes.lock().unwrap();
+        let mut sectors = bytes
+            .chunks(SECTOR)
+            .enumerate()
+            .skip(offset as usize / SECTOR);
+        let data = |(_, sector): &(usize, &[u8])| sector.iter().any(|byte| *byte != 0);
+        let Some((start, _)) = sectors.find(data) else {
+            return Ok(None);
+        };
+        let end = sectors.find(|sector| !data(sector));
+        let end = end.map_or(SECTORS, |(end, _)| end as u64);
+        Ok(Some((start * SECTOR) as u64..end * SECTOR as u64))
+    }
+
+    fn watch(&self) -> io::Result<()> {
+        self.log.start()
+    }
+
+    fn written(&self, most: usize) -> Vec<(u64, usize)> {
+        self.log.take_runs(most)
+    }
+
+    fn unwatch(&self) {
+        self.log.stop();
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let at = offset as usize;
+        into.copy_from_slice(&self.bytes.lock().unwrap()[at..at + into.len()]);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.store(offset, bytes);
+        Ok(())
+    }
+
+    fn clear(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.store(offset, &vec![0; len as usize]);
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.flushed
+            .lock()
+            .unwrap()
+            .clone_from(&self.bytes.lock().unwrap());
+        Ok(())
+    }
+}
+
+/// A guest that counts in its memory and on its disks, all over the place, as
+/// long as it runs.
 struct Counter {
     ram: GuestRam,
+    disks: [Arc<Ram>; 2],
     runs: Arc<AtomicBool>,
     resting: Arc<Mutex<()>>,
     over: Arc<AtomicBool>,
@@ -46,6 +134,7 @@ impl Counter {
     fn new(pause: Duration) -> Self {
         let this = Self {
             ram: ram(),
+            disks: [Ram::new(), Ram::new()],
             runs: Arc::new(AtomicBool::new(true)),
             resting: Arc::default(),
             over: Arc::default(),
@@ -55,6 +144,11 @@ impl Counter {
             let at = GuestAddress(page * 2 * PAGE as u64);
             this.ram.write_obj(page + 1, at).unwrap();
         }
+        // The last sector, too.
+        for sector in (0..SECTORS).step_by(100) {
+            this.disks[0].store(sector * SECTOR as u64, &[sector as u8 | 1; SECTOR]);
+        }
+        let disks = this.disks.clone();
         let (ram, runs, resting, over) = (
             this.ram.clone(),
             Arc::clone(&this.runs),
@@ -72,6 +166,12 @@ impl Counter {
                         let at = if i.is_multiple_of(2) { HIGH + at } else { at };
                         let value = if i.is_multiple_of(5) { 0 } else { i };
                         ram.write_obj(value, GuestAddress(at)).unwrap();
+                        if i.is_multiple_of(7) {
+                            let disk = &disks[i as usize % 2];
+                            let at = (i * 31 % SECTORS) as usize * SECTOR;
+                            disk.store(at as u64, &[value as u8; SECTOR]);
+                            disk.log.mark_dirty(at, SECTOR);
+                        }
                     }
                 }
                 if !pause.is_zero() {
@@ -96,6 +196,10 @@ impl Drop for Counter {
 impl Guest for Counter {
     fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    fn disks(&self) -> Arc<Disks> {
+        Arc::new(self.disks.clone().map(|disk| disk as Arc<dyn Disk>))
     }
 
     fn begin(&mut self) -> Result<Pages, String> {
@@ -135,6 +239,8 @@ impl Guest for Counter {
 
 struct Other {
     ram: GuestRam,
+    own: [Arc<Ram>; 2],
+    disks: [Arc<dyn Disk>; 2],
     runs: AtomicBool,
     takes: bool,
 }
@@ -142,6 +248,10 @@ struct Other {
 impl Machine for Other {
     fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    fn disks(&self) -> &Disks {
+        &self.disks
     }
 
     fn restore(&self, state: &[u8]) -> Result<(), String> {
@@ -251,8 +361,13 @@ fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) ->
     let near = folder.path().join("near");
     let listener = UnixListener::bind(&path).unwrap();
     relay(&near, path, fault);
+    let own = [Ram::new(), Ram::new()];
+    // One that is not blank: what is there has to go.
+    own[1].store(512, &[0x55; SECTOR]);
     let other = Arc::new(Other {
         ram: ram(),
+        disks: own.clone().map(|disk| disk as Arc<dyn Disk>),
+        own,
         runs: AtomicBool::new(false),
         takes,
     });
@@ -266,6 +381,7 @@ fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) ->
     let terms = Terms {
         session: [7; 16],
         machine: b"like this".to_vec(),
+        disks: guest.disks.iter().map(|disk| disk.capacity()).collect(),
         descriptors: &[],
     };
     let ram = guest.ram.clone();
@@ -274,6 +390,12 @@ fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) ->
     // Nobody answers any more.
     drop(listener);
     let arrived = destination.join().unwrap();
+    if moved.is_ok() {
+        // What the guest has made durable here is durable there.
+        for (here, there) in guest.disks.iter().zip(&other.own) {
+            assert!(*here.bytes.lock().unwrap() == *there.flushed.lock().unwrap());
+        }
+    }
     Outcome {
         here: guest.runs(),
         there: other.runs.load(Ordering::SeqCst),
@@ -308,6 +430,7 @@ fn a_guest_that_writes_all_the_time_arrives_with_all_its_memory() {
         assert_eq!((status.phase, status.streams), (Phase::Moved, streams));
         let steps: u64 = status.pause.iter().map(|step| step.us).sum();
         assert!(steps <= status.downtime_us && status.downtime_us <= status.total_us);
+        assert_eq!(status.disks, 2 * SECTORS * SECTOR as u64);
     }
 }
 
@@ -318,7 +441,9 @@ fn a_guest_whose_state_is_refused_runs_on() {
     let error = outcome.moved.unwrap_err().to_string();
     assert!(error.contains("no such processor"), "{error}");
     // Zeros are not sent.
-    assert!(outcome.status.rounds[0].bytes < PAGES * 3 / 2 * PAGE as u64);
+    let mut rounds = outcome.status.rounds.iter();
+    let memory = rounds.find(|round| round.pages > 0).unwrap();
+    assert!(memory.bytes < PAGES * 3 / 2 * PAGE as u64);
     assert!(outcome.here && !outcome.there && outcome.arrived.is_err());
 }
 
@@ -340,7 +465,7 @@ fn a_guest_that_writes_too_fast_stays() {
 fn wherever(count: u64, of: impl Fn(bool, u64) -> Fault) {
     for to_destination in [true, false] {
         // What goes to the source is short, and so is what is said at the end.
-        let most = if to_destination { 7_000_000 } else { 700 };
+        let most = if to_destination { 9_000_000 } else { 1000 };
         for i in 0..count {
             let fault = of(to_destination, most * i / count);
             let mut guest = Counter::new(Duration::from_micros(200));

@@ -17,8 +17,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both ends must have the same.
-pub const VERSION: u32 = 1;
-/// Most bytes of memory in one frame.
+pub const VERSION: u32 = 2;
+/// Most bytes of memory, or of a disk, in one frame.
 pub const MOST_MEMORY: usize = 256 << 10;
 /// Longest payload of a frame that is not memory.
 const MOST_OTHER: u64 = 64 << 20;
@@ -26,6 +26,8 @@ const MOST_OTHER: u64 = 64 << 20;
 const HEADER: usize = 20;
 /// What precedes the memory of a [`Kind::Pages`] frame: where it belongs.
 pub const PLACE: usize = 8;
+/// What precedes the bytes of a [`Kind::Blocks`] frame: on which disk, and where.
+pub const BLOCK_PLACE: usize = 16;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub enum Kind {
     Ask,
     /// The source's answer to a hello: [`Offer`].
     Offer,
-    /// The destination has a machine for the guest.
+    /// The destination has a machine for the guest: [`Accepted`].
     Accept,
     /// An end does not go on; the payload says why.
     Abort,
@@ -47,10 +49,16 @@ pub enum Kind {
     Pages,
     /// Ranges that are all zeros: pairs of address and length.
     Zeros,
+    /// The number of a disk, an offset, and its bytes from there on.
+    Blocks,
+    /// Ranges of disks that are all zeros: triples of disk, offset and length.
+    Holes,
+    /// The destination makes durable what it has of the disks, and sends it back.
+    Flush,
     /// The end of a round on this stream: its number. The destination sends it
     /// back when everything before it is in place.
     Sync,
-    /// What all memory adds up to, for comparison.
+    /// What all memory and all disks add up to, for comparison.
     Verify,
     /// The machine's state.
     State,
@@ -63,7 +71,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 14] = [
+    const ALL: [(Self, [u8; 4]); 17] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -72,6 +80,9 @@ impl Kind {
         (Self::Abort, *b"abrt"),
         (Self::Pages, *b"page"),
         (Self::Zeros, *b"zero"),
+        (Self::Blocks, *b"blok"),
+        (Self::Holes, *b"hole"),
+        (Self::Flush, *b"flsh"),
         (Self::Sync, *b"sync"),
         (Self::Verify, *b"same"),
         (Self::State, *b"stat"),
@@ -94,7 +105,8 @@ impl Kind {
     fn longest(self) -> u64 {
         match self {
             Self::Pages => (PLACE + MOST_MEMORY) as u64,
-            Self::Zeros => MOST_MEMORY as u64,
+            Self::Blocks => (BLOCK_PLACE + MOST_MEMORY) as u64,
+            Self::Zeros | Self::Holes => MOST_MEMORY as u64,
             Self::State | Self::Offer => MOST_OTHER,
             _ => 64 << 10,
         }
@@ -113,7 +125,7 @@ pub struct Hello {
 pub struct Join {
     /// The session.
     pub session: [u8; 16],
-    /// From 0 on.
+    /// From 0 on; the one behind the last is for questions: see [`Kind::Ask`].
     pub index: u32,
 }
 
@@ -128,11 +140,20 @@ pub struct Offer {
     pub streams: u32,
     /// The guest's memory: start and bytes of each region.
     pub regions: Vec<(u64, u64)>,
+    /// Bytes of each disk whose content moves along.
+    pub disks: Vec<u64>,
     /// What the machines have to have in common, and what is handed over; the
     /// monitors understand it.
     pub machine: Vec<u8>,
     /// Descriptors that come with it.
     pub descriptors: u32,
+}
+
+/// What the destination has for the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// Whether there are nothing but zeros on each disk.
+    pub blank: Vec<bool>,
 }
 
 /// The destination's part of the pause.
@@ -321,7 +342,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sent_is_received(which in 0usize..14, payload: Vec<u8>) {
+        fn what_is_sent_is_received(which in 0..Kind::ALL.len(), payload: Vec<u8>) {
             let kind = Kind::ALL[which].0;
             let mut bytes = Vec::new();
             send(&mut bytes, kind, &payload).unwrap();

@@ -190,7 +190,7 @@ fn meet(path: &Path) -> anyhow::Result<Guest> {
 /// Builds a machine for the guest, whose source hears of it if there is none.
 fn receive(monitor: &mut Monitor, config: VmConfig, guest: Guest) -> anyhow::Result<()> {
     match monitor.create_with(config, guest.given) {
-        Ok(()) => Ok(monitor.arrive(guest.source, &guest.offered.likeness)?),
+        Ok(()) => Ok(monitor.arrive(guest.source, &guest.offered)?),
         Err(error) => {
             guest.source.refuse(&error.to_string());
             Err(error.into())

@@ -187,6 +187,9 @@ pub struct DeviceInfo {
     /// Disk: the image or block device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Disk: its bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<u64>,
     /// Disk: the I/O engine that was chosen, like `io_uring`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<String>,

@@ -419,6 +419,7 @@ impl Builder {
         let engine = health::engine(&disk.image);
         let name = format!("blk{index}");
         let volumes = disk.image.devices().to_vec();
+        let capacity = disk.image.capacity();
         let device = Block::new(
             &name,
             disk.image,
@@ -430,6 +431,7 @@ impl Builder {
         self.health.push(health);
         let info = self.add(Box::new(device), "virtio-blk")?;
         info.path = Some(disk.path);
+        info.capacity = Some(capacity);
         info.engine = Some(engine);
         Ok(())
     }

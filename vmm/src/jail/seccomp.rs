@@ -177,6 +177,7 @@ const MIGRATE: &[libc::c_long] = &[
     libc::SYS_connect,
     libc::SYS_fcntl,
     libc::SYS_getsockopt,
+    libc::SYS_lseek,
     libc::SYS_membarrier,
     libc::SYS_poll,
     libc::SYS_prctl,
@@ -257,8 +258,8 @@ impl Class {
             // madvise is everybody's.
             Self::Populate => &[],
             Self::Pager => &[pager::SYSCALLS],
-            // Threads, and Unix sockets: see `program`.
-            Self::Migrate => &[MIGRATE],
+            // Threads, and Unix sockets: see `program`. Disks are copied.
+            Self::Migrate => &[MIGRATE, store::THREAD_SYSCALLS],
         };
         [BASE, ASSERTIONS]
             .iter()

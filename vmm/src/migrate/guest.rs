@@ -5,7 +5,7 @@ use std::sync::mpsc::sync_channel;
 
 use blanket_memory::GuestRam;
 use blanket_memory::dirty::{self, PAGE, Pages};
-use blanket_migration::{Guest, Machine};
+use blanket_migration::{Disks, Guest, Machine};
 use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::VmFd;
 use tokio::sync::mpsc::UnboundedSender;
@@ -82,12 +82,17 @@ pub(super) fn order(orders: &UnboundedSender<Order>, what: What) -> Result<Vec<u
 /// The guest that leaves.
 pub(super) struct Leaving {
     pub(super) memory: Tracked,
+    pub(super) disks: Arc<Disks>,
     pub(super) orders: UnboundedSender<Order>,
 }
 
 impl Guest for Leaving {
     fn ram(&self) -> &GuestRam {
         &self.memory.ram
+    }
+
+    fn disks(&self) -> Arc<Disks> {
+        Arc::clone(&self.disks)
     }
 
     fn begin(&mut self) -> Result<Pages, String> {
@@ -120,12 +125,17 @@ impl Guest for Leaving {
 /// The machine for a guest that comes.
 pub(super) struct Coming {
     pub(super) memory: Tracked,
+    pub(super) disks: Arc<Disks>,
     pub(super) orders: UnboundedSender<Order>,
 }
 
 impl Machine for Coming {
     fn ram(&self) -> &GuestRam {
         &self.memory.ram
+    }
+
+    fn disks(&self) -> &Disks {
+        &self.disks
     }
 
     fn restore(&self, state: &[u8]) -> Result<(), String> {

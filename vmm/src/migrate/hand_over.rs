@@ -1,13 +1,18 @@
-//! What a monitor hands over to another on its node.
+//! What of a machine another monitor gets: handed over where that is on the same
+//! node, else copied.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use blanket_devices::lifecycle::SavedState;
+use blanket_drivers::mac::MacAddress;
+use blanket_drivers::store::Access;
 use blanket_drivers::tap::{self, Tap, TapQueue};
+use blanket_migration::Disks;
 use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
@@ -18,7 +23,10 @@ use crate::machine::open::{Attachment, Disk, Interface};
 #[derive(Default)]
 pub struct HandOver {
     disks: Vec<File>,
+    /// The content of those that can be written.
+    contents: Vec<Arc<dyn blanket_migration::Disk>>,
     taps: Vec<(tap::Description, Vec<Arc<TapQueue>>)>,
+    addresses: Vec<MacAddress>,
     /// What cannot be handed over, and the remedy.
     obstacle: Option<String>,
     /// Why the guest cannot be migrated at all.
@@ -34,6 +42,9 @@ impl HandOver {
     ) -> io::Result<Self> {
         let mut all = Self::default();
         for disk in disks {
+            if !disk.image.readonly() {
+                all.contents.push(Arc::new(Content(disk.image.access())));
+            }
             match disk.image.hand_over()? {
                 Some(file) => all.disks.push(file),
                 None => {
@@ -46,7 +57,10 @@ impl HandOver {
         }
         for interface in interfaces {
             match &interface.attachment {
-                Attachment::Tap(tap) => all.taps.push((tap.describe(), tap.queues().to_vec())),
+                Attachment::Tap(tap) => {
+                    all.taps.push((tap.describe(), tap.queues().to_vec()));
+                    all.addresses.push(interface.mac);
+                }
                 Attachment::VhostUser(backend) if maps => {
                     all.unable = Some(format!(
                         "the vhost-user backend {} writes guest memory unseen: pause the guest and use blanket snapshot",
@@ -57,6 +71,12 @@ impl HandOver {
             }
         }
         Ok(all)
+    }
+
+    /// The disks whose content is copied to a node that they are not on.
+    #[must_use]
+    pub fn contents(&self) -> Arc<Disks> {
+        self.contents.clone().into()
     }
 
     /// Whether a guest with these devices can be migrated, and they be handed
@@ -80,8 +100,59 @@ impl HandOver {
         disks.chain(queues.map(AsRawFd::as_raw_fd)).collect()
     }
 
+    /// Tells the networks of its interfaces that the guest is here.
+    pub fn announce(&self) {
+        for ((tap, queues), mac) in self.taps.iter().zip(&self.addresses) {
+            let sent = queues.first().map_or(Ok(()), |queue| queue.announce(*mac));
+            if let Err(error) = sent {
+                tracing::warn!(?tap, %error, "the guest is not announced");
+            }
+        }
+    }
+
     fn taps(&self) -> Vec<tap::Description> {
         self.taps.iter().map(|(tap, _)| tap.clone()).collect()
+    }
+}
+
+/// A disk's content, as the engine sees it.
+struct Content(Access);
+
+impl blanket_migration::Disk for Content {
+    fn capacity(&self) -> u64 {
+        self.0.capacity()
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.0.next_data(offset)
+    }
+
+    fn watch(&self) -> io::Result<()> {
+        self.0.log().start()
+    }
+
+    fn written(&self, most: usize) -> Vec<(u64, usize)> {
+        self.0.log().take_runs(most)
+    }
+
+    fn unwatch(&self) {
+        self.0.log().stop();
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.0.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write(offset, bytes)
+    }
+
+    fn clear(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.clear(offset, len)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -92,6 +163,8 @@ pub struct Offered {
     pub config: VmConfig,
     /// What the other machine has to have in common with it.
     pub likeness: SavedState,
+    /// Whether the content of its disks comes, instead of the disks.
+    pub copies: bool,
     /// Disks whose files it hands over.
     disks: u32,
     taps: Vec<tap::Description>,
@@ -104,6 +177,7 @@ impl Offered {
         Self {
             config,
             likeness,
+            copies: devices.is_none(),
             disks: devices.map_or(0, |devices| devices.disks.len() as u32),
             taps: devices.map(HandOver::taps).unwrap_or_default(),
         }

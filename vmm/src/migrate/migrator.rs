@@ -8,7 +8,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use blanket_devices::worker::STACK;
-use blanket_migration::{Destination, DestinationError, Options, Progress, Source, Terms};
+use blanket_migration::{Destination, DestinationError, Disks, Options, Progress, Source, Terms};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::guest::{Coming, Leaving, Tracked, order};
@@ -42,6 +42,8 @@ pub(crate) struct Departure {
     pub(crate) machine: Vec<u8>,
     /// What is handed over; open as long as the process lives.
     pub(crate) descriptors: Vec<RawFd>,
+    /// What is copied with it.
+    pub(crate) disks: Arc<Disks>,
     pub(crate) options: Options,
 }
 
@@ -111,12 +113,13 @@ impl Migrator {
     }
 
     /// Receives a guest and has it run; else the process ends.
-    pub(crate) fn arrive(&self, memory: Tracked, source: Destination) {
+    pub(crate) fn arrive(&self, memory: Tracked, disks: Arc<Disks>, source: Destination) {
         let orders = self.orders.clone();
         self.start(move || {
             let cleared = memory.clear();
             let machine = Coming {
                 memory,
+                disks,
                 orders: orders.clone(),
             };
             let arrived = match cleared {
@@ -143,10 +146,12 @@ fn depart(
     let terms = Terms {
         session: random()?,
         machine: how.machine.clone(),
+        disks: how.disks.iter().map(|disk| disk.capacity()).collect(),
         descriptors: &how.descriptors,
     };
     let mut guest = Leaving {
         memory,
+        disks: Arc::clone(&how.disks),
         orders: orders.clone(),
     };
     Source::meet(

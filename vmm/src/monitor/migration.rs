@@ -51,6 +51,10 @@ impl Monitor {
             listener,
             machine: encode(&offered).map_err(|error| Error::Unmovable(error.to_string()))?,
             descriptors: devices.map(HandOver::descriptors).unwrap_or_default(),
+            disks: match devices {
+                Some(_) => Arc::new([]),
+                None => vm.devices.contents(),
+            },
             options: request.options,
         };
         vm.migrator.depart(vm.memory(), departure);
@@ -79,13 +83,17 @@ impl Monitor {
     ///
     /// # Errors
     /// The machine is not like the source's: it has been told so.
-    pub fn arrive(&mut self, source: Destination, likeness: &SavedState) -> Result<(), Error> {
+    pub fn arrive(&mut self, source: Destination, offered: &Offered) -> Result<(), Error> {
         let vm = self.vm()?;
-        if let Err(error) = vm.machine.is_like(likeness) {
+        if let Err(error) = vm.machine.is_like(&offered.likeness) {
             source.refuse(&error.to_string());
             return Err(error.into());
         }
-        vm.migrator.arrive(vm.memory(), source);
+        let disks = match offered.copies {
+            true => vm.devices.contents(),
+            false => Arc::new([]),
+        };
+        vm.migrator.arrive(vm.memory(), disks, source);
         Ok(())
     }
 
@@ -129,9 +137,14 @@ impl Vm {
                 }
                 return encoded;
             }
-            What::Resume | What::Run => {
+            What::Resume => {
                 self.machine.resume()?;
                 self.state = VmState::Running;
+            }
+            What::Run => {
+                self.machine.resume()?;
+                self.state = VmState::Running;
+                self.devices.announce();
             }
             // Its devices are another's, too: nothing is flushed or let go.
             What::GiveUp => {

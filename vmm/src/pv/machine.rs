@@ -228,10 +228,12 @@ fn add_disk(index: u32, disk: Disk, persistent: bool) -> Result<(Block, DeviceIn
         queues: disk.queues,
         persistent,
     };
+    let capacity = disk.image.capacity();
     let backend = Block::new(&options, disk.image, || setup(Class::Store))?;
     let info = DeviceInfo {
         kind: "xen-vbd".to_owned(),
         path: Some(disk.path),
+        capacity: Some(capacity),
         engine: Some(engine),
         name,
         ..DeviceInfo::default()
