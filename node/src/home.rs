@@ -7,8 +7,10 @@
 //! STATE/notices.json  the provider's notices for which that was done
 //! STATE/up.json     what `blanket up` has changed
 //! STATE/stores/     the self-test of each volume
+//! STATE/disks/NAME/ disks that came with a VM from another node
+//! STATE/receiving/  what such a VM needs until it is here
 //! STATE/node/       blanketd's: keys, certificates, store, audit log
-//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock
+//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock
 //! RUN/../blanketd.sock  where blanketd takes commands
 //! ```
 //!
@@ -40,6 +42,8 @@ const MAX_SOCKET_PATH: usize = 107;
 pub(crate) struct Home {
     state: PathBuf,
     run: PathBuf,
+    /// What `--home` named.
+    flag: Option<PathBuf>,
 }
 
 impl Home {
@@ -60,12 +64,14 @@ impl Home {
             return Ok(Self {
                 state: home.join("vms"),
                 run: home.join("run"),
+                flag: Some(home),
             });
         }
         if root {
             return Ok(Self {
                 state: "/var/lib/blanket/vms".into(),
                 run: "/run/blanket".into(),
+                flag: None,
             });
         }
         // The XDG specification has relative paths ignored.
@@ -87,7 +93,13 @@ impl Home {
             run: absolute("XDG_RUNTIME_DIR")
                 .map_or_else(|| state.join("run"), |run| run.join("blanket")),
             state: state.join("vms"),
+            flag: None,
         })
+    }
+
+    /// The directory that `--home` named, if any.
+    pub(crate) fn flag(&self) -> Option<&Path> {
+        self.flag.as_deref()
     }
 
     /// Where the uplinks' self-tests are kept.
@@ -123,6 +135,16 @@ impl Home {
     /// Where a running VM is saved to be cloned.
     pub(crate) fn cloning(&self) -> PathBuf {
         self.state.with_file_name("cloning")
+    }
+
+    /// Where disks are that came with VMs from other nodes: these are Blanket's.
+    pub(crate) fn disks(&self) -> PathBuf {
+        self.state.with_file_name("disks")
+    }
+
+    /// What a VM that comes from another node needs until it is here.
+    pub(crate) fn receiving(&self) -> PathBuf {
+        self.state.with_file_name("receiving")
     }
 
     /// The provider's notices for which guests have been saved.
@@ -242,6 +264,14 @@ impl VmDir {
         let disk = |suffix: &str| self.state.join(format!("disk{index}.{suffix}"));
         (disk("qcow2"), disk("base"))
     }
+    /// The kernel of a VM that came from another node.
+    pub(crate) fn kernel(&self) -> PathBuf {
+        self.state.join("kernel")
+    }
+    /// Its initial RAM disk.
+    pub(crate) fn initrd(&self) -> PathBuf {
+        self.state.join("initrd")
+    }
     pub(crate) fn api_socket(&self) -> PathBuf {
         self.run.join("api.sock")
     }
@@ -250,6 +280,10 @@ impl VmDir {
     }
     pub(crate) fn migration_socket(&self) -> PathBuf {
         self.run.join("migrate.sock")
+    }
+    /// Where the node comes that the VM is to move to.
+    pub(crate) fn parcel_socket(&self) -> PathBuf {
+        self.run.join("parcel.sock")
     }
     pub(crate) fn console_socket(&self) -> PathBuf {
         self.run.join("console.sock")

@@ -75,7 +75,8 @@ enum Command {
     Restore(Box<restore::Args>),
     /// Start VMs that go on where a VM or snapshot is, with disks and addresses of their own.
     Clone(clone::Args),
-    /// Move a running VM to a fresh monitor, without its guest taking notice.
+    /// Move a running VM to another node, or to a fresh monitor here, without its guest taking
+    /// notice.
     Migrate(Box<migrate::Args>),
     /// Save all guests to a directory and end them, now or when the provider is about to take this
     /// machine away. `blanket restore --evacuated` brings them back.
@@ -100,6 +101,8 @@ enum Command {
     Ca(ca::Args),
     #[command(hide = true)]
     Supervise(supervise::Args),
+    #[command(hide = true)]
+    Receive(migrate::receive::Args),
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -139,6 +142,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Node(args) => nodes::node(&home, &args),
         Command::Ca(args) => ca::ca(&home, &args),
         Command::Supervise(args) => supervise::supervise(&home, &args),
+        Command::Receive(args) => migrate::receive::receive(&home, &args),
     }
 }
 

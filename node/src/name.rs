@@ -1,11 +1,13 @@
 //! Names of VMs.
 
+use serde::Serialize;
 use std::fmt;
 use std::str::FromStr;
 
 /// A name: a letter or digit, then up to 62 letters, digits, `_`, `.`, `-`.
 /// It is safe as a file name and as a word of a shell.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
 pub(crate) struct VmName(String);
 
 impl VmName {

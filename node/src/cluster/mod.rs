@@ -17,6 +17,7 @@ pub mod hello;
 pub(crate) mod identity;
 pub(crate) mod members;
 pub mod names;
+pub mod parcel;
 pub(crate) mod store;
 pub(crate) mod tls;
 pub mod token;

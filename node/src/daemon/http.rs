@@ -11,7 +11,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use blanket_vmm::api::types::Problem;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Body, Bytes, Frame};
+use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::{Method, Request, header};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -103,13 +103,13 @@ impl<T: Unpin> Body for WhileHeard<T> {
     }
 }
 
-/// Makes one request and reads the answer.
-pub(crate) async fn call<A: DeserializeOwned>(
-    io: impl Io,
+/// Sends one request; the answer, and the connection that it comes over.
+async fn send<'a>(
+    io: impl Io + 'a,
     method: Method,
     path: &str,
     body: Option<&impl Serialize>,
-) -> Result<A> {
+) -> Result<(Response<Incoming>, Option<Connection<'a>>)> {
     let body = body.map(serde_json::to_vec).transpose()?;
     let request = Request::builder()
         .method(method)
@@ -118,23 +118,49 @@ pub(crate) async fn call<A: DeserializeOwned>(
         .header(header::CONTENT_TYPE, "application/json")
         .body(Full::new(Bytes::from(body.unwrap_or_default())))?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await?;
-    let answer = async move {
-        let answer = sender.send_request(request).await?;
-        let status = answer.status();
-        let body = Limited::new(answer.into_body(), MAX_BODY).collect().await;
-        let body = body.map_err(|error| anyhow::anyhow!("{error}"))?;
-        anyhow::Ok((status, body.to_bytes()))
-    };
-    let (mut connection, mut answer) = (std::pin::pin!(connection), std::pin::pin!(answer));
-    let (status, body) = tokio::select! {
-        result = &mut answer => result,
+    let mut connection: Connection = Box::pin(connection);
+    let mut answer = Box::pin(async move { sender.send_request(request).await });
+    tokio::select! {
+        answer = &mut answer => Ok((answer?, Some(connection))),
         // It may end before the answer has been taken from it. If the request
         // was not even sent, it knows why.
         ended = &mut connection => match (answer.await, ended) {
             (Err(_), Err(error)) => Err(error.into()),
-            (answer, _) => answer,
+            (answer, _) => Ok((answer?, None)),
         },
-    }?;
+    }
+}
+
+/// A connection to a server: it has to be polled for an answer to come.
+type Connection<'a> = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send + 'a>>;
+
+/// Makes one request and reads the answer.
+pub(crate) async fn call<A: DeserializeOwned>(
+    io: impl Io,
+    method: Method,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> Result<A> {
+    let (answer, connection) = send(io, method, path, body).await?;
+    read(path, answer, connection).await
+}
+
+async fn read<A: DeserializeOwned>(
+    path: &str,
+    answer: Response<Incoming>,
+    connection: Option<Connection<'_>>,
+) -> Result<A> {
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), MAX_BODY).collect();
+    let mut body = std::pin::pin!(body);
+    let body = match connection {
+        Some(connection) => tokio::select! {
+            body = &mut body => body,
+            _ = connection => body.await,
+        },
+        None => body.await,
+    };
+    let body = body.map_err(|error| anyhow::anyhow!("{error}"))?.to_bytes();
     if status.is_success() {
         return serde_json::from_slice(&body).context("the answer cannot be understood");
     }
@@ -142,4 +168,29 @@ pub(crate) async fn call<A: DeserializeOwned>(
         Ok(problem) => answered(problem),
         Err(_) => anyhow::anyhow!("the answer to {path} is {status}"),
     })
+}
+
+/// An answer that goes on: see [`WhileHeard`].
+pub(crate) struct Heard {
+    _answer: Response<Incoming>,
+    _connection: Option<Connection<'static>>,
+}
+
+/// Makes a request whose answer goes on for as long as it is wanted.
+pub(crate) async fn listen(
+    io: impl Io + 'static,
+    path: &str,
+    body: &impl Serialize,
+) -> Result<Heard> {
+    let (answer, connection) = send(io, Method::POST, path, Some(body)).await?;
+    if answer.status().is_success() {
+        return Ok(Heard {
+            _answer: answer,
+            _connection: connection,
+        });
+    }
+    Err(read::<()>(path, answer, connection)
+        .await
+        .err()
+        .unwrap_or_else(|| anyhow::anyhow!("{path} is refused")))
 }

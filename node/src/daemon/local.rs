@@ -15,6 +15,7 @@ use hyper::Method;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 
 use super::http::{self, Refusal, WhileHeard};
@@ -125,6 +126,18 @@ pub(crate) struct Forward {
     pub(crate) carriage: Carriage,
 }
 
+/// `POST /cluster/migrations`: another node comes for a VM of this one. It can
+/// for as long as the client reads the answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Migrate {
+    pub(crate) node: NodeName,
+    /// Where the client listens.
+    pub(crate) control: PathBuf,
+    /// Where the VM's monitor does.
+    pub(crate) memory: PathBuf,
+    pub(crate) carriage: Carriage,
+}
+
 /// The daemon's socket.
 pub(super) struct Listener {
     socket: UnixListener,
@@ -183,6 +196,7 @@ fn routes(node: &Arc<Node>) -> Router {
         .route("/cluster/vms", get(vms))
         .route("/cluster/services", post(offer))
         .route("/cluster/forwards", post(forward))
+        .route("/cluster/migrations", post(migrate))
         .layer(DefaultBodyLimit::max(http::MAX_BODY))
         .with_state(Arc::clone(node))
 }
@@ -270,6 +284,10 @@ async fn offer(State(node): Shared, Json(offer): Json<Offer>) -> Result<Response
 async fn forward(State(node): Shared, Json(to): Json<Forward>) -> Result<Response, Refusal> {
     let held = node.forward(&to.socket, to.node, to.service, to.carriage)?;
     Ok(WhileHeard::answer(held))
+}
+
+async fn migrate(State(node): Shared, Json(wanted): Json<Migrate>) -> Result<Response, Refusal> {
+    Ok(WhileHeard::answer(node.send_for(wanted).await?))
 }
 
 /// Why a node has not answered, in one line.
@@ -363,6 +381,31 @@ impl Node {
     }
 }
 
+/// Connects to the daemon of this node.
+async fn connect(home: &Home) -> Result<UnixStream> {
+    let socket = home.daemon_socket();
+    UnixStream::connect(&socket).await.map_err(|error| {
+        let path = socket.display();
+        match error.kind() {
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => failure(
+                format!("blanketd does not run here: there is nobody at {path}"),
+                "blanket up starts it at each boot; or run blanketd",
+            ),
+            _ => failure(
+                format!("cannot ask blanketd at {path}: {error}"),
+                "run this as the user that blanketd runs as",
+            ),
+        }
+    })
+}
+
+fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start")
+}
+
 /// Asks the daemon of this node.
 pub(crate) fn ask<A: DeserializeOwned>(
     home: &Home,
@@ -370,28 +413,31 @@ pub(crate) fn ask<A: DeserializeOwned>(
     path: &str,
     body: Option<&impl Serialize>,
 ) -> Result<A> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start")?;
-    let socket = home.daemon_socket();
-    runtime.block_on(async {
-        let stream = UnixStream::connect(&socket).await.map_err(|error| {
-            let path = socket.display();
-            match error.kind() {
-                ErrorKind::NotFound | ErrorKind::ConnectionRefused => failure(
-                    format!("blanketd does not run here: there is nobody at {path}"),
-                    "blanket up starts it at each boot; or run blanketd",
-                ),
-                _ => failure(
-                    format!("cannot ask blanketd at {path}: {error}"),
-                    "run this as the user that blanketd runs as",
-                ),
-            }
-        })?;
-        let asked = http::call(stream, method, path, body);
+    runtime()?.block_on(async {
+        let asked = http::call(connect(home).await?, method, path, body);
         tokio::time::timeout(LIMIT, asked)
             .await
             .context("blanketd does not answer")?
+    })
+}
+
+/// What the daemon does for as long as this is held.
+pub(crate) struct Hold {
+    _heard: http::Heard,
+    _runtime: Runtime,
+}
+
+/// Asks the daemon of this node for what it does as long as it is heard.
+pub(crate) fn hold(home: &Home, path: &str, body: &impl Serialize) -> Result<Hold> {
+    let runtime = runtime()?;
+    let heard = runtime.block_on(async {
+        let asked = http::listen(connect(home).await?, path, body);
+        tokio::time::timeout(LIMIT, asked)
+            .await
+            .context("blanketd does not answer")?
+    })?;
+    Ok(Hold {
+        _heard: heard,
+        _runtime: runtime,
     })
 }

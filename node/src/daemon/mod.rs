@@ -1,20 +1,23 @@
 //! `blanketd`: what runs on each node and talks to the others.
 //!
-//! It starts no VM and ends none: each has a monitor and a supervisor of its
-//! own (`blanket supervise`), which do not notice when this daemon ends. What
-//! it remembers is on disk before it is told to anybody.
+//! VMs do not need it: each has a monitor and a supervisor of its own
+//! (`blanket supervise`), which do not notice when this daemon ends. For one
+//! that comes from another node, it starts `blanket receive`. What it remembers
+//! is on disk before it is told to anybody.
 
 mod cluster;
 mod http;
 mod limit;
 mod listen;
 pub(crate) mod local;
+mod migration;
 mod peer;
 mod stream;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use peer::Report;
+pub(crate) use stream::Carriage;
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
@@ -29,7 +32,7 @@ use anyhow::{Context, Result};
 use blanket_drivers::provider::{self, Machine};
 use clap::Parser;
 use rustls::{ClientConfig, ServerConfig};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::cluster::ca::Authority;
 use crate::cluster::identity::{Files, Identity, unix_seconds};
@@ -103,6 +106,8 @@ pub(crate) struct Node {
     /// Where the services of this node are.
     services: Mutex<HashMap<ServiceName, stream::Service>>,
     tickets: stream::Tickets,
+    /// VMs that come from other nodes now.
+    arrivals: Arc<Semaphore>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -113,6 +118,8 @@ impl Node {
     /// Takes up what was left.
     pub(crate) fn open(home: Home, listen: SocketAddr) -> Result<Arc<Self>> {
         let files = Files::make(home.node())?;
+        // What an earlier daemon led to other nodes leads nowhere any more.
+        let _ = std::fs::remove_dir_all(home.receiving());
         let store = Redb::open(&files.path("store.redb"))?;
         let identity = files.identity()?;
         let trust = match identity {
@@ -133,6 +140,7 @@ impl Node {
             limiter: Mutex::default(),
             services: Mutex::default(),
             tickets: stream::Tickets::default(),
+            arrivals: Arc::new(Semaphore::new(migration::MAX_ARRIVALS)),
         }))
     }
 

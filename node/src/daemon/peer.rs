@@ -18,7 +18,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::cluster::Pem;
 use super::http::{self, Refusal};
-use super::{Node, listen};
+use super::{Node, listen, migration};
 use crate::cluster::identity::Peer;
 use crate::cluster::members::{Member, Membership};
 use crate::cluster::names::Address;
@@ -170,6 +170,7 @@ pub(super) fn routes(node: &Arc<Node>, peer: Peer) -> Router {
         .route("/members", get(members).put(learn))
         .route("/renew", post(renew))
         .route("/leave", post(leave))
+        .route("/migrations", post(come))
         .layer(DefaultBodyLimit::max(http::MAX_BODY))
         .with_state((Arc::clone(node), Arc::new(peer)))
 }
@@ -205,6 +206,14 @@ async fn renew(
 ) -> Result<Json<Pem>, Refusal> {
     let pem = node.renew_for(&peer, &request.pem)?;
     Ok(Json(Pem { pem }))
+}
+
+async fn come(
+    State((node, peer)): State<Caller>,
+    Json(call): Json<migration::Call>,
+) -> Result<Json<()>, Refusal> {
+    node.fetch(&peer, &call)?;
+    Ok(Json(()))
 }
 
 async fn leave(State((node, peer)): State<Caller>) -> Result<Json<()>, Refusal> {

@@ -178,7 +178,7 @@ async fn answer_and_carry(
 }
 
 /// A member of the cluster by its name.
-fn known<'a>(membership: &'a Membership, name: &NodeName) -> Result<&'a Member> {
+pub(super) fn known<'a>(membership: &'a Membership, name: &NodeName) -> Result<&'a Member> {
     membership.member(name).ok_or_else(|| {
         failure(
             format!("there is no node {name}"),

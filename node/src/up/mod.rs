@@ -12,7 +12,7 @@ mod wants;
 pub(crate) use change::{Change, Undone};
 pub(crate) use record::{Book, Options};
 pub(crate) use system::{System, has_program};
-pub(crate) use wants::{Node, SERVICE, Want, usable, wants};
+pub(crate) use wants::{DAEMON, Node, SERVICE, Want, usable, wants};
 
 use anyhow::Result;
 

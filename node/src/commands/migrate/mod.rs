@@ -1,5 +1,9 @@
 //! `blanket migrate`.
 
+mod local;
+pub(crate) mod receive;
+mod remote;
+
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,12 +15,12 @@ use blanket_migration::{Options, Phase, Status};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::Client;
 use blanket_vmm::config::{ByteSize, VmConfig};
-use blanket_vmm::migrate::Request;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 
-use super::restore::without_own_places;
-use super::run::{Start, settle};
 use super::{print, print_json};
+use crate::cluster::names::NodeName;
+use crate::cluster::parcel::State;
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
@@ -31,16 +35,23 @@ const INQUIRY: Duration = Duration::from_secs(40);
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "The VM runs on meanwhile. Its disks and taps are handed over to the new monitor when \
-    it stands still, for milliseconds. Ctrl-C cancels the migration: the VM stays where it is."
+    after_help = "The VM runs on meanwhile, and stands still for milliseconds. Within this node, its disks \
+    and taps are handed over. To another node of the cluster, its disks' content is copied, and its \
+    kernel; interfaces are made there as they are here, unless --net says otherwise. Ctrl-C cancels \
+    the migration: the VM stays where it is."
 )]
 pub(crate) struct Args {
     /// The VM.
     name: VmName,
 
-    /// What the VM is called in its new monitor.
+    /// The node that it moves to; see blanket node ls. Without it, it moves to a fresh monitor
+    /// on this node.
+    #[arg(required_unless_present = "new")]
+    node: Option<NodeName>,
+
+    /// What the VM is called in its new monitor [default: the same, on another node].
     #[arg(long = "as", value_name = "NAME")]
-    new: VmName,
+    new: Option<VmName>,
 
     /// Milliseconds that it may stand still.
     #[arg(long, value_name = "MS", default_value_t = Options::default().downtime_ms)]
@@ -54,7 +65,17 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     streams: Option<u32>,
 
-    /// Compare all memory at both ends while the VM stands still: for tests.
+    /// Do not encrypt what goes to the other node: for links that are trusted. Who may receive
+    /// it is checked all the same.
+    #[arg(long, requires = "node")]
+    plain: bool,
+
+    /// Delete the files of the disks here once the VM runs on the other node. (Those that came
+    /// with it from a node are deleted anyway, block devices never.)
+    #[arg(long, requires = "node")]
+    delete_disks: bool,
+
+    /// Compare all memory and disks at both ends while the VM stands still: for tests.
     #[arg(long, hide = true)]
     verify: bool,
 
@@ -70,89 +91,126 @@ pub(crate) struct Args {
     vm: VmConfig,
 }
 
+impl Args {
+    fn options(&self) -> Options {
+        Options {
+            streams: self.streams.unwrap_or(0),
+            downtime_ms: self.downtime,
+            bandwidth: self.bandwidth.map_or(0, |bytes| bytes.0),
+            verify: self.verify,
+            ..Options::default()
+        }
+    }
+}
+
+/// How it went.
+#[derive(Serialize)]
+struct Report {
+    /// What the VM is called now.
+    name: VmName,
+    /// The node that it is on, if not this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<NodeName>,
+    /// Files here whose content is there now.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left: Vec<std::path::PathBuf>,
+    #[serde(flatten)]
+    status: Status,
+}
+
 pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<ExitCode> {
     let source = home.existing(&args.name)?;
-    let request = Request {
-        options: Options {
-            streams: args.streams.unwrap_or(0),
-            downtime_ms: args.downtime,
-            bandwidth: args.bandwidth.map_or(0, |bytes| bytes.0),
-            verify: args.verify,
-            ..Options::default()
-        },
-        hand_over: true,
+    let json = args.json;
+    let mut shown = Shown::new(!json);
+    let report = match args.node.clone() {
+        Some(node) => remote::migrate(home, &source, node, args, &mut shown)?,
+        None => local::migrate(home, &source, args, home_flag, &mut shown)?,
     };
-    let own = source.live_client()?.migrate(&request)?;
-    let start = || {
-        let mut config = own.clone();
-        let console = |port| without_own_places(port, args.name.as_str());
-        config.serial = config.serial.map(console);
-        config.console = config.console.map(console);
-        let config = settle(config.overlaid(args.vm), &home.vm(&args.new))?;
-        let start = Start {
-            config: &config,
-            user: args.user.as_deref(),
-            home: home_flag,
-            attach: false,
-            snapshot: None,
-            eager: false,
-            prepare: None,
-            receive: Some(&source.migration_socket()),
-        };
-        Ok(start.claim_and_start(home, &args.new)?.0)
-    };
-    let mut shown = Shown::new(!args.json);
-    let status = relocate(&source, start, &mut |status| shown.show(status))?;
     shown.end();
-    if args.json {
-        print_json(&status)?;
+    if json {
+        print_json(&report)?;
     } else {
-        print(&report(&args.new, &status))?;
+        print(&text(&report))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Moves a VM that has been asked to leave to the receiver that `start` starts:
-/// one whose monitor connects to the VM's migration socket, directly or through
-/// whatever carries its bytes. Waits until the VM runs there, and removes what
-/// is left of it here. `watch` is told how far it is. The first Ctrl-C cancels it.
+/// The monitor that is to get a guest, wherever it is.
+trait Receiver {
+    /// Starts it: it connects to the guest's monitor.
+    ///
+    /// # Errors
+    /// It cannot be started, and nothing is left of it.
+    fn start(&mut self) -> Result<()>;
+
+    /// The guest runs there.
+    ///
+    /// # Errors
+    /// It does not, as far as one can tell there.
+    fn moved(&mut self) -> Result<()>;
+
+    /// The guest stays where it was: nothing is left.
+    ///
+    /// # Errors
+    /// Something could not be removed.
+    fn stayed(&mut self) -> Result<()>;
+
+    /// The guest's monitor is dead. The receiver runs it if it was ready: nobody
+    /// else can. If it was not, nothing is left.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    fn take_over(&mut self) -> Result<State>;
+
+    /// What the VM is called there, for people.
+    fn called(&self) -> String;
+}
+
+/// Moves a VM that has been asked to leave to a receiver. Waits until it runs
+/// there, and removes what is left of it here. `watch` is told how far it is. The
+/// first Ctrl-C cancels it.
 ///
 /// # Errors
 /// The VM has stayed where it was; or neither end can run it any more, which
 /// the error says.
-pub(crate) fn relocate(
+fn relocate(
     source: &VmDir,
-    start: impl FnOnce() -> Result<VmDir>,
+    receiver: &mut dyn Receiver,
     watch: &mut dyn FnMut(&Status),
 ) -> Result<Status> {
     let client = source.live_client()?;
     let interrupted = Arc::new(AtomicBool::new(false));
     let signal = signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&interrupted))
         .context("cannot watch for Ctrl-C")?;
-    let receiver = match start() {
-        Ok(receiver) => receiver,
-        Err(error) => {
-            // What went wrong first is what counts.
-            let _ = client.cancel_migration();
-            return Err(error);
-        }
-    };
+    if let Err(error) = receiver.start() {
+        // What went wrong first is what counts.
+        let _ = client.cancel_migration();
+        return Err(error);
+    }
     let status = follow(&client, &interrupted, watch);
     signal_hook::low_level::unregister(signal);
     match status {
         Ok(status) if status.phase == Phase::Moved => {
+            let there = receiver.moved();
             leave(source, &client)?;
-            Ok(status)
+            there.map(|()| status)
         }
         Ok(status) => {
-            remove(&receiver)?;
+            let removed = receiver.stayed();
             let reason = status.error.unwrap_or_default();
-            Err(failure(
+            let stays = failure(
                 format!("'{}' was not migrated: {reason}", source.name),
                 "it is where it was: see blanket ps",
-            ))
+            );
+            Err(match removed {
+                Ok(()) => stays,
+                Err(error) => stays.context(format!(
+                    "and {} is not removed: {error:#}",
+                    receiver.called()
+                )),
+            })
         }
-        Err(error) => take_over(source, &receiver, error),
+        Err(error) => take_over(source, receiver, error),
     }
 }
 
@@ -211,27 +269,49 @@ fn remove(vm: &VmDir) -> Result<()> {
 }
 
 /// The source does not answer. If it is dead, and the receiver was ready, the
-/// guest is the receiver's: nobody else can run it.
-fn take_over(source: &VmDir, receiver: &VmDir, error: anyhow::Error) -> Result<Status> {
+/// guest is the receiver's.
+fn take_over(source: &VmDir, receiver: &mut dyn Receiver, error: anyhow::Error) -> Result<Status> {
     // A process that dies lets its sockets go before it is gone.
     if let Some((_, process)) = source.process()?
         && !process.wait(END)?
     {
         return Err(error.context(format!(
-            "it is not known whether '{}' has been migrated: see blanket ps",
-            source.name
+            "it is not known whether '{}' has been migrated: see blanket ps; if {} waits there, paused, and the monitor here says that it has handed the guest over, resume it there",
+            source.name,
+            receiver.called()
         )));
     }
+    match receiver.take_over()? {
+        State::Runs => Ok(Status {
+            phase: Phase::Moved,
+            ..Status::default()
+        }),
+        State::Undecided => Err(error.context(format!(
+            "the monitor of '{}' ended while it was migrated, and {} does not run it: see blanket ps",
+            source.name,
+            receiver.called()
+        ))),
+        State::Gone => Err(failure(
+            format!(
+                "the monitor of '{}' ended while it was migrated, before the new one had all of it: {error:#}",
+                source.name
+            ),
+            format!(
+                "its guest is gone with it: remove it (blanket rm {}) and start it anew",
+                source.name
+            ),
+        )),
+    }
+}
+
+/// Has a receiver on this node run the guest of a source that is dead, if it was
+/// ready.
+fn resume_orphan(receiver: &VmDir) -> Result<State> {
     let client = receiver.client()?;
     let deadline = Instant::now() + INQUIRY;
     while Instant::now() < deadline && receiver.process()?.is_some() {
         match client.info() {
-            Ok(info) if info.state == VmState::Running => {
-                return Ok(Status {
-                    phase: Phase::Moved,
-                    ..Status::default()
-                });
-            }
+            Ok(info) if info.state == VmState::Running => return Ok(State::Runs),
             // It refuses as long as it still asks the source.
             Ok(info) if info.state == VmState::Paused => drop(client.act(Action::Resume)),
             _ => {}
@@ -239,22 +319,10 @@ fn take_over(source: &VmDir, receiver: &VmDir, error: anyhow::Error) -> Result<S
         std::thread::sleep(LOOK);
     }
     if receiver.process()?.is_some() {
-        return Err(error.context(format!(
-            "the monitor of '{}' ended while it was migrated, and '{}' does not run it: see blanket ps",
-            source.name, receiver.name
-        )));
+        return Ok(State::Undecided);
     }
     remove(receiver)?;
-    Err(failure(
-        format!(
-            "the monitor of '{}' ended while it was migrated, before the new one had all of it: {error:#}",
-            source.name
-        ),
-        format!(
-            "its guest is gone with it: remove it (blanket rm {}) and start it anew",
-            source.name
-        ),
-    ))
+    Ok(State::Gone)
 }
 
 /// The progress on the terminal.
@@ -294,6 +362,15 @@ fn mib(bytes: u64) -> f64 {
 fn line(status: &Status) -> String {
     let phase = match status.phase {
         Phase::Waiting => "waiting for the new monitor",
+        Phase::Disks => {
+            return format!(
+                "copying disks: {:.0} of {:.0} MiB looked at, {:.0} MiB sent; the guest writes {:.0} MiB/s",
+                mib(status.disks_sent),
+                mib(status.disks),
+                mib(status.bytes),
+                mib(status.dirty_rate),
+            );
+        }
         Phase::Copying => "copying memory",
         Phase::Switching | Phase::Handed => "switching over",
         Phase::Moved => "moved",
@@ -309,10 +386,18 @@ fn line(status: &Status) -> String {
     )
 }
 
-fn report(name: &VmName, status: &Status) -> String {
+fn text(report: &Report) -> String {
     let ms = |us: u64| us as f64 / 1000.0;
+    let Report {
+        name,
+        node,
+        left,
+        status,
+    } = report;
+    let place = node.as_ref().map(|node| format!(" on {node}"));
     let mut text = format!(
-        "'{name}' runs: {:.0} MiB in {} rounds and {:.1} ms, of which it stood still {:.1} ms:\n",
+        "'{name}' runs{}: {:.0} MiB in {} rounds and {:.1} ms, of which it stood still {:.1} ms:\n",
+        place.unwrap_or_default(),
         mib(status.bytes),
         status.rounds.len(),
         ms(status.total_us),
@@ -320,6 +405,12 @@ fn report(name: &VmName, status: &Status) -> String {
     );
     for step in &status.pause {
         text += &format!("  {:<16}{:>8.2} ms\n", step.step, ms(step.us));
+    }
+    for path in left {
+        text += &format!(
+            "its disk {} is still here: delete it if you do not need it\n",
+            path.display()
+        );
     }
     text
 }
