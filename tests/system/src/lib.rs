@@ -1,5 +1,9 @@
 //! What whole-system tests share: nodes with Blanket on them, and its VMs.
 
+mod member;
+
+pub use member::Member;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -177,6 +181,8 @@ pub struct Vm<'a> {
     name: String,
     /// The agent's console.
     console: String,
+    /// How `blanket` is called.
+    command: String,
 }
 
 impl<'a> Vm<'a> {
@@ -194,6 +200,7 @@ impl<'a> Vm<'a> {
             node,
             name: name.to_owned(),
             console: socket,
+            command: "blanket".to_owned(),
         })
     }
 
@@ -204,6 +211,17 @@ impl<'a> Vm<'a> {
             node,
             name: name.to_owned(),
             console: format!("/run/blanket/{name}/console.sock"),
+            command: "blanket".to_owned(),
+        }
+    }
+
+    /// The same in the directory `home`, where `blanket` is called like this.
+    #[must_use]
+    pub fn started_in(node: &'a Client, home: &str, command: String, name: &str) -> Self {
+        Self {
+            console: format!("{home}/run/{name}/console.sock"),
+            command,
+            ..Self::started(node, name)
         }
     }
 
@@ -274,8 +292,8 @@ impl<'a> Vm<'a> {
     /// # Errors
     /// The node does not answer.
     pub fn blanket(&self, command: &str, flags: &str) -> Result<Output> {
-        let line = format!("blanket {command} {} {flags}", self.name);
-        Ok(self.node.sh(line).run()?)
+        let line = format!("{} {command} {} {flags}", self.command, self.name);
+        Ok(self.node.sh(line).timeout(GUEST_LIMIT).run()?)
     }
 
     /// `blanket migrate NAME --as NEW FLAGS`: the VM under its new name, and the report.
@@ -291,6 +309,7 @@ impl<'a> Vm<'a> {
             node: self.node,
             name: new.to_owned(),
             console: socket,
+            command: self.command.clone(),
         };
         Ok((vm, serde_json::from_slice(&output.stdout)?))
     }

@@ -3,16 +3,9 @@
 
 use std::time::Duration;
 
-use blanket_system_tests::{GUEST_LIMIT, native, natively, program};
-use blanket_testbed::{Client, Host, HostBuilder, Output};
+use blanket_system_tests::{GUEST_LIMIT, Member as Node, native, natively, program};
+use blanket_testbed::{Host, HostBuilder};
 use serde_json::Value;
-
-/// Three namespaces on one bridge.
-const NETWORK: &str = "ip link add br0 type bridge && ip link set br0 up && for n in 1 2 3; do \
-                       ip netns add n$n && ip link add v$n type veth peer name eth0 netns n$n && \
-                       ip link set v$n master br0 up && \
-                       ip -n n$n addr add 10.7.0.$n/24 dev eth0 && \
-                       ip -n n$n link set eth0 up && ip -n n$n link set lo up || exit 1; done";
 
 /// The programs alone.
 fn bare() -> HostBuilder {
@@ -29,65 +22,13 @@ fn with_guests() -> HostBuilder {
         .inject(blanketd, "/usr/bin/blanketd")
 }
 
-/// One of the namespaces, with a home of its own.
-struct Node<'a> {
-    host: &'a Client,
-    number: u8,
-    home: String,
+/// What nodes see of each other.
+trait Sees {
+    fn sees(&self) -> Vec<(String, String)>;
+    fn comes_to_see(&self, states: &[(&str, &str)]);
 }
 
-impl<'a> Node<'a> {
-    fn new(host: &'a Client, number: u8, home: &str) -> Self {
-        Self {
-            host,
-            number,
-            home: home.to_owned(),
-        }
-    }
-
-    /// Starts its daemon.
-    fn start(&self) {
-        let (n, home) = (self.number, &self.home);
-        let run = format!(
-            "echo $$ > /run/{home}.pid; exec ip netns exec n{n} blanketd --home /run/{home}"
-        );
-        self.host.sh(run).spawn(format!("/run/{home}.log")).unwrap();
-        let ready = format!("until [ -S /run/{home}/blanketd.sock ]; do sleep 0.1; done");
-        self.host.sh(ready).timeout(GUEST_LIMIT).text().unwrap();
-    }
-
-    /// Ends its daemon without asking.
-    fn kill(&self) {
-        let home = &self.home;
-        let kill = format!(
-            "kill -9 $(cat /run/{home}.pid); while [ -e /proc/$(cat /run/{home}.pid) ]; do \
-             sleep 0.1; done; rm -f /run/{home}/blanketd.sock"
-        );
-        self.host.sh(kill).text().unwrap();
-    }
-
-    fn run(&self, command: &str) -> Output {
-        let (n, home) = (self.number, &self.home);
-        let line = format!("ip netns exec n{n} blanket --home /run/{home} {command}");
-        self.host.sh(line).timeout(GUEST_LIMIT).run().unwrap()
-    }
-
-    fn says(&self, command: &str) -> String {
-        let output = self.run(command);
-        assert!(output.status.success(), "{command}: {output}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    fn refuses(&self, command: &str) -> String {
-        let output = self.run(command);
-        assert!(!output.status.success(), "{command}: {output}");
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    fn json(&self, command: &str) -> Value {
-        serde_json::from_str(&self.says(command)).unwrap()
-    }
-
+impl Sees for Node<'_> {
     /// The nodes that it sees, with their states.
     fn sees(&self) -> Vec<(String, String)> {
         let nodes = self.json("node ls --json");
@@ -114,17 +55,11 @@ impl<'a> Node<'a> {
         }
         panic!("{seen:?}, not {states:?}");
     }
-
-    /// The words that let another node join.
-    fn lets_join(&self) -> String {
-        let line = self.says("node token");
-        line.trim().strip_prefix("blanket ").unwrap().to_owned()
-    }
 }
 
 /// Three nodes whose daemons run.
 fn three(host: &Host) -> [Node<'_>; 3] {
-    host.sh(NETWORK).text().unwrap();
+    host.sh(Node::NETWORK).text().unwrap();
     let nodes = [(1, "h1"), (2, "h2"), (3, "h3")].map(|(n, home)| Node::new(host, n, home));
     let nobody = nodes[0].refuses("node ls");
     assert!(nobody.contains("blanketd does not run here"), "{nobody}");
