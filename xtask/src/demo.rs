@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use blanket_system_tests::{Vm, native_with, provider_with};
+use blanket_system_tests::{Clouds, Vm, native_with, provider_with};
 use blanket_testbed::{Client, GUEST_PAGE, GuestImages, Host};
 
 use crate::build;
@@ -19,15 +19,17 @@ const FLAGS: &str = "--memory 512M --cpus 2 --disk /payload/guest/disk.raw \
                      --net tap,host_ip=10.9.0.1/24";
 
 /// Runs a stock Debian in Blanket on an emulated provider's machine, and, where
-/// this machine's own KVM can be used, the same disk on this machine itself.
+/// this machine's own KVM can be used, the same disk on this machine itself; and
+/// moves it from one provider to another while a client talks to it.
 ///
 /// # Errors
 /// A step fails; the message says which and why.
 pub fn run(workspace: &Workspace, progress: &Progress) -> Result<ExitCode> {
     println!(
         "Blanket's main job: on a cloud machine, which is emulated here, `blanket` runs a stock\n\
-         Debian with disk and network; then the same on this machine itself, if it has KVM.\n\
-         The first time, packages are fetched and images built."
+         Debian with disk and network; then the same on this machine itself, if it has KVM; then\n\
+         it moves from one cloud to another, live. The first time, packages are fetched and\n\
+         images built."
     );
     setup::run(progress)?;
     let step = progress.step("build Blanket");
@@ -48,10 +50,12 @@ pub fn run(workspace: &Workspace, progress: &Progress) -> Result<ExitCode> {
             ""
         }
     };
+    between_clouds(&programs, progress)?;
     println!(
         "\nShown: a stock Debian kernel and system booted under Blanket, in a machine that Blanket\n\
          rents; its web server answered, its disk kept what was written, and it shut down cleanly.\n\
-         {natively}`cargo xtask test` passes the tests; docs/cli.md has the commands."
+         {natively}It moved from one cloud to another, disk and all, while a client read its pages.\n\
+         `cargo xtask test` passes the tests; docs/cli.md has the commands."
     );
     Ok(ExitCode::SUCCESS)
 }
@@ -80,6 +84,68 @@ fn on_this_machine(programs: &Path, images: &GuestImages, progress: &Progress) -
     let step = progress.step("blanket run web --machine pv: the same disk and kernel");
     let vm = Vm::pv(&host, "web", CMDLINE, FLAGS)?;
     scenario(progress, step, &host, &vm)
+}
+
+/// From one provider to another, whose machine is another one in every respect.
+fn between_clouds(programs: &Path, progress: &Progress) -> Result<()> {
+    let step = progress.step("machines of two providers boot and become one cluster");
+    let clouds = Clouds::boot(programs)?;
+    step.done("virtio and SCSI in the one, Intel's card and NVMe in the other");
+    let step = progress.step("blanket run web: a stock Debian guest on the first one");
+    let vm = clouds.start()?;
+    let guest = vm.guest()?;
+    let boot_id = "cat /proc/sys/kernel/random/boot_id";
+    let id = guest.sh(boot_id).text()?;
+    drop(guest);
+    step.done("");
+    let step = progress.step("a client reads its pages from now on, one after the other");
+    let page = format!("curl -sS --fail -m 60 http://{}/", Clouds::GUEST);
+    let client = &clouds.here;
+    client
+        .sh(format!(
+            "until {page}; do sleep 1; done > /dev/null 2>&1; touch /run/reads; \
+             while [ ! -e /run/stop ]; do {page} > /run/page && echo got || echo failed; done"
+        ))
+        .spawn("/run/pages.log")?;
+    let reads = "until [ -e /run/reads ]; do sleep 0.1; done";
+    client
+        .sh(reads)
+        .timeout(blanket_system_tests::GUEST_LIMIT)
+        .text()?;
+    step.done("");
+    let step = progress.step("blanket migrate web there: memory, disk and network go along");
+    let (moved, report) = clouds.migrate("--downtime 2000 --plain")?;
+    let guest = moved.guest()?;
+    ensure!(
+        guest.sh(boot_id).text()? == id,
+        "the guest has been restarted"
+    );
+    step.done(&format!(
+        "{:.0} MiB in {:.1} s; it stood still for {:.2} s",
+        number(&report, "bytes")? / f64::from(1 << 20),
+        number(&report, "total_us")? / 1e6,
+        number(&report, "downtime_us")? / 1e6
+    ));
+    for part in report["pause"].as_array().context("no steps")? {
+        let name = part["step"].as_str().unwrap_or_default();
+        println!("  {:>9.1} ms  {name}", number(part, "us")? / 1e3);
+    }
+    let step = progress.step("what the client saw");
+    let log = client
+        .sh("sleep 3; touch /run/stop; cat /run/pages.log")
+        .text()?;
+    let pages = log.lines().filter(|line| *line == "got").count();
+    ensure!(
+        pages > 0 && !log.contains("failed"),
+        "the client's log: {log}"
+    );
+    step.done(&format!("{pages} pages, none of them in vain"));
+    Ok(())
+}
+
+fn number(report: &serde_json::Value, field: &str) -> Result<f64> {
+    let number = report[field].as_f64();
+    number.with_context(|| format!("no {field} in {report}"))
 }
 
 /// From a VM that has just been started to its end.

@@ -1,7 +1,9 @@
 //! What whole-system tests share: nodes with Blanket on them, and its VMs.
 
+mod clouds;
 mod member;
 
+pub use clouds::{Clouds, blanket};
 pub use member::Member;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

@@ -3,8 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use blanket_system_tests::{Member, Vm, native, natively, on_node, program, provider};
-use blanket_testbed::{Client, Host, HostBuilder};
+use blanket_system_tests::{
+    Clouds, Member, Vm, blanket, native, natively, on_node, program, provider,
+};
+use blanket_testbed::{Client, GUEST_PAGE, Host, HostBuilder};
 use serde_json::Value;
 
 /// A guest is not slower than this.
@@ -474,4 +476,89 @@ fn a_guest_that_cannot_reach_the_other_node_stays_and_leaves_nothing_there() {
         ends_load(&guest);
         b.says("rm --force web");
     });
+}
+
+/// Writes files for ever, each of which is on the disk before the next one is begun; and compares
+/// them.
+const WRITER: &str = "cd /var/tmp; n=0; while [ ! -e stop ]; do n=$((n + 1)); f=x$((n % 4)); \
+                      seq $n $((n + 30000)) > $f; sync $f; sha256sum $f >> sums; sync sums; \
+                      echo 3 > /proc/sys/vm/drop_caches; \
+                      tail -n 1 sums | sha256sum -c > /dev/null || exit 1; \
+                      echo $n > rounds.new; mv rounds.new rounds; done; touch stopped";
+
+#[test]
+fn a_stock_debian_moves_from_one_cloud_to_another_while_clients_talk_to_it() {
+    let clouds = Clouds::boot(&program("").unwrap()).unwrap();
+    let (a, b) = (&clouds.here, &clouds.there);
+    let vm = clouds.start().unwrap();
+    let guest = vm.guest().unwrap();
+    let id = "cat /proc/sys/kernel/random/boot_id";
+    let was = guest.sh(id).text().unwrap();
+    guest.sh(WRITER).spawn("/run/writer.log").unwrap();
+    let rounds = |guest: &Client| -> u32 {
+        let rounds = guest.sh("cat /var/tmp/rounds || echo 0").text().unwrap();
+        rounds.trim().parse().unwrap()
+    };
+    let writes_on = |guest: &Client| {
+        let (goal, deadline) = (rounds(guest) + 2, Instant::now() + LONG);
+        while rounds(guest) < goal {
+            let log = || guest.sh("cat /run/writer.log").text().unwrap();
+            assert!(Instant::now() < deadline, "{}", log());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    };
+    writes_on(&guest);
+    // A stream, and a page from the web server again and again.
+    guest.sh("iperf3 -s -1 -D").text().unwrap();
+    a.sh("exec iperf3 -J -c 10.1.0.50 -b 4M -l 16K -t 3600")
+        .spawn("/run/stream.log")
+        .unwrap();
+    a.sh(
+        "while [ ! -e /run/stop ]; do curl -sS --fail -m 60 http://10.1.0.50/ > /run/page || \
+          echo failed; echo got; done",
+    )
+    .spawn("/run/pages.log")
+    .unwrap();
+    // Unencrypted: the emulated processors encrypt 2 MB/s.
+    let (moved, report) = clouds.migrate("--verify --downtime 5000 --plain").unwrap();
+    println!("{report}");
+    is_sound(&report);
+    drop(guest);
+    let guest = moved.guest().unwrap();
+    assert_eq!(guest.sh(id).text().unwrap(), was);
+    writes_on(&guest);
+    std::thread::sleep(Duration::from_secs(3));
+    let ended = "touch /run/stop; kill -INT $(pidof iperf3); \
+                 while pidof iperf3; do sleep 0.5; done > /dev/null; cat /run/stream.log";
+    let stream = a.sh(ended).timeout(LONG).text().unwrap();
+    let stream: Value = serde_json::from_str(&stream).unwrap();
+    // It has lived until it was told to end, and went on.
+    let error = stream["error"].as_str().unwrap();
+    assert!(error.starts_with("interrupt"), "{error}");
+    let seconds = stream["intervals"].as_array().unwrap();
+    let carried = |second: &Value| second["sum"]["bytes"].as_u64().unwrap() > 0;
+    assert!(
+        seconds.iter().rev().skip(1).take(2).all(carried),
+        "{stream}"
+    );
+    let pages = a.sh("cat /run/pages.log").text().unwrap();
+    assert!(
+        pages.contains("got") && !pages.contains("failed"),
+        "{pages}"
+    );
+    assert_eq!(a.sh("cat /run/page").text().unwrap(), GUEST_PAGE);
+    guest
+        .sh(
+            "cd /var/tmp; touch stop; until [ -e stopped ]; do sleep 0.1; done; \
+             tail -n 4 sums | sha256sum -c > /dev/null",
+        )
+        .timeout(LONG)
+        .text()
+        .unwrap();
+    assert_eq!(blanket(a, "ps -a --json").unwrap().trim(), "[]");
+    blanket(b, "rm --force web").unwrap();
+    // What it wrote is on that cloud's volume.
+    let check = "mkdir /run/m && mount -o loop /var/lib/blanket/disks/web/0.img /run/m && \
+                 cd /run/m/var/tmp && tail -n 4 sums | sha256sum -c > /dev/null";
+    b.sh(check).timeout(LONG).text().unwrap();
 }
