@@ -4,6 +4,7 @@ mod boot;
 mod drivers;
 pub mod floor;
 mod load;
+mod migrate;
 mod pv;
 pub mod row;
 mod snapshot;
@@ -46,6 +47,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "drivers",
         about: "disk and network of a guest, against the node itself; probing; persistent grants",
         run: drivers::run,
+    },
+    Benchmark {
+        name: "migrate",
+        about: "live migration: how long a guest stands still, against QEMU; memory and disks against the link",
+        run: migrate::run,
     },
     Benchmark {
         name: "pv",
