@@ -151,7 +151,11 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         if let Some(guest) = guest.take() {
             receive(&mut monitor, config, guest)?;
         } else if config.kernel.is_some() {
-            monitor.create(config)?;
+            let given = match &snapshot {
+                Some(_) => Given::guest(),
+                None => Given::default(),
+            };
+            monitor.create_with(config, given)?;
             match &mut snapshot {
                 Some(snapshot) => {
                     monitor.restore(snapshot, loading)?;

@@ -55,8 +55,22 @@ pub(crate) fn memory(config: &VmConfig, size: u64, shared: bool) -> Spec {
 /// where all is to be opened here.
 #[derive(Default)]
 pub struct Given {
+    /// A guest that runs already, or has: its kernel is not needed before its
+    /// next reset.
+    pub(crate) guest: bool,
     pub(crate) disks: VecDeque<File>,
     pub(crate) taps: VecDeque<Tap>,
+}
+
+impl Given {
+    /// A guest's state comes, and all else is to be opened here.
+    #[must_use]
+    pub fn guest() -> Self {
+        Self {
+            guest: true,
+            ..Self::default()
+        }
+    }
 }
 
 pub(crate) fn open_disk(

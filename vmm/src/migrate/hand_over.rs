@@ -198,6 +198,10 @@ impl Offered {
             let queues = rest.by_ref().take(tap.queues.into()).collect();
             taps.push_back(Tap::adopt(tap.clone(), queues)?);
         }
-        Ok(Given { disks, taps })
+        Ok(Given {
+            guest: true,
+            disks,
+            taps,
+        })
     }
 }

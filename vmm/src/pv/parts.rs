@@ -54,7 +54,11 @@ impl Parts {
         }
         let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
         let memory = config.memory();
-        let kernel = Kernel::open(path, config.initrd.as_deref(), config.pv_cmdline(), memory)?;
+        let open = match given.guest {
+            true => Kernel::open_unread,
+            false => Kernel::open,
+        };
+        let kernel = open(path, config.initrd.as_deref(), config.pv_cmdline(), memory)?;
         let hardware = Virtualization::of_this_machine().is_hardware();
         let (vm, cpu, cpuid) = open_kvm(config, hardware)?;
         let area = area_size(memory);

@@ -166,6 +166,22 @@ impl Kernel {
         cmdline: &str,
         memory: u64,
     ) -> Result<Self, Error> {
+        let this = Self::open_unread(kernel, initrd, cmdline, memory)?;
+        this.head().map_err(|problem| this.explain(problem))?;
+        Ok(this)
+    }
+
+    /// The same without a look at what the kernel's file holds: that takes its
+    /// time, and a guest that goes on may never need it.
+    ///
+    /// # Errors
+    /// A file is missing, or the command line is too long.
+    pub fn open_unread(
+        kernel: &Path,
+        initrd: Option<&Path>,
+        cmdline: &str,
+        memory: u64,
+    ) -> Result<Self, Error> {
         if cmdline.len() >= MAX_GUEST_CMDLINE {
             return Err(Error::Cmdline(cmdline.len()));
         }
@@ -190,14 +206,12 @@ impl Kernel {
                 Ok((file, path.to_owned(), size))
             })
             .transpose()?;
-        let this = Self {
+        Ok(Self {
             kernel: (open("kernel", kernel)?, kernel.to_owned()),
             initrd,
             cmdline: cmdline.to_owned(),
             memory,
-        };
-        this.head().map_err(|problem| this.explain(problem))?;
-        Ok(this)
+        })
     }
 
     /// Decompresses the kernel as far as needed to find out whether it can run
