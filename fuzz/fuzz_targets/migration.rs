@@ -2,10 +2,14 @@
 //! taken, and memory lands where it belongs or nowhere.
 #![no_main]
 
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
 use arbitrary::Arbitrary;
 use blanket_fuzz::guest::{RAM, ram};
-use blanket_migration::place;
 use blanket_migration::wire::{self, Frames, Kind, Offer};
+use blanket_migration::{Disk, Disks, place, store};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -34,8 +38,50 @@ fn pages(page: u64, count: u64, value: u8, zeros: bool) -> (Kind, Vec<u8>) {
     }
 }
 
+/// A disk that takes whatever is within its bounds.
+struct Bounds;
+
+/// Its bytes.
+const CAPACITY: u64 = 1 << 20;
+
+impl Bounds {
+    fn check(at: u64, len: u64) -> io::Result<()> {
+        assert!(at.checked_add(len).is_some_and(|end| end <= CAPACITY));
+        Ok(())
+    }
+}
+
+impl Disk for Bounds {
+    fn capacity(&self) -> u64 {
+        CAPACITY
+    }
+    fn next_data(&self, _: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(None)
+    }
+    fn watch(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn written(&self, _: usize) -> Vec<(u64, usize)> {
+        Vec::new()
+    }
+    fn unwatch(&self) {}
+    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        Self::check(at, into.len() as u64)
+    }
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        Self::check(at, bytes.len() as u64)
+    }
+    fn clear(&self, at: u64, len: u64) -> io::Result<()> {
+        Self::check(at, len)
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 fuzz_target!(|inputs: Vec<Input>| {
     let memory = ram();
+    let disks: Arc<Disks> = Arc::new([Arc::new(Bounds), Arc::new(Bounds)]);
     let mut payload = Vec::new();
     for input in inputs {
         match input {
@@ -47,6 +93,9 @@ fuzz_target!(|inputs: Vec<Input>| {
                 }
                 for kind in [Kind::Pages, Kind::Zeros] {
                     let _ = place(kind, &bytes, &memory);
+                }
+                for kind in [Kind::Blocks, Kind::Holes] {
+                    let _ = store(kind, &bytes, &disks);
                 }
             }
             Input::Memory {

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use arbitrary::Arbitrary;
 use blanket_node::cluster::hello::{self, Answer, Hello, Ticket};
 use blanket_node::cluster::names::{Address, NodeName, ServiceName};
+use blanket_node::cluster::parcel::{self, Answer as Heard, Go, Parcel, State, Verdict};
 use blanket_node::cluster::token::{Fingerprint, Token};
 use libfuzzer_sys::fuzz_target;
 
@@ -53,6 +54,22 @@ fn frame(bytes: &[u8]) -> Option<Hello> {
     Some(hello)
 }
 
+/// What the ends of a migration say to each other.
+fn said(bytes: &[u8]) {
+    if let Ok(parcel) = parcel::hear::<Parcel>(&mut &*bytes) {
+        let mut again = Vec::new();
+        parcel::say(&mut again, &parcel).unwrap();
+        assert_eq!(
+            parcel::hear::<Parcel>(&mut again.as_slice()).unwrap(),
+            parcel
+        );
+    }
+    let _ = parcel::hear::<Go>(&mut &*bytes);
+    let _ = parcel::hear::<Heard>(&mut &*bytes);
+    let _ = parcel::hear::<Verdict>(&mut &*bytes);
+    let _ = parcel::hear::<State>(&mut &*bytes);
+}
+
 fn token(text: &str) -> Option<Token> {
     let token: Token = text.parse().ok()?;
     assert_eq!(token.text().parse(), Ok(token.clone()));
@@ -75,8 +92,13 @@ fn sound_hello(kind: u8, text: String) -> Option<Hello> {
 
 fuzz_target!(|input: Input| {
     match input {
-        Input::Frame(bytes) => drop(frame(&bytes)),
+        Input::Frame(bytes) => {
+            drop(frame(&bytes));
+            said(&bytes);
+        }
         Input::Body(body) => {
+            let len = (body.len() as u32).to_le_bytes();
+            said(&[&len, body.as_bytes()].concat());
             let len = (body.len() as u16).to_be_bytes();
             frame(&[&hello::MAGIC[..], &len, body.as_bytes()].concat());
         }
