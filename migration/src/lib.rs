@@ -69,12 +69,14 @@
 mod descriptors;
 mod destination;
 mod disk;
+mod forecast;
 mod source;
 mod status;
 pub mod wire;
 
 pub use destination::{Destination, Error as DestinationError, Machine, place, store};
 pub use disk::{Disk, Disks};
+pub use forecast::{Forecast, measure};
 pub use source::{Error, Guest, Source, Terms};
 pub use status::{MOST_STREAMS, Options, Phase, Progress, Round, Status, Step};
 

@@ -71,6 +71,8 @@ pub enum Phase {
     Moved,
     /// It was cancelled or has failed: the guest is here.
     Failed,
+    /// Nothing was moved: it is known how much there is and how fast it changes.
+    Measured,
 }
 
 /// A round over memory and what was written to the disks.
@@ -117,6 +119,10 @@ pub struct Status {
     /// Bytes of disks that have been sent, with those that were written anew.
     #[serde(default)]
     pub disks_sent: u64,
+    /// Bytes of memory that are other than zeros, where nothing but that was
+    /// measured.
+    #[serde(default)]
+    pub used: u64,
     /// Bytes that were sent.
     pub bytes: u64,
     /// Bytes that are left of this round, zeros included.

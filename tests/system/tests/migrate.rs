@@ -91,6 +91,16 @@ fn pv<'a>(node: &'a Client, name: &str) -> Vm<'a> {
 
 #[test]
 fn a_guest_under_load_moves_back_and_forth_and_loses_nothing() {
+    moves_back_and_forth(MOVES);
+}
+
+#[test]
+#[ignore = "it takes long"]
+fn a_guest_under_load_moves_a_hundred_times_and_loses_nothing() {
+    moves_back_and_forth(100);
+}
+
+fn moves_back_and_forth(moves: u32) {
     natively(
         || native("migrate").unwrap(),
         |host| {
@@ -105,7 +115,7 @@ fn a_guest_under_load_moves_back_and_forth_and_loses_nothing() {
             host.sh("exec ping -i 0.02 10.9.0.2")
                 .spawn("/run/ping.log")
                 .unwrap();
-            for n in 0..MOVES {
+            for n in 0..moves {
                 let new = if n % 2 == 0 { "there" } else { "here" };
                 // A lost write of anybody's shows at once.
                 let (moved, report) = vm.migrate(new, "--verify --downtime 500").unwrap();

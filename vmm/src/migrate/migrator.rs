@@ -90,6 +90,22 @@ impl Migrator {
         }));
     }
 
+    /// Finds out how much there is to be moved, and how fast the guest writes.
+    pub(crate) fn measure(&mut self, memory: Tracked, disks: Arc<Disks>) {
+        self.progress = Arc::default();
+        let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
+        self.start(move || {
+            let mut guest = Leaving {
+                memory,
+                disks,
+                orders,
+            };
+            if let Err(error) = blanket_migration::measure(&mut guest, &progress) {
+                progress.fail(error.to_string());
+            }
+        });
+    }
+
     /// Waits for a destination and has the guest move there.
     pub(crate) fn depart(&mut self, memory: Tracked, mut how: Departure) {
         if how.options.streams == 0 {

@@ -33,6 +33,8 @@ pub struct Request {
     /// Hand disks and taps over: the destination is on this node and connects
     /// without anything in between.
     pub hand_over: bool,
+    /// Find out how much there is to be moved, and move nothing.
+    pub dry_run: bool,
 }
 
 /// What the engine wants of the main thread.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use blanket_devices::lifecycle::SavedState;
 use blanket_migration::wire::{decode, encode};
-use blanket_migration::{Destination, Status};
+use blanket_migration::{Destination, Disks, Status};
 
 use super::{Ending, Error, Monitor, Vm};
 use crate::api::types::VmState;
@@ -44,6 +44,14 @@ impl Monitor {
             complete.map_err(|error| Error::Unmovable(format!("its memory: {error}")))?;
         }
         let config = vm.settled_config();
+        if request.dry_run {
+            let disks = match request.hand_over {
+                true => Arc::new([]) as Arc<Disks>,
+                false => vm.devices.contents(),
+            };
+            vm.migrator.measure(vm.memory(), disks);
+            return Ok(config);
+        }
         let likeness = vm.machine.likeness()?;
         let devices = request.hand_over.then_some(&vm.devices);
         let offered = Offered::new(config.clone(), likeness, devices);

@@ -6,7 +6,7 @@ use anyhow::Result;
 use blanket_vmm::config::VmConfig;
 use blanket_vmm::migrate::Request;
 
-use super::{Args, Receiver, Report, Shown, relocate, remove, resume_orphan};
+use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate, remove, resume_orphan};
 use crate::cluster::parcel::State;
 use crate::commands::restore::without_own_places;
 use crate::commands::run::{Start, settle};
@@ -20,11 +20,15 @@ pub(super) fn migrate(
     args: Args,
     home_flag: Option<&Path>,
     shown: &mut Shown,
-) -> Result<Report> {
+) -> Result<Outcome> {
     let request = Request {
         options: args.options(),
         hand_over: true,
+        dry_run: args.dry_run,
     };
+    if args.dry_run {
+        return forecast(source, &request, None, 0);
+    }
     let Some(new) = args.new else {
         return Err(failure(
             "the VM needs another name in its new monitor",
@@ -44,12 +48,12 @@ pub(super) fn migrate(
         user: args.user,
     };
     let status = relocate(source, &mut receiver, &mut |status| shown.show(status))?;
-    Ok(Report {
+    Ok(Outcome::Moved(Report {
         name: new,
         node: None,
         left: Vec::new(),
         status,
-    })
+    }))
 }
 
 /// A monitor on this node.

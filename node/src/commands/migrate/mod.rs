@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use blanket_migration::{Options, Phase, Status};
+use blanket_migration::{Forecast, Options, Phase, Status};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::Client;
 use blanket_vmm::config::{ByteSize, VmConfig};
+use blanket_vmm::migrate::Request;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -24,6 +25,7 @@ use crate::cluster::parcel::State;
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
+use crate::table::render;
 
 /// How often one looks how far it is.
 const LOOK: Duration = Duration::from_millis(20);
@@ -46,7 +48,7 @@ pub(crate) struct Args {
 
     /// The node that it moves to; see blanket node ls. Without it, it moves to a fresh monitor
     /// on this node.
-    #[arg(required_unless_present = "new")]
+    #[arg(required_unless_present_any = ["new", "dry_run"])]
     node: Option<NodeName>,
 
     /// What the VM is called in its new monitor [default: the same, on another node].
@@ -74,6 +76,11 @@ pub(crate) struct Args {
     /// with it from a node are deleted anyway, block devices never.)
     #[arg(long, requires = "node")]
     delete_disks: bool,
+
+    /// Only tell what it would be like: how much would be sent, how long it would take, and how
+    /// long the VM would stand still. Another node is asked whether it has a place for it.
+    #[arg(long)]
+    dry_run: bool,
 
     /// Compare all memory and disks at both ends while the VM stands still: for tests.
     #[arg(long, hide = true)]
@@ -122,17 +129,110 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
     let source = home.existing(&args.name)?;
     let json = args.json;
     let mut shown = Shown::new(!json);
-    let report = match args.node.clone() {
+    let outcome = match args.node.clone() {
         Some(node) => remote::migrate(home, &source, node, args, &mut shown)?,
         None => local::migrate(home, &source, args, home_flag, &mut shown)?,
     };
     shown.end();
-    if json {
-        print_json(&report)?;
-    } else {
-        print(&text(&report))?;
+    match outcome {
+        Outcome::Moved(report) if json => print_json(&report)?,
+        Outcome::Moved(report) => print(&text(&report))?,
+        Outcome::Foreseen(foreseen) if json => print_json(&foreseen)?,
+        Outcome::Foreseen(foreseen) => print(&foreseen.text())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What became of a wish to migrate.
+enum Outcome {
+    Moved(Report),
+    Foreseen(Foreseen),
+}
+
+/// What a migration would be like.
+#[derive(Serialize)]
+struct Foreseen {
+    /// The node that has a place for the VM, if it is not this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<NodeName>,
+    /// Bytes of memory that are other than zeros.
+    memory: u64,
+    /// Bytes that its disks take here.
+    disks: u64,
+    /// Bytes per second that the guest writes.
+    dirty_rate: u64,
+    /// For each link that was thought of.
+    links: Vec<Forecast>,
+}
+
+impl Foreseen {
+    fn text(&self) -> String {
+        let place = self
+            .node
+            .as_ref()
+            .map(|node| format!("{node} has a place for it. "));
+        let mut text = format!(
+            "{}{:.0} MiB of memory and {:.0} MiB of disks; the guest writes {:.1} MiB/s\n",
+            place.unwrap_or_default(),
+            mib(self.memory),
+            mib(self.disks),
+            mib(self.dirty_rate)
+        );
+        let mut rows = vec![
+            ["LINK", "SENT", "TIME", "STANDS STILL"]
+                .map(str::to_owned)
+                .to_vec(),
+        ];
+        for link in &self.links {
+            let more = if link.converges {
+                ""
+            } else {
+                ": more than it may"
+            };
+            rows.push(vec![
+                format!("{:.0} Mb/s", link.bandwidth as f64 * 8.0 / 1e6),
+                format!("{:.0} MiB", mib(link.bytes)),
+                format!("{:.1} s", link.total_ms as f64 / 1e3),
+                format!("{} ms{more}", link.downtime_ms),
+            ]);
+        }
+        text += &render(&rows);
+        text
+    }
+}
+
+/// Links that are thought of where nobody says what the link has: bytes per second.
+const LINKS: [u64; 3] = [12_500_000, 125_000_000, 1_250_000_000];
+
+/// Has the monitor measure, and tells what a migration would be like.
+fn forecast(
+    source: &VmDir,
+    request: &Request,
+    node: Option<NodeName>,
+    disks: u64,
+) -> Result<Outcome> {
+    let client = source.live_client()?;
+    client.migrate(request)?;
+    let status = loop {
+        let status = client.migration()?;
+        match status.phase {
+            Phase::Measured => break status,
+            Phase::Failed => anyhow::bail!(status.error.unwrap_or_default()),
+            _ => std::thread::sleep(LOOK),
+        }
+    };
+    let links = match request.options.bandwidth {
+        0 => LINKS.to_vec(),
+        limit => vec![limit],
+    };
+    let of = |link| Forecast::of(&status, disks, link, &request.options);
+    Ok(Outcome::Foreseen(Foreseen {
+        node,
+        memory: status.used,
+        disks,
+        dirty_rate: status.dirty_rate,
+        links: links.into_iter().map(of).collect(),
+    }))
 }
 
 /// The monitor that is to get a guest, wherever it is.
@@ -374,6 +474,7 @@ fn line(status: &Status) -> String {
         Phase::Copying => "copying memory",
         Phase::Switching | Phase::Handed => "switching over",
         Phase::Moved => "moved",
+        Phase::Measured => "measured",
         Phase::Failed => "not moved",
     };
     format!(

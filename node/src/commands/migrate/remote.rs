@@ -14,7 +14,7 @@ use blanket_vmm::config::{DiskConfig, VmConfig};
 use blanket_vmm::migrate::Request;
 use sha2::{Digest, Sha256};
 
-use super::{Args, Receiver, Report, Shown, relocate};
+use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{Answer, Blank, Go, Item, Parcel, State, Verdict, What, hear, say};
 use crate::daemon::Carriage;
@@ -37,7 +37,7 @@ pub(super) fn migrate(
     node: NodeName,
     args: Args,
     shown: &mut Shown,
-) -> Result<Report> {
+) -> Result<Outcome> {
     let client = source.live_client()?;
     let info = client.info()?;
     if info.state != VmState::Running {
@@ -64,15 +64,21 @@ pub(super) fn migrate(
     let _way = local::hold(home, "/cluster/migrations", &wanted)?;
     let mut stream = socket.accept(&node)?;
     step(&mut stream, &parcel)?;
+    let request = Request {
+        options: args.options(),
+        hand_over: false,
+        dry_run: args.dry_run,
+    };
+    if args.dry_run {
+        // The other node could take it. It forgets it when the stream ends.
+        let used = parcel.disks.iter().map(|disk| disk.used).sum();
+        return forecast(source, &request, Some(node), used);
+    }
     for (path, item) in &files {
         send_file(&mut stream, path, item.len)
             .with_context(|| format!("cannot send {}", path.display()))?;
         heard(&mut stream)?;
     }
-    let request = Request {
-        options: args.options(),
-        hand_over: false,
-    };
     let settled = client.migrate(&request)?.overlaid(args.vm);
     let mut receiver = There {
         stream,
@@ -84,12 +90,12 @@ pub(super) fn migrate(
         node: node.clone(),
     };
     let status = relocate(source, &mut receiver, &mut |status| shown.show(status))?;
-    Ok(Report {
+    Ok(Outcome::Moved(Report {
         name: new,
         node: Some(node),
         left: dispose(home, &config, args.delete_disks),
         status,
-    })
+    }))
 }
 
 /// What the other node needs of a VM before it can come, and the files of it.
