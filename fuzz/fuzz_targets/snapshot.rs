@@ -2,13 +2,17 @@
 //! or refused, within bounded memory. A sound one is read back as it was.
 #![no_main]
 
+use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use arbitrary::Arbitrary;
 use blanket_fuzz::file::MemFile;
 use blanket_vmm::config::VmConfig;
-use blanket_vmm::snapshot::{CHUNK, Compression, Head, Recorder, Regions, Snapshot, Writer};
+use blanket_vmm::snapshot::{
+    Access, Base, CHUNK, Compression, Head, How, Key, Recorder, Regions, Snapshot, Writer,
+};
 use libfuzzer_sys::fuzz_target;
 
 /// Bytes of guest memory.
@@ -22,6 +26,9 @@ enum Input {
     /// A file that differs from a sound one.
     File {
         compressed: bool,
+        encrypted: bool,
+        /// It is based on another one, of which nothing is changed.
+        based: bool,
         page: u8,
         changes: Vec<(Place, u16, u8)>,
         /// Its root has the hash of what is in the index then.
@@ -50,30 +57,31 @@ fn state() -> Vec<u8> {
     bytes
 }
 
-fn sound(compressed: bool, page: u8) -> Vec<u8> {
+/// The key of encrypted ones.
+fn key() -> Key {
+    Key::parse(&[7; 32]).expect("a key")
+}
+
+fn sound(how: How, page: u8) -> MemFile {
     let file = MemFile::new(&[], 0);
-    let open = || {
-        let mut options = std::fs::File::options();
-        options
-            .read(true)
-            .write(true)
-            .open(file.path())
-            .expect("it")
-    };
-    let compression = match compressed {
-        true => Compression::Zstd,
-        false => Compression::None,
-    };
+    let mut options = File::options();
+    let open = options.read(true).write(true).open(file.path());
     let head = Head::new("web".into(), VmConfig::default());
     let regions = Regions(vec![(0, CHUNK as u64), (1 << 32, 2 * CHUNK as u64)]);
-    let mut writer = Writer::new(open(), &head, regions, compression).expect("a file");
+    let mut writer = Writer::new(open.expect("it"), &head, regions, how).expect("a file");
     writer.put(4096, &[page; 4096]).expect("memory");
     writer
         .put((1 << 32) + MEMORY / 2, &[page; 3])
         .expect("memory");
     writer.finish(&state(), &[]).expect("the end");
+    file
+}
+
+/// What a file has.
+fn content(file: &MemFile) -> Vec<u8> {
     let mut bytes = vec![0; file.len() as usize];
-    open().read_exact_at(&mut bytes, 0).expect("it");
+    let open = File::open(file.path()).expect("it");
+    open.read_exact_at(&mut bytes, 0).expect("it");
     bytes
 }
 
@@ -113,9 +121,9 @@ fn change(bytes: &mut [u8], place: Place, at: u16, to: u8) {
 }
 
 /// Reads all of it; the memory.
-fn read(bytes: &[u8]) -> Option<Vec<u8>> {
+fn read(bytes: &[u8], access: &Access) -> Option<Vec<u8>> {
     let file = MemFile::new(bytes, 0);
-    let Snapshot::File(reader) = Snapshot::open(&file.path()).ok()? else {
+    let Snapshot::File(reader) = Snapshot::open_with(&file.path(), access).ok()? else {
         return None;
     };
     let mut all = Vec::new();
@@ -132,12 +140,32 @@ fn read(bytes: &[u8]) -> Option<Vec<u8>> {
 fuzz_target!(|input: Input| match input {
     Input::File {
         compressed,
+        encrypted,
+        based,
         page,
         changes,
         sealed,
         cut,
     } => {
-        let mut bytes = sound(compressed, page);
+        let key = encrypted.then(key);
+        // Its pages are the other's if they are odd.
+        let below = sound(How::default(), page | 1);
+        let access = Access {
+            key: key.clone(),
+            bases: vec![below.path()],
+        };
+        let how = How {
+            compression: match compressed {
+                true => Compression::Zstd,
+                false => Compression::None,
+            },
+            key,
+            base: based.then(|| {
+                let base = Base::open(&below.path(), Path::new("/new"), &Access::default());
+                base.expect("a base")
+            }),
+        };
+        let mut bytes = content(&sound(how, page));
         let intact = changes.is_empty() && cut.is_none();
         for (place, at, to) in changes {
             change(&mut bytes, place, at, to);
@@ -148,7 +176,7 @@ fuzz_target!(|input: Input| match input {
         if sealed {
             let _ = seal(&mut bytes);
         }
-        let memory = read(&bytes);
+        let memory = read(&bytes, &access);
         if intact {
             let memory = memory.expect("a sound snapshot is read");
             assert_eq!(memory.len() as u64, MEMORY);
@@ -156,13 +184,10 @@ fuzz_target!(|input: Input| match input {
             assert_eq!(memory.iter().filter(|byte| **byte != 0).count() % 4099, 0);
         }
     }
-    Input::Bytes(bytes) => drop(read(&bytes)),
+    Input::Bytes(bytes) => drop(read(&bytes, &Access::default())),
     Input::Stream(bytes, piece) => {
         let file = MemFile::new(&[], 0);
-        let open = std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open(file.path());
+        let open = File::options().read(true).write(true).open(file.path());
         let mut recorder = Recorder::new(open.expect("it"), Compression::None);
         let mut stream = b"blanket\x1a".to_vec();
         stream.extend(bytes);

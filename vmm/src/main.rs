@@ -16,8 +16,8 @@ use blanket_vmm::log;
 use blanket_vmm::machine::Given;
 use blanket_vmm::migrate::Offered;
 use blanket_vmm::monitor::{Ending, Loading, Monitor, Wishes};
-use blanket_vmm::snapshot::Snapshot;
 use blanket_vmm::snapshot::pager::WorkingSet;
+use blanket_vmm::snapshot::{Opening, Snapshot};
 use blanket_vmm::timeline::Timeline;
 use clap::Parser;
 use tokio::net::UnixListener;
@@ -50,6 +50,10 @@ struct Arguments {
     /// Read all of the snapshot's memory before the guest goes on.
     #[arg(long, requires = "restore")]
     eager: bool,
+
+    #[command(flatten)]
+    opening: Opening,
+
     /// Unix socket where another monitor comes for this one's guest.
     #[arg(long, value_name = "PATH")]
     migration_socket: Option<PathBuf>,
@@ -106,7 +110,7 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         .context("cannot install the system call filter")?;
     let mut snapshot = match &arguments.restore {
         Some(path) => {
-            let opened = Snapshot::open(path);
+            let opened = Snapshot::open_with(path, &arguments.opening.access()?);
             Some(opened.with_context(|| format!("the snapshot {}", path.display()))?)
         }
         None => None,

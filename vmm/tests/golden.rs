@@ -8,7 +8,7 @@ use blanket_devices::lifecycle::SavedState;
 use blanket_memory::GuestRam;
 use blanket_vmm::config::{ByteSize, VmConfig};
 use blanket_vmm::snapshot::{
-    Compression, Head, Pieces, Recorder, Regions, Snapshot, Touched, Writer,
+    Access, Base, Compression, Head, How, Key, Pieces, Recorder, Regions, Snapshot, Touched, Writer,
 };
 use std::io::Write;
 use vm_memory::{Bytes, GuestAddress};
@@ -36,10 +36,18 @@ fn path(version: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
+/// The key of the encrypted one.
+fn access() -> Access {
+    Access {
+        key: Key::parse(&[b'k'; 32]),
+        ..Access::default()
+    }
+}
+
 /// Writes one anew, with what is there today.
-fn write(path: &Path, compression: Compression) {
+fn write(path: &Path, how: impl Into<How>) {
     let (head, state, ram) = guest();
-    let mut recorder = Recorder::new(File::create(path).unwrap(), compression);
+    let mut recorder = Recorder::new(File::create(path).unwrap(), how);
     for piece in Pieces::new(&head, &state, ram, Touched::default(), Default::default()).unwrap() {
         recorder.write_all(&piece).unwrap();
     }
@@ -48,7 +56,11 @@ fn write(path: &Path, compression: Compression) {
 
 fn assert_is_read(path: &Path) {
     let (head, state, ram) = guest();
-    let mut snapshot = Snapshot::open(path).unwrap();
+    let access = match path.ends_with("3-encrypted.snapshot") {
+        true => access(),
+        false => Access::default(),
+    };
+    let mut snapshot = Snapshot::open_with(path, &access).unwrap();
     assert_eq!(snapshot.head().name, head.name);
     assert_eq!(snapshot.head().config, head.config);
     assert_eq!(snapshot.state(), &state);
@@ -66,10 +78,22 @@ fn assert_is_read(path: &Path) {
 #[test]
 fn snapshots_of_all_versions_are_read() {
     if std::env::var_os("BLANKET_WRITE_GOLDEN").is_some() {
-        write(&path("2"), Compression::None);
-        write(&path("2-zstd"), Compression::Zstd);
+        write(&path("3"), Compression::None);
+        write(&path("3-zstd"), Compression::Zstd);
+        let key = access().key;
+        let how = How {
+            key,
+            ..How::default()
+        };
+        write(&path("3-encrypted"), how);
+        let base = Base::open(&path("3"), &path("3-based"), &Access::default());
+        let how = How {
+            base: Some(base.unwrap()),
+            ..How::default()
+        };
+        write(&path("3-based"), how);
     }
-    for version in ["1", "2", "2-zstd"] {
+    for version in ["1", "2", "2-zstd", "3", "3-zstd", "3-encrypted", "3-based"] {
         assert_is_read(&path(version));
     }
 }
@@ -93,7 +117,7 @@ fn a_snapshot_of_another_guest_is_told_by_its_regions() {
     ciborium::into_writer(&guest().1, &mut state).unwrap();
     writer.finish(&state, &[]).unwrap();
     let Snapshot::File(reader) = Snapshot::open(file.path()).unwrap() else {
-        panic!("a file of version 2")
+        panic!("it is no stream")
     };
     assert!(reader.load(&guest().2, Touched::default()).is_err());
 }

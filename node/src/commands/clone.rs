@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use blanket_drivers::store::{Engine, Format, create_overlay};
 use blanket_vmm::api::types::Machine;
 use blanket_vmm::config::{CharConfig, DiskConfig, MachineChoice, VmConfig};
-use blanket_vmm::snapshot::{Compression, Head, Snapshot};
+use blanket_vmm::snapshot::{Head, How, Opening, Snapshot};
 use rustix::fs::ioctl_ficlone;
 
 use super::print;
@@ -45,6 +45,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATTERN")]
     name: Option<String>,
 
+    #[command(flatten)]
+    opening: Opening,
+
     /// User that the monitors become when started by root.
     #[arg(long, value_name = "UID[:GID]")]
     user: Option<String>,
@@ -56,12 +59,19 @@ pub(crate) fn clone(home: &Home, args: &Args, home_flag: Option<&Path>) -> Resul
     let vm = vm.and_then(|name| home.existing(&name).ok());
     match vm {
         Some(vm) => {
+            if args.opening != Opening::default() {
+                return Err(failure(
+                    "--key and --base are for snapshots: this is a VM that runs",
+                    "leave them out",
+                ));
+            }
             let stage = Stage::make(home)?;
             let source = Source::of_vm(&vm, &stage, &interrupted)?;
             source.start(home, args, home_flag, &interrupted)?;
         }
         None => {
-            Source::of_file(Path::new(&args.source))?.start(home, args, home_flag, &interrupted)?;
+            let source = Source::of_file(Path::new(&args.source), &args.opening)?;
+            source.start(home, args, home_flag, &interrupted)?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -104,10 +114,10 @@ struct Base {
 
 impl Source {
     /// A snapshot, whose disks are still as they were.
-    fn of_file(file: &Path) -> Result<Self> {
+    fn of_file(file: &Path, opening: &Opening) -> Result<Self> {
         check_readable(file)?;
         let context = || format!("the snapshot {}", file.display());
-        let snapshot = Snapshot::open(file).with_context(context)?;
+        let snapshot = Snapshot::open_with(file, &opening.access()?).with_context(context)?;
         let head = snapshot.head().clone();
         check_identity(&head.config, head.suspended)?;
         let marks = snapshot.disks().with_context(context)?;
@@ -157,7 +167,7 @@ impl Source {
                 stop: false,
                 suspend: suspends.then_some(SUSPEND),
                 deadline: None,
-                compression: Compression::None,
+                form: How::default(),
                 interrupted: Arc::clone(interrupted),
                 at_rest: any.then_some(&copy),
             },
@@ -222,7 +232,7 @@ impl Source {
             user: args.user.as_deref(),
             home: home_flag,
             attach: false,
-            snapshot: Some(&self.file),
+            snapshot: Some((&self.file, &args.opening)),
             eager: false,
             prepare: Some(&|vm| self.make_disks(vm)),
             receive: None,

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use blanket_vmm::config::{CharConfig, DiskConfig, VmConfig};
-use blanket_vmm::snapshot::{DiskMark, Snapshot};
+use blanket_vmm::snapshot::{DiskMark, Opening, Snapshot};
 
 use super::print;
 use super::run::{Start, check_readable, settle};
@@ -26,7 +26,7 @@ pub(crate) struct Args {
     file: Option<PathBuf>,
 
     /// All guests that `blanket evacuate` has saved. Each one's file is removed once it runs.
-    #[arg(long, conflicts_with_all = ["name", "changed_disks", "user"])]
+    #[arg(long, conflicts_with_all = ["name", "changed_disks", "user", "key", "base"])]
     evacuated: bool,
 
     /// Name of the VM, unique on this node [default: the saved one's].
@@ -41,6 +41,9 @@ pub(crate) struct Args {
     /// Read all of the memory before the guest goes on, instead of each part when it is needed.
     #[arg(long)]
     eager: bool,
+
+    #[command(flatten)]
+    opening: Opening,
 
     /// User that the monitor becomes when started by root.
     #[arg(long, value_name = "UID[:GID]")]
@@ -69,6 +72,7 @@ pub(crate) fn restore(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
         name: args.name,
         changed_disks: args.changed_disks,
         eager: args.eager,
+        opening: args.opening,
         user: args.user.as_deref(),
         over: args.vm,
     };
@@ -84,6 +88,7 @@ pub(crate) struct Restore<'a> {
     pub(crate) changed_disks: bool,
     /// Read all of the memory at once.
     pub(crate) eager: bool,
+    pub(crate) opening: Opening,
     pub(crate) user: Option<&'a str>,
     /// What it is configured otherwise.
     pub(crate) over: VmConfig,
@@ -94,7 +99,8 @@ impl Restore<'_> {
     pub(crate) fn start(self, home: &Home, home_flag: Option<&Path>) -> Result<VmName> {
         check_readable(self.file)?;
         let context = || format!("the snapshot {}", self.file.display());
-        let snapshot = Snapshot::open(self.file).with_context(context)?;
+        let access = self.opening.access()?;
+        let snapshot = Snapshot::open_with(self.file, &access).with_context(context)?;
         let head = snapshot.head().clone();
         let name = match self.name {
             Some(name) => name,
@@ -118,7 +124,7 @@ impl Restore<'_> {
             user: self.user,
             home: home_flag,
             attach: false,
-            snapshot: Some(self.file),
+            snapshot: Some((self.file, &self.opening)),
             eager: self.eager,
             prepare: None,
             receive: None,

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use blanket_drivers::probe::Virtualization;
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::config::{CharConfig, DiskConfig, MachineChoice, VmConfig};
+use blanket_vmm::snapshot::Opening;
 
 use super::{console, print, store};
 use crate::failure::failure;
@@ -205,8 +206,8 @@ pub(super) struct Start<'a> {
     pub(super) home: Option<&'a Path>,
     /// Connect to the guest's console before it says its first word.
     pub(super) attach: bool,
-    /// The snapshot whose guest goes on.
-    pub(super) snapshot: Option<&'a Path>,
+    /// The snapshot whose guest goes on, and what it takes to open it.
+    pub(super) snapshot: Option<(&'a Path, &'a Opening)>,
     /// Read all of its memory at once.
     pub(super) eager: bool,
     /// What is done once the name is taken.
@@ -294,8 +295,9 @@ impl Launch<'_> {
         if self.how.attach {
             command.arg("--no-boot");
         }
-        if let Some(snapshot) = self.how.snapshot {
+        if let Some((snapshot, opening)) = self.how.snapshot {
             command.arg("--restore").arg(std::path::absolute(snapshot)?);
+            command.args(opening.to_flags()?);
             if self.how.eager {
                 command.arg("--eager");
             }

@@ -13,7 +13,9 @@ use anyhow::{Context, Result};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::{self, Client};
 use blanket_vmm::config::DiskConfig;
-use blanket_vmm::snapshot::{Compression, DiskMark, Recorder, Written, working_set_of};
+use blanket_vmm::snapshot::{
+    Access, Base, Compression, DiskMark, How, Key, Recorder, Written, working_set_of,
+};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -55,6 +57,16 @@ pub(crate) struct Args {
     #[arg(long)]
     compress: bool,
 
+    /// Write only the pages that are not as in this snapshot, without which the new one cannot be
+    /// restored.
+    #[arg(long, value_name = "FILE")]
+    base: Option<PathBuf>,
+
+    /// Encrypt it with this key: a file of 32 bytes or 64 hex digits. The base has the same key, if
+    /// any.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+
     /// Tell how it went as JSON.
     #[arg(long)]
     json: bool,
@@ -69,7 +81,8 @@ pub(crate) struct Save<'a> {
     pub(crate) suspend: Option<Duration>,
     /// When it is too late.
     pub(crate) deadline: Option<Instant>,
-    pub(crate) compression: Compression,
+    /// What is written of it, and how.
+    pub(crate) form: How,
     /// Set when the user does not want it any more.
     pub(crate) interrupted: Arc<AtomicBool>,
     /// To be done while the guest stands still after it was written.
@@ -100,12 +113,23 @@ pub(crate) fn snapshot(home: &Home, args: &Args) -> Result<ExitCode> {
         true => Compression::Zstd,
         false => Compression::None,
     };
+    let access = Access {
+        key: args.key.as_deref().map(Key::from_file).transpose()?,
+        bases: Vec::new(),
+    };
+    let base = args.base.as_deref();
+    let base = base.map(|base| Base::open(base, &args.file, &access));
+    let form = How {
+        compression,
+        base: base.transpose().with_context(|| context(&args.file))?,
+        key: access.key,
+    };
     let how = Save {
         file: &args.file,
         stop: args.stop,
         suspend: args.suspend.then(|| Duration::from_secs(args.timeout)),
         deadline: None,
-        compression,
+        form,
         interrupted: interrupts()?,
         at_rest: None,
     };
@@ -209,7 +233,7 @@ impl InTime {
         let style = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
         let progress = ProgressBar::new(memory).with_style(ProgressStyle::with_template(style)?);
         Ok(Self {
-            out: Recorder::new(file, how.compression),
+            out: Recorder::new(file, how.form.clone()),
             deadline: how.deadline,
             interrupted: Arc::clone(&how.interrupted),
             progress,
@@ -280,7 +304,11 @@ fn write(vm: &VmDir, client: &Client, how: &Save, disks: &[PathBuf], live: bool)
         // It need not be there.
         let _ = fs::remove_file(&new);
     }
-    result.with_context(|| format!("the snapshot {}", how.file.display()))
+    result.with_context(|| context(how.file))
+}
+
+fn context(file: &Path) -> String {
+    format!("the snapshot {}", file.display())
 }
 
 /// What the disks look like.

@@ -57,6 +57,7 @@ fn one(home: &Home, held: &Held, name: &str, home_flag: Option<&Path>) -> Result
         changed_disks: false,
         // Its file goes then.
         eager: true,
+        opening: Default::default(),
         user: note.user.as_deref(),
         over: VmConfig::default(),
     };

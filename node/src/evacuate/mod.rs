@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use blanket_vmm::api::types::{Action, Machine, VmInfo, VmState};
-use blanket_vmm::snapshot::Compression;
+use blanket_vmm::snapshot::How;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -218,7 +218,7 @@ fn save_one(
         stop: true,
         suspend: suspends.then_some(timeout),
         deadline,
-        compression: Compression::None,
+        form: How::default(),
         interrupted: Default::default(),
         at_rest: None,
     };

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 use blanket_system_tests::{Vm, native, natively, on_node, provider};
-use blanket_testbed::Client;
+use blanket_testbed::{Client, Output};
 use serde_json::Value;
 
 /// What `blanket snapshot NAME FLAGS --json` tells.
@@ -232,6 +232,108 @@ fn of_a_snapshot(host: &Client, vm: &Vm) {
     refused("/run/web --name late", "has changed since");
     let listed = host.sh("blanket ps --json").text().unwrap();
     assert!(!listed.contains("late"), "{listed}");
+}
+
+#[test]
+fn a_snapshot_has_what_changed_since_another_one_and_is_encrypted_if_wanted() {
+    natively(
+        || native("chains").unwrap(),
+        |host| {
+            let vm = Vm::pv(host, "web", "", "--memory 512M").unwrap();
+            let guest = vm.guest().unwrap();
+            fill(&guest, 24);
+            let full = number(&snapshot(&vm, "/run/full")["bytes"]);
+            let change = "dd if=/dev/urandom of=/run/z bs=1M count=4";
+            guest.sh(change).text().unwrap();
+            let second = snapshot(&vm, "/run/second --base /run/full");
+            assert_eq!(second["live"], true, "{second}");
+            let bytes = number(&second["bytes"]);
+            assert!((4 << 20..full / 2).contains(&bytes), "{second} of {full}");
+            // The same file again, from one beneath it.
+            let saved = vm.blanket("snapshot", "/run/full --base /run/second");
+            let error = failed(&saved.unwrap());
+            assert!(error.contains("give it another name"), "{error}");
+            let third = snapshot(&vm, "/run/third --base /run/second --compress");
+            assert!(number(&third["bytes"]) < full / 2, "{third} of {full}");
+            guest.sh("sha256sum -c /run/sum").text().unwrap();
+            for (name, flags) in [("lazy", "/run/third"), ("eager", "/run/third --eager")] {
+                let back = restored(host, name, flags);
+                let all = resident(&back) > full / 2;
+                assert_eq!(all, name == "eager", "{name}");
+                is_whole(&back.guest().unwrap());
+                back.blanket("rm", "--force").unwrap();
+            }
+            is_found_or_told(host);
+            is_encrypted(host, &vm, full);
+            is_whole(&guest);
+        },
+    );
+}
+
+/// What a command that failed said.
+fn failed(output: &Output) -> String {
+    assert!(!output.status.success(), "{output}");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Bases that are elsewhere now, or another file.
+fn is_found_or_told(host: &Client) {
+    let restore = "blanket restore /run/third --name moved --console stdio";
+    let fails = || failed(&host.sh(restore).run().unwrap());
+    host.sh("mv /run/full /run/elsewhere").text().unwrap();
+    let error = fails();
+    assert!(error.contains("/run/full is not there"), "{error}");
+    assert!(error.contains("--base FILE"), "{error}");
+    host.sh("cp --sparse=always /run/third /run/full")
+        .text()
+        .unwrap();
+    let error = fails();
+    assert!(error.contains("is another snapshot"), "{error}");
+    let moved = restored(host, "moved", "/run/third --base /run/elsewhere");
+    is_whole(&moved.guest().unwrap());
+    moved.blanket("rm", "--force").unwrap();
+    host.sh("mv /run/elsewhere /run/full").text().unwrap();
+}
+
+/// A file that only those with its key can read, and clones of it.
+fn is_encrypted(host: &Client, vm: &Vm, full: u64) {
+    let keys = "head -c 32 /dev/urandom > /run/key; head -c 32 /dev/urandom > /run/wrong";
+    host.sh(keys).text().unwrap();
+    let saved = snapshot(vm, "/run/secret --key /run/key");
+    assert_eq!(saved["live"], true, "{saved}");
+    let bytes = number(&saved["bytes"]);
+    assert!((full / 2..full * 3 / 2).contains(&bytes), "{saved}");
+    // The kernel's code has it, and nothing that is not encrypted.
+    let banner = |file: &str| format!("grep -a -c 'Linux version' /run/{file}");
+    host.sh(banner("full")).text().unwrap();
+    assert!(!host.sh(banner("secret")).run().unwrap().status.success());
+    let more = snapshot(vm, "/run/more --key /run/key --base /run/secret --compress");
+    assert!(number(&more["bytes"]) < full / 2, "{more}");
+    let restore = |flags: &str| host.sh(format!("blanket restore {flags}")).run().unwrap();
+    for (flags, why) in [
+        ("/run/secret", "is encrypted: name its key"),
+        ("/run/more --key /run/wrong", "another key"),
+        ("/run/full --key /run/key", "not encrypted"),
+        ("/run/more --key /run/full", "is no key"),
+    ] {
+        let error = failed(&restore(&format!("{flags} --name no")));
+        assert!(error.contains(why), "{flags}: {error}");
+    }
+    let damage = "cp --sparse=always /run/secret /run/bad && \
+                  printf DAMAGED | dd of=/run/bad bs=1 seek=20M conv=notrunc";
+    host.sh(damage).text().unwrap();
+    let error = failed(&restore(
+        "/run/bad --key /run/key --eager --name no --console stdio",
+    ));
+    assert!(error.contains("/run/bad is damaged (chunk "), "{error}");
+    let back = restored(host, "back", "/run/more --key /run/key");
+    is_whole(&back.guest().unwrap());
+    back.blanket("rm", "--force").unwrap();
+    let clone = "blanket clone /run/more 2 --name c{} --key /run/key";
+    host.sh(clone).text().unwrap();
+    for name in ["c1", "c2"] {
+        is_whole(&Vm::started(host, name).guest().unwrap());
+    }
 }
 
 #[test]

@@ -1,22 +1,25 @@
 //! Reading a snapshot's file.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
+use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
 use blanket_devices::lifecycle::SavedState;
 use blanket_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::base::BaseAt;
+use super::crypt::{Cipher, Part, TAG};
+use super::open::Found;
+use super::table::{ENTRIES, Entry, Layout, entries_in, pages_of, range};
 use super::touched::clear;
-use super::{CHUNK, DiskMark, Error, Geometry, Head, MOST_OTHER, PAGE, Regions, Touched, decode};
+use super::{
+    Access, CHUNK, DiskMark, Error, Geometry, Head, MOST_OTHER, PAGE, Regions, Touched, decode,
+};
 
-/// Chunks in one table.
-pub(super) const ENTRIES: usize = 1024;
-/// Bytes for one chunk in it: how long it is stored, and its hash.
-pub(super) const ENTRY: usize = 4 + 32;
 /// Bytes of the root.
 pub(super) const ROOT: usize = 8 + 8 + 32;
 /// What a reader of compressed memory has to know.
@@ -40,7 +43,7 @@ impl Place {
         bytes
     }
 
-    fn from_bytes(bytes: &[u8; ROOT]) -> Self {
+    pub(super) fn from_bytes(bytes: &[u8; ROOT]) -> Self {
         let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         Self {
             offset: number(0),
@@ -66,6 +69,23 @@ impl Place {
         }
         Ok(bytes)
     }
+
+    /// The same, decrypted if the file is encrypted.
+    fn content(
+        &self,
+        file: &File,
+        most: u64,
+        cipher: Option<&Cipher>,
+        part: Part,
+    ) -> Result<Vec<u8>, Error> {
+        let mut bytes = self.read(file, most + TAG as u64)?;
+        match cipher {
+            Some(cipher) if !cipher.open(part, &mut bytes) => {
+                Err(Error::Damaged("a part of it is not what was encrypted"))
+            }
+            _ => Ok(bytes),
+        }
+    }
 }
 
 /// What is where in the file.
@@ -82,12 +102,8 @@ pub(super) struct Index {
     pub(super) state: Place,
     #[serde(default)]
     pub(super) disks: Vec<DiskMark>,
-}
-
-/// Chunks in table number `table`: the last one has only those that there are.
-pub(super) fn entries_in(table: usize, geometry: &Geometry) -> usize {
-    let before = table as u64 * ENTRIES as u64;
-    geometry.chunks().saturating_sub(before).min(ENTRIES as u64) as usize
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) base: Option<BaseAt>,
 }
 
 /// A snapshot's file that is read, in any order and by several threads.
@@ -101,27 +117,30 @@ pub struct Reader {
     /// Identifies the content.
     hash: [u8; 32],
     geometry: Geometry,
+    layout: Layout,
+    cipher: Option<Cipher>,
+    /// What has the pages that are not in the file.
+    base: Option<Arc<Reader>>,
     /// Those that were needed.
     tables: Vec<OnceLock<Vec<u8>>>,
 }
 
 impl Reader {
-    /// Of a file whose head has been read, and ends at `root`.
-    pub(super) fn new(
-        file: File,
-        path: &Path,
-        head: Head,
-        head_hash: [u8; 32],
-        root: u64,
-    ) -> Result<Self, Error> {
-        let mut bytes = [0; ROOT];
-        file.read_exact_at(&mut bytes, root)
-            .map_err(|_| Error::Damaged("it is cut off"))?;
-        if bytes == [0; ROOT] {
-            return Err(Error::Damaged("it was not written to its end"));
-        }
-        let place = Place::from_bytes(&bytes);
-        let index: Index = decode(&place.read(&file, MOST_OTHER)?)?;
+    /// Of a file whose head has been read, with its bases. `level` says how many
+    /// files are above it.
+    pub(super) fn new(found: Found, access: &Access, level: usize) -> Result<Self, Error> {
+        let place = found.index()?;
+        let Found {
+            input, path, head, ..
+        } = found;
+        let file = input.into_inner();
+        let cipher = match (&head.encryption, &access.key) {
+            (Some(encryption), Some(key)) => Some(encryption.cipher(key, found.hash)?),
+            (Some(_), None) => return Err(Error::Encrypted),
+            (None, _) => None,
+        };
+        let index = place.content(&file, MOST_OTHER, cipher.as_ref(), Part::Index)?;
+        let index: Index = decode(&index)?;
         if let Some(what) = index.needs.iter().find(|what| *what != ZSTD) {
             return Err(Error::Needs {
                 written_by: head.written_by,
@@ -131,19 +150,33 @@ impl Reader {
         let geometry = Geometry::new(&index.regions)?;
         let tables = geometry.chunks().div_ceil(ENTRIES as u64) as usize;
         let memory = geometry.chunks() * CHUNK as u64;
-        if index.head != head_hash
+        if index.head != found.hash
             || index.chunk != CHUNK as u64
             || index.tables.len() != tables
             || index.data.checked_add(memory).is_none()
         {
             return Err(Error::Damaged("its parts do not fit each other"));
         }
-        let state = decode(&index.state.read(&file, MOST_OTHER)?)?;
+        let state = index.state;
+        let state = state.content(&file, MOST_OTHER, cipher.as_ref(), Part::State)?;
+        let base = match &index.base {
+            Some(base) => Some(base.open(&path, access, level + 1)?),
+            None => None,
+        };
+        if base.as_ref().is_some_and(|base| base.geometry != geometry) {
+            return Err(Error::BaseMemory);
+        }
         Ok(Self {
-            path: path.to_owned(),
+            layout: match head.version {
+                2 => Layout::Two,
+                _ => Layout::Three,
+            },
+            state: decode(&state)?,
+            path,
             file,
             head,
-            state,
+            cipher,
+            base,
             hash: place.hash,
             geometry,
             tables: vec![OnceLock::new(); tables],
@@ -185,6 +218,16 @@ impl Reader {
     #[must_use]
     pub fn identity(&self) -> [u8; 32] {
         self.hash
+    }
+
+    /// What has the pages that are not in the file.
+    pub(super) fn base(&self) -> Option<&Self> {
+        self.base.as_deref()
+    }
+
+    /// Of its file.
+    pub(super) fn metadata(&self) -> io::Result<Metadata> {
+        self.file.metadata()
     }
 
     /// Whether a chunk can be other than zeros. It is told without reading, for
@@ -232,14 +275,26 @@ impl Reader {
         };
         let cell = &self.tables[table];
         if cell.get().is_none() {
-            let bytes = place.read(&self.file, (ENTRIES * ENTRY) as u64)?;
-            if bytes.len() != entries_in(table, &self.geometry) * ENTRY {
+            let len = entries_in(table, &self.geometry) * self.layout.entry();
+            let part = Part::Table(table as u64);
+            let bytes = place.content(&self.file, len as u64, self.cipher.as_ref(), part)?;
+            if bytes.len() != len {
                 return Err(Error::Damaged("a table is too short"));
             }
             // Another thread may have been faster, with the same.
             let _ = cell.set(bytes);
         }
         Ok(cell.get().map(Vec::as_slice))
+    }
+
+    /// What the tables say of a chunk; nothing of one that is all zeros.
+    pub(super) fn entry(&self, chunk: u64) -> Result<Option<Entry>, Error> {
+        let Some(table) = self.table((chunk / ENTRIES as u64) as usize)? else {
+            return Ok(None);
+        };
+        let len = self.layout.entry();
+        let at = (chunk % ENTRIES as u64) as usize * len;
+        Ok(Entry::read(self.layout, &table[at..at + len]))
     }
 
     /// Reads a chunk, zeros behind a short one; whether any of it is not zeros.
@@ -257,38 +312,57 @@ impl Reader {
             chunk,
             address,
         };
-        let Some(table) = self.table((chunk / ENTRIES as u64) as usize)? else {
+        let Some(entry) = self.entry(chunk)? else {
             out.fill(0);
             return Ok(false);
         };
-        let entry = (chunk % ENTRIES as u64) as usize * ENTRY;
-        let (stored, hash) = table[entry..entry + ENTRY].split_at(4);
-        let stored = u32::from_le_bytes(std::array::from_fn(|i| stored[i])) as usize;
-        let place = self.index.data + chunk * CHUNK as u64;
-        match stored {
-            0 => {
-                out.fill(0);
-                return Ok(false);
-            }
-            CHUNK => self
-                .file
-                .read_exact_at(out, place)
-                .map_err(|error| cut(error, &damaged))?,
-            _ if stored < CHUNK => {
-                let mut less = vec![0; stored];
-                let read = self.file.read_exact_at(&mut less, place);
-                read.map_err(|error| cut(error, &damaged))?;
-                match zstd::bulk::decompress_to_buffer(&less, out) {
-                    Ok(CHUNK) => {}
-                    _ => return Err(damaged()),
-                }
-            }
-            _ => return Err(damaged()),
+        if !entry.is_sound() {
+            return Err(damaged());
         }
-        if blake3::hash(out).as_bytes() != hash {
+        if entry.base == 0 {
+            out.fill(0);
+        } else {
+            let base = self.base.as_ref().ok_or_else(damaged)?;
+            base.chunk(chunk, out)?;
+            if entry.here == 0 && base.entry(chunk)?.map(|base| base.hash) == Some(entry.hash) {
+                // It has just been checked.
+                return Ok(true);
+            }
+            for page in pages_of(!entry.base) {
+                out[range(page)].fill(0);
+            }
+        }
+        if entry.here != 0 {
+            let pages = self.stored(chunk, &entry)?.ok_or_else(damaged)?;
+            for (page, content) in pages_of(entry.here).zip(pages.chunks_exact(PAGE)) {
+                out[range(page)].copy_from_slice(content);
+            }
+        }
+        if *blake3::hash(out).as_bytes() != entry.hash {
             return Err(damaged());
         }
         Ok(true)
+    }
+
+    /// The pages of a chunk that are in the file; nothing if they are damaged.
+    fn stored(&self, chunk: u64, entry: &Entry) -> Result<Option<Vec<u8>>, Error> {
+        let mut bytes = vec![0; entry.stored];
+        let place = self.index.data + chunk * CHUNK as u64;
+        match self.file.read_exact_at(&mut bytes, place) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            read => read?,
+        }
+        if let Some(cipher) = &self.cipher {
+            bytes.extend(entry.tag);
+            if !cipher.open(Part::Chunk(chunk), &mut bytes) {
+                return Ok(None);
+            }
+        }
+        if entry.stored == entry.len() {
+            return Ok(Some(bytes));
+        }
+        let pages = zstd::bulk::decompress(&bytes, entry.len());
+        Ok(pages.ok().filter(|pages| pages.len() == entry.len()))
     }
 
     /// Fills memory. What is in it (a kernel may be) goes.
@@ -317,13 +391,5 @@ impl Reader {
             }
         }
         Ok(())
-    }
-}
-
-/// A file that ends too early is damaged.
-fn cut(error: std::io::Error, damaged: &impl Fn() -> Error) -> Error {
-    match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => damaged(),
-        _ => error.into(),
     }
 }

@@ -1,20 +1,37 @@
 //! A snapshot: the state and the memory of a VM in one file.
 //!
-//! Version 2, in this order; numbers are little-endian:
+//! Version 3, in this order; numbers are little-endian:
 //!
 //! | where | what |
 //! |---|---|
 //! | 0 | eight bytes that say what it is |
-//! | then | a chunk of the [stream](stream) with the [`Head`]: a version 1 reader can read it, and refuses the version |
+//! | then | a chunk of the [stream](stream) with the [`Head`]: a reader of any version can read it, and refuses later versions |
 //! | then | the root: offset (8 bytes), length (8) and BLAKE3 hash (32) of the index. Zeros until all else is written |
-//! | a multiple of 4 KiB | guest memory: each chunk of 64 KiB at its place. Pages of zeros are holes in the file; a compressed chunk is at the beginning of its place |
-//! | behind it | tables of 1024 chunks each: length as it is stored (4 bytes; 0: all zeros; 64 KiB: as it is; else compressed with zstd) and BLAKE3 hash of the whole chunk (32); the last has only those that there are. A table of zeros alone is left out |
+//! | a multiple of 4 KiB | guest memory: of each chunk of 64 KiB, at its place, the pages that are neither zeros nor the base's, one behind the other, compressed with zstd where that makes them shorter. The rest of a place is a hole |
+//! | behind it | tables of 1024 chunks each; the last has only those that there are. A table of zeros alone is left out |
 //! | then | the machine's state ([`SavedState`](blanket_devices::lifecycle::SavedState)), in CBOR |
-//! | at the end | the index, in CBOR: places and hashes of the tables, of the state and of the head; where guest memory lies; what the disks looked like |
+//! | at the end | the index, in CBOR: places and hashes of the tables, of the state and of the head; where guest memory lies; what the disks looked like; path and root's hash of the base |
+//!
+//! An entry of a table is all zeros for a chunk of zeros; else:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 4 | length of what is stored |
+//! | 2 | a bit for each page that is stored, the first page's is the lowest |
+//! | 2 | a bit for each page that is as in the base |
+//! | 32 | BLAKE3 hash of the whole chunk |
+//! | 16 | authentication tag, if the file is encrypted |
 //!
 //! So the hashes are a tree, with its root in the root: whatever is read, in
 //! any order and however late, is checked when it is read. Fields that a reader
 //! does not know it ignores; the index names what a reader has to know.
+//!
+//! In an encrypted file all parts are, but for the head and the root
+//! (`crypt.rs`): what a chunk has at its place, tables, state and index, the
+//! last three with their tags behind them. Their hashes are of that.
+//!
+//! Version 2 has neither bases nor encryption. Its entries are 36 bytes, length
+//! and hash; all pages of a chunk that is not all zeros count as stored.
 //!
 //! The content of the VM's disks is not in it.
 
@@ -30,15 +47,20 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::config::VmConfig;
 
+mod base;
+mod crypt;
 mod file;
 mod geometry;
 mod open;
 pub mod pager;
 mod recorder;
 pub mod stream;
+mod table;
 mod touched;
 mod writer;
 
+pub use base::{Access, Base, MOST_BASES, Opening};
+pub use crypt::{Key, KeyError};
 pub use file::Reader;
 pub use geometry::{CHUNK, Geometry};
 pub use open::Snapshot;
@@ -46,12 +68,12 @@ pub use recorder::Recorder;
 pub use stream::Pieces;
 pub use touched::Touched;
 pub(crate) use touched::clear;
-pub use writer::{Compression, Writer, Written};
+pub use writer::{Compression, How, Writer, Written};
 
 const MAGIC: [u8; 8] = *b"blanket\x1a";
 /// Raised when an older reader would misunderstand the file, not when a field
 /// is added.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const PAGE: usize = 4096;
 /// Longest part that is no memory.
 const MOST_OTHER: u64 = 64 << 20;
@@ -94,12 +116,63 @@ pub enum Error {
         /// Its guest-physical address.
         address: u64,
     },
+    /// It is encrypted, and nobody has said with what.
+    #[error("it is encrypted: name its key with --key FILE")]
+    Encrypted,
+    /// It is not encrypted, as it should be.
+    #[error("it is not encrypted with any key: leave --key out if it is the right one")]
+    NotEncrypted,
+    /// It is encrypted with another key.
+    #[error("it is encrypted with another key: name that with --key FILE")]
+    WrongKey,
+    /// What it is based on cannot be had.
+    #[error("its base {} {why}: put it back as it was, or name it with --base FILE", path.display())]
+    Base {
+        /// Where it was.
+        path: PathBuf,
+        /// What is the matter.
+        why: String,
+    },
+    /// Something is wrong with what it is based on.
+    #[error("its base {}: {error}", path.display())]
+    InBase {
+        /// The base.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: Box<Error>,
+    },
+    /// It is based on too many others.
+    #[error("more than {MOST_BASES} others would be beneath it: make one without --base")]
+    Bases,
+    /// It is to replace what it is based on.
+    #[error("it would replace a snapshot that it is based on: give it another name")]
+    OwnBase,
+    /// Its memory is not that of its base.
+    #[error("its base is of a guest with other memory: make it without --base")]
+    BaseMemory,
+    /// It has no hashes that another one could be compared with.
+    #[error("it has version 1, which cannot be a base: make one without --base")]
+    Old,
     /// It does not fit the machine's memory.
     #[error("its memory is not that of this machine; configure it like the saved one")]
     Memory,
     /// It cannot be read at all.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+impl Error {
+    /// The same, of a file's base.
+    fn in_base(self, path: &Path) -> Self {
+        match self {
+            // They say of which.
+            Self::Base { .. } | Self::InBase { .. } | Self::Bases => self,
+            error => Self::InBase {
+                path: path.to_owned(),
+                error: Box::new(error),
+            },
+        }
+    }
 }
 
 /// What a snapshot says of itself.
@@ -116,6 +189,9 @@ pub struct Head {
     /// devices anew.
     #[serde(default)]
     pub suspended: bool,
+    /// How all but this is encrypted, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    encryption: Option<crypt::Encryption>,
 }
 
 impl Head {
@@ -128,6 +204,7 @@ impl Head {
             name,
             config,
             suspended: false,
+            encryption: None,
         }
     }
 

@@ -4,9 +4,7 @@ use std::fs::File;
 use std::io;
 
 use super::stream::{self, END, HEAD, MOST_MEMORY, PAGES, REGIONS, REPORT, STATE};
-use super::{
-    Compression, DiskMark, Error, Head, MAGIC, MOST_OTHER, Report, Writer, Written, decode,
-};
+use super::{DiskMark, Error, Head, How, MAGIC, MOST_OTHER, Report, Writer, Written, decode};
 
 /// Takes a [stream](super::stream), in pieces of any size, and writes a file.
 pub struct Recorder {
@@ -14,7 +12,7 @@ pub struct Recorder {
     input: Vec<u8>,
     started: bool,
     file: Option<File>,
-    compression: Compression,
+    how: How,
     head: Option<Head>,
     state: Option<Vec<u8>>,
     writer: Option<Writer>,
@@ -27,12 +25,12 @@ pub struct Recorder {
 impl Recorder {
     /// Writes `file`, which is empty.
     #[must_use]
-    pub fn new(file: File, compression: Compression) -> Self {
+    pub fn new(file: File, how: impl Into<How>) -> Self {
         Self {
             input: Vec::new(),
             started: false,
             file: Some(file),
-            compression,
+            how: how.into(),
             head: None,
             state: None,
             writer: None,
@@ -108,7 +106,7 @@ impl Recorder {
                 let head = self.head.as_ref().ok_or(ORDER)?;
                 let file = self.file.take().ok_or(ORDER)?;
                 let regions = decode(&payload)?;
-                self.writer = Some(Writer::new(file, head, regions, self.compression)?);
+                self.writer = Some(Writer::new(file, head, regions, self.how.clone())?);
             }
             STATE => self.state = Some(payload),
             PAGES => {

@@ -4,11 +4,13 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use super::file::{ENTRIES, ENTRY, Index, Place, ROOT, ZSTD, entries_in};
+use super::crypt::{Cipher, Encryption, Part, TAG};
+use super::file::{Index, Place, ROOT, ZSTD};
 use super::stream::chunk as framed;
-use super::touched::runs;
+use super::table::{ENTRIES, Entry, Layout, entries_in, mask, pages_of, range};
 use super::{
-    CHUNK, DiskMark, Error, Geometry, Head, MAGIC, PAGE, Regions, VERSION, encode, stream,
+    Base, CHUNK, DiskMark, Error, Geometry, Head, Key, MAGIC, PAGE, Regions, VERSION, encode,
+    stream,
 };
 
 /// Of zstd: memory is often read back, and seldom worth more time.
@@ -22,6 +24,26 @@ pub enum Compression {
     None,
     /// With zstd, chunk by chunk.
     Zstd,
+}
+
+/// How a file is written.
+#[derive(Clone, Debug, Default)]
+pub struct How {
+    /// Whether memory is compressed.
+    pub compression: Compression,
+    /// What it is encrypted with, if it is.
+    pub key: Option<Key>,
+    /// What has the pages that are not written.
+    pub base: Option<Base>,
+}
+
+impl From<Compression> for How {
+    fn from(compression: Compression) -> Self {
+        Self {
+            compression,
+            ..Self::default()
+        }
+    }
 }
 
 /// What has been written.
@@ -39,6 +61,8 @@ pub struct Writer {
     geometry: Geometry,
     regions: Regions,
     compression: Compression,
+    base: Option<Base>,
+    cipher: Option<Cipher>,
     head: [u8; 32],
     /// Where the root goes, and where memory begins.
     root: u64,
@@ -54,18 +78,31 @@ impl Writer {
     /// Begins an empty file.
     ///
     /// # Errors
-    /// It cannot be written, or no memory can lie so.
+    /// It cannot be written, or no memory can lie so, or the base's lies
+    /// otherwise.
     pub fn new(
         file: File,
         head: &Head,
         regions: Regions,
-        compression: Compression,
+        how: impl Into<How>,
     ) -> Result<Self, Error> {
+        let how = how.into();
         let geometry = Geometry::new(&regions)?;
+        let base = how.base.as_ref();
+        if base.is_some_and(|base| *base.reader.geometry() != geometry) {
+            return Err(Error::BaseMemory);
+        }
+        let encryption = how.key.as_ref().map(Encryption::new).transpose()?;
         let head = encode(&Head {
             version: VERSION,
+            encryption: encryption.clone(),
             ..head.clone()
         })?;
+        let hash = blake3::hash(&head).into();
+        let cipher = match (encryption, &how.key) {
+            (Some(encryption), Some(key)) => Some(encryption.cipher(key, hash)?),
+            _ => None,
+        };
         let mut start = MAGIC.to_vec();
         start.extend(framed(stream::HEAD, &head));
         let root = start.len() as u64;
@@ -74,11 +111,13 @@ impl Writer {
         file.write_all_at(&start, 0)?;
         Ok(Self {
             tables: vec![None; geometry.chunks().div_ceil(ENTRIES as u64) as usize],
-            head: blake3::hash(&head).into(),
+            head: hash,
             file,
             geometry,
             regions,
-            compression,
+            compression: how.compression,
+            base: how.base,
+            cipher,
             root,
             data,
             current: None,
@@ -114,45 +153,70 @@ impl Writer {
         let Some((chunk, content)) = self.current.take() else {
             return Ok(());
         };
-        let pages = |page: &&[u8]| page.iter().any(|byte| *byte != 0);
-        let used = content.chunks_exact(PAGE).filter(pages).count();
+        let used = mask(|page| content[range(page)].iter().any(|byte| *byte != 0));
         if used == 0 {
             return Ok(());
         }
-        let less = self.compressed(&content, used)?;
-        let table = (chunk / ENTRIES as u64) as usize;
-        let entries = entries_in(table, &self.geometry);
-        let table = &mut self.tables[table];
-        let table = table.get_or_insert_with(|| vec![0; entries * ENTRY]);
-        let entry = (chunk % ENTRIES as u64) as usize * ENTRY;
-        let entry = &mut table[entry..entry + ENTRY];
-        if entry.iter().any(|byte| *byte != 0) {
+        let number = (chunk / ENTRIES as u64) as usize;
+        let entries = entries_in(number, &self.geometry);
+        let len = Layout::Three.entry();
+        let table = self.tables[number].get_or_insert_with(|| vec![0; entries * len]);
+        let at = (chunk % ENTRIES as u64) as usize * len;
+        if table[at..at + len].iter().any(|byte| *byte != 0) {
             return Err(Error::Damaged("a chunk of memory comes twice"));
         }
-        self.memory += (used * PAGE) as u64;
-        let place = self.data + chunk * CHUNK as u64;
-        let stored = match less {
-            Some(less) => {
-                self.file.write_all_at(&less, place)?;
-                less.len()
-            }
-            None => {
-                write_pages(&self.file, &content, place)?;
-                CHUNK
-            }
+        let hash = blake3::hash(&content).into();
+        let here = used & !self.as_before(chunk, &content, &hash)?;
+        let mut entry = Entry {
+            stored: 0,
+            here,
+            base: used & !here,
+            hash,
+            tag: [0; TAG],
         };
-        entry[..4].copy_from_slice(&(stored as u32).to_le_bytes());
-        entry[4..].copy_from_slice(blake3::hash(&content).as_bytes());
+        if here != 0 {
+            let mut bytes = self.to_store(&content, here)?;
+            if let Some(cipher) = &self.cipher {
+                entry.tag = cipher.seal(Part::Chunk(chunk), &mut bytes)?;
+            }
+            entry.stored = bytes.len();
+            let place = self.data + chunk * CHUNK as u64;
+            self.file.write_all_at(&bytes, place)?;
+        }
+        self.memory += entry.len() as u64;
+        if let Some(table) = &mut self.tables[number] {
+            table[at..at + len].copy_from_slice(&entry.to_bytes());
+        }
         Ok(())
     }
 
-    /// The chunk compressed, if that saves a block of the disk.
-    fn compressed(&self, content: &[u8], used: usize) -> io::Result<Option<Vec<u8>>> {
-        if self.compression == Compression::None {
-            return Ok(None);
+    /// Which pages of a chunk are as in the base.
+    fn as_before(&self, chunk: u64, content: &[u8], hash: &[u8; 32]) -> Result<u16, Error> {
+        let Some(base) = self.base.as_ref().map(|base| &base.reader) else {
+            return Ok(0);
+        };
+        match base.entry(chunk)? {
+            None => Ok(0),
+            Some(entry) if entry.hash == *hash => Ok(u16::MAX),
+            Some(_) => {
+                let mut before = vec![0; CHUNK];
+                base.chunk(chunk, &mut before)?;
+                Ok(mask(|page| content[range(page)] == before[range(page)]))
+            }
         }
-        let less = zstd::bulk::compress(content, LEVEL)?;
-        Ok((less.len().div_ceil(PAGE) < used).then_some(less))
+    }
+
+    /// The pages of a chunk that are here, compressed if that saves a block of
+    /// the disk.
+    fn to_store(&self, content: &[u8], here: u16) -> io::Result<Vec<u8>> {
+        let pages: Vec<_> = pages_of(here).map(|page| &content[range(page)]).collect();
+        let pages = pages.concat();
+        if self.compression == Compression::None {
+            return Ok(pages);
+        }
+        let less = zstd::bulk::compress(&pages, LEVEL)?;
+        let shorter = less.len().div_ceil(PAGE) < pages.len() / PAGE;
+        Ok(if shorter { less } else { pages })
     }
 
     /// Writes what comes behind the memory, and last the root: only then it is
@@ -164,12 +228,12 @@ impl Writer {
         self.write_current()?;
         let mut end = self.data + self.geometry.chunks() * CHUNK as u64;
         let mut tables = Vec::new();
-        for table in std::mem::take(&mut self.tables) {
+        for (number, table) in (0..).zip(std::mem::take(&mut self.tables)) {
             let any = table.filter(|table| table.iter().any(|byte| *byte != 0));
-            let place = any.map(|table| self.append(&mut end, &table));
+            let place = any.map(|table| self.append(&mut end, Part::Table(number), table));
             tables.push(place.transpose()?);
         }
-        let state = self.append(&mut end, state)?;
+        let state = self.append(&mut end, Part::State, state.to_vec())?;
         let needs = match self.compression {
             Compression::None => Vec::new(),
             Compression::Zstd => vec![ZSTD.to_owned()],
@@ -183,8 +247,9 @@ impl Writer {
             tables,
             state,
             disks: disks.to_vec(),
+            base: self.base.as_ref().map(|base| base.at.clone()),
         })?;
-        let place = self.append(&mut end, &index)?;
+        let place = self.append(&mut end, Part::Index, index)?;
         self.file.sync_all()?;
         self.file.write_all_at(&place.to_bytes(), self.root)?;
         self.file.sync_all()?;
@@ -194,24 +259,19 @@ impl Writer {
         })
     }
 
-    fn append(&self, end: &mut u64, bytes: &[u8]) -> io::Result<Place> {
-        self.file.write_all_at(bytes, *end)?;
+    /// Writes a part, encrypted if the file is.
+    fn append(&self, end: &mut u64, part: Part, mut bytes: Vec<u8>) -> io::Result<Place> {
+        if let Some(cipher) = &self.cipher {
+            let tag = cipher.seal(part, &mut bytes)?;
+            bytes.extend(tag);
+        }
+        self.file.write_all_at(&bytes, *end)?;
         let place = Place {
             offset: *end,
             len: bytes.len() as u64,
-            hash: blake3::hash(bytes).into(),
+            hash: blake3::hash(&bytes).into(),
         };
         *end += place.len;
         Ok(place)
     }
-}
-
-/// Writes the pages that are not zeros, neighbours together.
-fn write_pages(file: &File, content: &[u8], place: u64) -> io::Result<()> {
-    for (start, bytes, zeros) in runs(content) {
-        if !zeros {
-            file.write_all_at(bytes, place + start as u64)?;
-        }
-    }
-    Ok(())
 }

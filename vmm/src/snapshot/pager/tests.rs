@@ -83,7 +83,7 @@ fn saved(more: u64) -> tempfile::NamedTempFile {
 fn reader(path: &Path) -> Arc<Reader> {
     match Snapshot::open(path).unwrap() {
         Snapshot::File(reader) => reader,
-        Snapshot::Stream(_) => panic!("version 2 was written"),
+        Snapshot::Stream(_) => panic!("it is no stream"),
     }
 }
 
