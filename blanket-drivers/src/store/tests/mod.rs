@@ -1,6 +1,7 @@
 //! Every engine against a model in memory, and everything that can be wrong
 //! with an image.
 
+mod access;
 mod confined;
 mod engines;
 mod full;
