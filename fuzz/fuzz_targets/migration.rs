@@ -87,6 +87,7 @@ fuzz_target!(|inputs: Vec<Input>| {
         match input {
             Input::Bytes(bytes) => {
                 let _ = wire::decode::<Offer>(&bytes);
+                let _ = wire::Want::from_bytes(&bytes);
                 let mut rest = bytes.as_slice();
                 while let Ok(kind) = wire::receive(&mut rest, &mut payload) {
                     let _ = place(kind, &payload, &memory);

@@ -174,6 +174,70 @@ impl Pages {
         }
     }
 
+    /// Whether this page is among them.
+    #[must_use]
+    pub fn contains(&self, region: usize, page: usize) -> bool {
+        let words = self.regions.get(region);
+        let word = words.and_then(|words| words.get(page / 64));
+        word.is_some_and(|word| word & 1 << (page % 64) != 0)
+    }
+
+    /// Removes a page.
+    pub fn remove(&mut self, region: usize, page: usize) {
+        let words = self.regions.get_mut(region);
+        if let Some(word) = words.and_then(|words| words.get_mut(page / 64)) {
+            *word &= !(1 << (page % 64));
+        }
+    }
+
+    /// The first run of a region from `page` on: its first page and how many it
+    /// has, at most `most`.
+    #[must_use]
+    pub fn next_run(&self, region: usize, page: usize, most: usize) -> Option<(usize, usize)> {
+        let words = self.regions.get(region)?;
+        let mut start = page;
+        loop {
+            match words.get(start / 64)? >> (start % 64) {
+                0 => start = (start / 64 + 1) * 64,
+                rest => break start += rest.trailing_zeros() as usize,
+            }
+        }
+        let mut end = start + 1;
+        while end - start < most && self.contains(region, end) {
+            end += 1;
+        }
+        Some((start, end - start))
+    }
+
+    /// A bit per page, region after region, each in whole little-endian words
+    /// of 64.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let words = self.regions.iter().flatten();
+        words.flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    /// The pages of `ram` that [`Pages::to_bytes`] has told; none if they are
+    /// not of such memory.
+    #[must_use]
+    pub fn from_bytes(ram: &GuestRam, bytes: &[u8]) -> Option<Self> {
+        let mut all = Self::none(ram);
+        let (mut rest, odd) = bytes.as_chunks::<8>();
+        for (words, region) in all.regions.iter_mut().zip(ram.iter()) {
+            let (own, others) = rest.split_at_checked(words.len())?;
+            for (word, bytes) in words.iter_mut().zip(own) {
+                *word = u64::from_le_bytes(*bytes);
+            }
+            // Bits behind the last page.
+            let pages = (region.len() as usize).div_ceil(PAGE);
+            if !pages.is_multiple_of(64) && words.last()? >> (pages % 64) != 0 {
+                return None;
+            }
+            rest = others;
+        }
+        (rest.is_empty() && odd.is_empty()).then_some(all)
+    }
+
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> u64 {
@@ -404,6 +468,36 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_set_of_pages_survives_as_bytes(which in proptest::collection::vec((0..2usize, 0..100usize), 0..80)) {
+            let ram = ram();
+            let mut pages = Pages::none(&ram);
+            for (region, page) in &which {
+                pages.insert(*region, *page);
+            }
+            let bytes = pages.to_bytes();
+            prop_assert_eq!(Pages::from_bytes(&ram, &bytes), Some(pages.clone()));
+            prop_assert_eq!(Pages::from_bytes(&ram, &bytes[1..]), None);
+            prop_assert_eq!(Pages::from_bytes(&ram, &[&bytes[..], &[0; 8]].concat()), None);
+            // A page that there is not.
+            let mut beyond = bytes.clone();
+            *beyond.last_mut().unwrap() |= 0x80;
+            prop_assert_eq!(Pages::from_bytes(&ram, &beyond), None);
+            for region in 0..2 {
+                let mut at = 0;
+                while let Some((start, count)) = pages.next_run(region, at, 3) {
+                    prop_assert!(start >= at && (1..=3).contains(&count));
+                    for page in start..start + count {
+                        prop_assert!(which.contains(&(region, page)));
+                        prop_assert!(pages.contains(region, page));
+                        pages.remove(region, page);
+                    }
+                    at = start + count;
+                }
+            }
+            prop_assert!(pages.is_empty());
+        }
+
         #[test]
         fn runs_are_exactly_the_pages_of_the_set(
             set in proptest::collection::btree_set((0usize..2, 0usize..100), 0..150),

@@ -11,7 +11,7 @@ mod map;
 pub mod uffd;
 
 pub use iovec::IoVec;
-pub use map::{Backing, Error, Spec, build, build_at, populate, touched_bytes};
+pub use map::{Backing, Error, Spec, build, build_at, discard, populate, touched_bytes};
 
 /// A guest's memory. Cheap to clone: the clones share the mappings, and the log
 /// of what is written ([`dirty`]).

@@ -297,6 +297,26 @@ pub fn populate(ram: &GuestRam, start: GuestAddress, len: usize) {
     }
 }
 
+/// Empties whole pages of memory that is private to this process: they are zeros
+/// then, or come from whoever sees to the faults there.
+///
+/// # Errors
+/// There is no such memory, or it is in huge pages.
+pub fn discard(ram: &GuestRam, start: GuestAddress, len: usize) -> io::Result<()> {
+    for slice in ram.get_slices(start, len) {
+        let slice = slice.map_err(io::Error::other)?;
+        let place = slice.ptr_guard_mut();
+        // SAFETY: the range lies within guest memory, to whose content nothing
+        // in this process has references; all of it may be replaced at any time.
+        let done =
+            unsafe { libc::madvise(place.as_ptr().cast(), slice.len(), libc::MADV_DONTNEED) };
+        if done != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of guest memory that are resident now, by mincore(2).
 #[must_use]
 pub fn touched_bytes(ram: &GuestRam) -> u64 {

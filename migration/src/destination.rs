@@ -4,15 +4,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blanket_memory::GuestRam;
-use blanket_memory::dirty::PAGE;
+use blanket_memory::dirty::{PAGE, Pages};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::descriptors;
 use crate::disk::{self, Disks};
-use crate::status::{MOST_STREAMS, micros};
+use crate::follow::{Follower, Lost, Remote, SPARES};
+use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
 use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
 
 /// How long a destination that could run the guest asks whether it may, when
@@ -58,6 +60,14 @@ pub enum Error {
         "the source does not say whether the guest was handed over: it waits here, paused; if the source is gone for good, resume it"
     )]
     Undecided,
+    /// The same where not all memory is here: it can never run.
+    #[error(
+        "the source does not say whether the guest was handed over, and not all of its memory is here: it cannot run here"
+    )]
+    Stranded,
+    /// Memory has not followed.
+    #[error(transparent)]
+    Lost(#[from] Lost),
 }
 
 impl From<io::Error> for Error {
@@ -74,7 +84,20 @@ pub trait Machine: Sync {
     /// The disks whose content comes.
     fn disks(&self) -> &Disks;
 
-    /// Takes the state over, with the memory in place.
+    /// Whether memory can follow the guest here.
+    ///
+    /// # Errors
+    /// It cannot: why.
+    fn can_follow(&self) -> Result<(), String>;
+
+    /// Arms `remote`, and runs it on another thread.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn follow(&self, remote: Remote) -> Result<(), String>;
+
+    /// Takes the state over, with the memory in place, or on its way: who needs
+    /// it waits for it.
     ///
     /// # Errors
     /// The machine cannot.
@@ -96,6 +119,9 @@ pub struct Destination {
     /// For a question at the end: a monitor that has given up its privileges
     /// may not connect any more.
     spare: UnixStream,
+    /// For memory that follows the guest.
+    spares: Vec<UnixStream>,
+    follower: Option<Arc<Follower>>,
 }
 
 impl Destination {
@@ -120,9 +146,16 @@ impl Destination {
         let data = (0..offer.streams.min(MOST_STREAMS))
             .map(|index| join(path, offer.session, index))
             .collect::<Result<_, _>>()?;
+        // After the data streams.
+        let spare = join(path, offer.session, offer.streams.min(MOST_STREAMS))?;
+        // Last, as the source hears nothing of them for now.
+        let spares = (0..if offer.follows { SPARES } else { 0 })
+            .map(|_| UnixStream::connect(path))
+            .collect::<Result<_, _>>()?;
         let met = Self {
-            // After the data streams.
-            spare: join(path, offer.session, offer.streams.min(MOST_STREAMS))?,
+            spare,
+            spares,
+            follower: None,
             path: path.to_owned(),
             offer,
             control,
@@ -142,12 +175,33 @@ impl Destination {
         let _ = wire::send(&mut self.control, Kind::Abort, reason.as_bytes());
     }
 
-    /// Receives the guest and has it run.
+    /// Receives the guest and has it run; returns when all its memory is here.
     ///
     /// # Errors
     /// It does not run here, and never will, unless it is [`Error::Undecided`].
-    pub fn run(mut self, machine: &dyn Machine) -> Result<(), Error> {
-        let restored = self.receive(machine);
+    pub fn run(mut self, machine: &dyn Machine, progress: &Arc<Progress>) -> Result<(), Error> {
+        progress.lock().phase = Phase::Copying;
+        let arrived = self.arrive(machine, progress);
+        let arrived = match (arrived, &self.follower) {
+            (Ok(()), Some(follower)) => follower.wait().map_err(Error::from),
+            (Err(error), Some(follower)) => {
+                follower.abandon();
+                Err(match error {
+                    Error::Undecided => Error::Stranded,
+                    error => error,
+                })
+            }
+            (arrived, None) => arrived,
+        };
+        match &arrived {
+            Ok(()) => progress.lock().phase = Phase::Moved,
+            Err(error) => progress.fail(error.to_string()),
+        }
+        arrived
+    }
+
+    fn arrive(&mut self, machine: &dyn Machine, progress: &Arc<Progress>) -> Result<(), Error> {
+        let restored = self.receive(machine, progress);
         if let Err(error) = &restored
             && !matches!(
                 error,
@@ -156,25 +210,39 @@ impl Destination {
         {
             let _ = wire::send(&mut self.control, Kind::Abort, error.to_string().as_bytes());
         }
+        let restored = restored?;
+        if let Some(follower) = &self.follower {
+            follower.ready()?;
+        }
         // A source that never hears that it is ready does not hand over.
-        wire::send_value(&mut self.control, Kind::Ready, &restored?)?;
-        let mut control = match self.committed() {
-            Ok(()) => self.control,
+        wire::send_value(&mut self.control, Kind::Ready, &restored)?;
+        let mut other = match self.committed() {
+            Ok(()) => None,
             Err(wire::Error::Aborted(reason)) => return Err(wire::Error::Aborted(reason).into()),
-            Err(_) => self.inquire()?,
+            Err(_) => Some(self.inquire()?),
         };
         let start = Instant::now();
+        if let Some(follower) = &self.follower {
+            follower.own();
+            // Before anybody can see that it runs.
+            progress.lock().phase = Phase::Following;
+        }
         machine.run().map_err(Error::Machine)?;
         let running = Running {
             resume_us: micros(start.elapsed()),
         };
         // It runs, whether or not the source hears of it.
-        let _ = wire::send_value(&mut control, Kind::Running, &running);
+        let control = other.as_mut().unwrap_or(&mut self.control);
+        let _ = wire::send_value(control, Kind::Running, &running);
         Ok(())
     }
 
     /// All memory and the state.
-    fn receive(&mut self, machine: &dyn Machine) -> Result<Restored, Error> {
+    fn receive(
+        &mut self,
+        machine: &dyn Machine,
+        progress: &Arc<Progress>,
+    ) -> Result<Restored, Error> {
         let ram = machine.ram();
         let regions = ram.iter().map(|it| (it.start_addr().0, it.len()));
         if !regions.eq(self.offer.regions.iter().copied()) {
@@ -187,7 +255,11 @@ impl Destination {
         }
         let streams = std::mem::take(&mut self.data);
         let blank = disks.iter().map(|disk| disk::is_blank(&**disk)).collect();
-        wire::send_value(&mut self.control, Kind::Accept, &Accepted { blank })?;
+        let accepted = Accepted {
+            blank,
+            unable: machine.can_follow().err(),
+        };
+        wire::send_value(&mut self.control, Kind::Accept, &accepted)?;
         // From here on the source says when it is over.
         self.control.set_read_timeout(None)?;
         let endings: Vec<_> = streams
@@ -199,7 +271,7 @@ impl Destination {
                 .into_iter()
                 .map(|stream| scope.spawn(move || take_all(stream, ram, disks)))
                 .collect();
-            let state = self.state(ram, disks);
+            let state = self.state(machine, progress);
             // What is to come has come, or never will.
             for stream in &endings {
                 let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -220,7 +292,8 @@ impl Destination {
     }
 
     /// The state, which comes when all memory is in place.
-    fn state(&mut self, ram: &GuestRam, disks: &Disks) -> Result<Vec<u8>, Error> {
+    fn state(&mut self, machine: &dyn Machine, progress: &Arc<Progress>) -> Result<Vec<u8>, Error> {
+        let (ram, disks) = (machine.ram(), machine.disks());
         let mut payload = Vec::new();
         loop {
             match wire::receive(&mut self.control, &mut payload)? {
@@ -230,11 +303,43 @@ impl Destination {
                     all.try_for_each(|disk| disk.flush()).map_err(Error::Disk)?;
                     wire::send(&mut self.control, Kind::Flush, &[])?;
                 }
+                Kind::Missing if self.follower.is_none() && self.offer.follows => {
+                    self.follow(machine, &payload, progress)?;
+                }
                 Kind::Verify if payload == sum(ram, disks)?.to_le_bytes() => {}
                 Kind::Verify => return Err(Error::Differs),
                 _ => return Err(wire::Error::Damaged("its parts are not in order").into()),
             }
         }
+    }
+
+    /// Has the memory of these pages follow the guest.
+    fn follow(
+        &mut self,
+        machine: &dyn Machine,
+        missing: &[u8],
+        progress: &Arc<Progress>,
+    ) -> Result<(), Error> {
+        machine.can_follow().map_err(Error::Machine)?;
+        let missing = Pages::from_bytes(machine.ram(), missing);
+        let missing = missing.ok_or(wire::Error::Damaged("other memory is missing"))?;
+        let bytes = missing.count() * PAGE as u64;
+        progress.lock().following = Some(Following {
+            missing: bytes,
+            left: bytes,
+            ..Following::default()
+        });
+        let follower = Follower::new(progress)?;
+        let remote = Remote {
+            path: self.path.clone(),
+            session: self.offer.session,
+            spares: std::mem::take(&mut self.spares),
+            missing,
+            follower: Arc::clone(&follower),
+        };
+        machine.follow(remote).map_err(Error::Machine)?;
+        self.follower = Some(follower);
+        Ok(())
     }
 
     fn committed(&mut self) -> Result<(), wire::Error> {

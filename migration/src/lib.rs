@@ -34,6 +34,34 @@
 //!   ends                                      goes on
 //! ```
 //!
+//! # Before its memory
+//!
+//! A guest that writes faster than can be sent, or one for which that is wanted
+//! ([`Mode`]), changes hands before its memory, which follows. The end of the
+//! sequence is another one then:
+//!
+//! ```text
+//!   │ stops the guest, saves its state        │
+//!   │ ── missing (a bit for each page) ─────▶ │  empties them; who touches one
+//!   │                                         │  waits: userfaultfd(2)
+//!   │ ── state ─────────────────────────────▶ │  restores it
+//!   │ ◀╌╌╌╌╌╌ join, need (a spare stream) ╌╌╌ │  (what it needs for that)
+//!   │ ╌╌ pages, zeros, sync ╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌▶ │
+//!   │ ◀─────────────── ready ───────────────  │
+//!   │ ── commit ────────────────────────────▶ │  THE GUEST CHANGES HANDS
+//!   │ ◀────────────── running ──────────────  │
+//!   │ ◀═ need: a page that somebody waits for │  the first stream
+//!   │ ◀═ want: up to 16 of the others ═══════ │  the others, many at a time
+//!   │ ══ pages, zeros, sync ════════════════▶ │  each answer
+//!   │ ◀────────────── complete ─────────────  │  all of it is there
+//!   │ ── complete ──────────────────────────▶ │
+//!   ends                                      goes on
+//! ```
+//!
+//! The source answers, and remembers nothing: what was asked for on a stream
+//! that is cut is asked for again on another one. Pages that come twice are not
+//! taken twice, as the guest may have written them meanwhile.
+//!
 //! # Who has the guest
 //!
 //! At any time at most one end may run it. The source owns it until it has sent
@@ -42,16 +70,17 @@
 //!
 //! ```text
 //! source:      copying ──▶ switching ──── commit ────▶ handed ─── running ──▶ moved
-//!                 │            │                         │ ▲
-//!        any error, cancel     │ any error               └─┘ asked: commit again
-//!                 ▼            ▼
+//!                 │            │                         │ ▲ └─▶ following ────▲
+//!        any error, cancel     │ any error               └─┘         complete ─┘
+//!                 ▼            ▼                         asked: commit again
 //!              failed ◀─ resumes the guest
 //!
-//! destination: receiving ──▶ ready ─────── commit ───────▶ running
-//!                 │            │  └─ cut ─▶ asking ─ commit ──▲
-//!     cut, error, abort      abort            │ abort, silence
-//!                 ▼            ▼              ▼
-//!               ends          ends         undecided: paused, until it is told
+//! destination: receiving ──▶ ready ─────── commit ───────▶ running ──▶ all is there
+//!                 │            │  └─ cut ─▶ asking ─ commit ──▲   │ ▲ cut: asks again
+//!     cut, error, abort      abort            │ abort, silence   └─┘
+//!                 ▼            ▼              ▼                  no way any more:
+//!               ends          ends         undecided: paused,    ends, says what
+//!                                          until it is told      is missing
 //! ```
 //!
 //! | what happens | before `commit` | after |
@@ -63,22 +92,35 @@
 //! | the destination has no memory left, or its machine refuses the state | the guest runs on at the source | |
 //! | cancelled | the guest runs on at the source | too late |
 //!
+//! While memory follows, the source keeps all of it, but never runs the guest:
+//!
+//! | what happens | while memory follows |
+//! |---|---|
+//! | a stream is cut, or a byte changes | the guest waits where it needs memory; the destination asks again on another stream |
+//! | destination dies | the guest is gone; the source says so |
+//! | source dies, or there is no way to it any more | the guest is gone; the destination [says what is missing](Lost), and ends |
+//! | `running` is lost | the destination's questions for memory tell as much |
+//!
 //! A frame as short as `commit` is taken by a Unix socket whole or not at all:
 //! a source that could not send it knows that nobody has it.
 
+mod batch;
 mod descriptors;
 mod destination;
 mod disk;
+mod follow;
 mod forecast;
+mod keep;
 mod source;
 mod status;
 pub mod wire;
 
 pub use destination::{Destination, Error as DestinationError, Machine, place, store};
 pub use disk::{Disk, Disks};
+pub use follow::{Lost, MEMORY_LOST, Remote};
 pub use forecast::{Forecast, measure};
 pub use source::{Error, Guest, Source, Terms};
-pub use status::{MOST_STREAMS, Options, Phase, Progress, Round, Status, Step};
+pub use status::{Following, MOST_STREAMS, Mode, Options, Phase, Progress, Round, Status, Step};
 
 #[cfg(test)]
 mod tests;

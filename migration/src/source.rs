@@ -11,13 +11,13 @@ use blanket_memory::GuestRam;
 use blanket_memory::dirty::{PAGE, Pages};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::batch::Batch;
 use crate::descriptors;
 use crate::destination::sum;
 use crate::disk::{self, Disks, Extent, Whole};
-use crate::status::{Options, Pace, Pause, Phase, Progress, Round, micros};
-use crate::wire::{
-    self, Accepted, Frames, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running,
-};
+use crate::keep::Keeper;
+use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, Round, micros};
+use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
 
 /// How long the other end may take for a step of its own.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
@@ -25,6 +25,11 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
 const INQUIRY: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 30 });
 /// How long a destination that has lost the connection may ask after a failure.
 const REMORSE: Duration = Duration::from_secs(3);
+/// How long the memory of a guest that runs at the destination is kept for one
+/// that has gone away.
+const ABSENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 200 });
+/// Rounds after which a guest whose memory may follow it is handed over.
+const ENOUGH: u32 = 6;
 /// How long this end sleeps between two looks at what it waits for.
 const LOOK: Duration = Duration::from_millis(2);
 /// Bytes that are sent at once.
@@ -125,8 +130,10 @@ pub trait Guest {
 /// How a guest is moved.
 struct How<'a> {
     options: &'a Options,
-    pace: &'a Pace,
-    progress: &'a Progress,
+    pace: Arc<Pace>,
+    progress: &'a Arc<Progress>,
+    /// Where the destination comes.
+    listener: &'a UnixListener,
 }
 
 /// What a round sends.
@@ -154,10 +161,14 @@ pub struct Source {
     session: [u8; 16],
     control: UnixStream,
     data: Vec<UnixStream>,
-    /// Where it asks if `control` is lost.
-    spare: Option<UnixStream>,
+    /// Where it asks if `control` is lost, and for memory that follows the guest.
+    spares: Vec<UnixStream>,
     /// Its disks that have nothing but zeros.
     blank: Vec<bool>,
+    /// Why memory cannot follow the guest there.
+    unable: Option<String>,
+    /// Who serves the destination when it comes again.
+    keeper: Option<Keeper>,
     /// Rounds so far.
     rounds: u32,
     /// The destination may be ready.
@@ -176,9 +187,11 @@ pub struct Terms<'a> {
     pub descriptors: &'a [RawFd],
 }
 
-/// The next connection; none if something comes on `control` first.
+/// The next connection on which something comes; none if something comes on
+/// `control` first. Those that have nothing to say yet wait in `silent`.
 fn accept(
     listener: &UnixListener,
+    silent: &mut Vec<UnixStream>,
     control: Option<&UnixStream>,
     progress: &Progress,
     end: Instant,
@@ -188,15 +201,19 @@ fn accept(
         if progress.is_cancelled() {
             return Err(Error::Cancelled);
         }
+        let speaks = |stream: &UnixStream| is_readable(stream, Duration::ZERO);
+        if let Some(index) = silent.iter().position(speaks) {
+            return Ok(Some(silent.swap_remove(index)));
+        }
         match listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;
                 stream.set_read_timeout(Some(PATIENCE))?;
                 stream.set_write_timeout(Some(PATIENCE))?;
-                return Ok(Some(stream));
+                silent.push(stream);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if control.is_some_and(is_readable) {
+                if control.is_some_and(speaks) {
                     return Ok(None);
                 }
                 std::thread::sleep(LOOK);
@@ -207,15 +224,16 @@ fn accept(
     Err(Error::Silent("connect"))
 }
 
-/// Whether there is something to read, or the end.
-fn is_readable(stream: &UnixStream) -> bool {
+/// Whether there is something to read, or to accept, or the end, within a time.
+pub(crate) fn is_readable(socket: &impl AsRawFd, within: Duration) -> bool {
     let mut poll = libc::pollfd {
-        fd: stream.as_raw_fd(),
+        fd: socket.as_raw_fd(),
         events: libc::POLLIN,
         revents: 0,
     };
+    let timeout = within.as_millis() as libc::c_int;
     // SAFETY: it is one entry, and outlives the call.
-    unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
+    unsafe { libc::poll(&raw mut poll, 1, timeout) > 0 }
 }
 
 impl Source {
@@ -232,8 +250,9 @@ impl Source {
         progress: &Progress,
     ) -> Result<Self, Error> {
         let deadline = Instant::now() + PATIENCE;
+        let mut silent = Vec::new();
         let (mut control, hello) = loop {
-            let stream = accept(listener, None, progress, deadline)?;
+            let stream = accept(listener, &mut silent, None, progress, deadline)?;
             let mut stream = stream.ok_or(wire::Error::Cut)?;
             match wire::expect(&mut stream, Kind::Hello) {
                 Ok(hello) => break (stream, wire::decode::<Hello>(&hello)?),
@@ -256,6 +275,7 @@ impl Source {
             version: wire::VERSION,
             session: terms.session,
             streams,
+            follows: options.mode != Mode::PreCopy,
             regions: regions.collect(),
             disks: terms.disks,
             machine: terms.machine,
@@ -266,7 +286,8 @@ impl Source {
         // The last one is for questions.
         let mut data: Vec<Option<UnixStream>> = (0..=streams).map(|_| None).collect();
         while data.iter().any(Option::is_none) {
-            let Some(mut stream) = accept(listener, Some(&control), progress, deadline)? else {
+            let next = accept(listener, &mut silent, Some(&control), progress, deadline)?;
+            let Some(mut stream) = next else {
                 // It says why it does not come, or is gone.
                 wire::expect(&mut control, Kind::Abort)?;
                 continue;
@@ -279,12 +300,15 @@ impl Source {
         }
         let accepted: Accepted = wire::decode(&wire::expect(&mut control, Kind::Accept)?)?;
         let mut data: Vec<_> = data.into_iter().flatten().collect();
+        silent.extend(data.pop());
         Ok(Self {
             session: terms.session,
             control,
-            spare: data.pop(),
+            spares: silent,
             data,
             blank: accepted.blank,
+            unable: accepted.unable,
+            keeper: None,
             rounds: 0,
             at_risk: false,
         })
@@ -302,17 +326,23 @@ impl Source {
         listener: &UnixListener,
     ) -> Result<(), Error> {
         let start = Instant::now();
-        let moved = self.copy_and_switch(guest, options, progress);
+        let how = How {
+            options,
+            pace: Arc::new(Pace::new(options.bandwidth)),
+            progress,
+            listener,
+        };
+        let moved = self.copy_and_switch(guest, &how);
         guest.end();
         guest.disks().iter().for_each(|disk| disk.unwatch());
         let done = match moved {
             Ok(pause) => {
-                self.confirm(pause, progress, listener);
+                self.confirm(guest.ram(), pause, &how);
                 Ok(())
             }
             Err(error) => {
                 progress.fail(error.to_string());
-                self.tell_failure(&error, listener);
+                self.tell_failure(guest.ram(), &error, &how);
                 Err(error)
             }
         };
@@ -322,56 +352,69 @@ impl Source {
 
     /// Tells the destination that the guest stays here; if the connection is
     /// gone, when it asks.
-    fn tell_failure(&mut self, error: &Error, listener: &UnixListener) {
+    fn tell_failure(&mut self, ram: &GuestRam, error: &Error, how: &How<'_>) {
         let reason = error.to_string();
         if wire::send(&mut self.control, Kind::Abort, reason.as_bytes()).is_ok() || !self.at_risk {
             return;
         }
-        if let Some(mut stream) = self.asked(listener, Instant::now() + REMORSE) {
+        if let Some(mut stream) = self.asked(ram, Instant::now() + REMORSE, how) {
             let _ = wire::send(&mut stream, Kind::Abort, reason.as_bytes());
         }
     }
 
     /// Waits for a destination that has lost the connection and asks.
-    fn asked(&mut self, listener: &UnixListener, end: Instant) -> Option<UnixStream> {
-        // Nobody cancels that.
-        let progress = Progress::default();
-        while Instant::now() < end {
-            let accepted = match self.spare.take() {
-                Some(spare) => Ok(Some(spare)),
-                None => accept(listener, None, &progress, end),
-            };
-            let mut stream = accepted.ok().flatten()?;
-            let left = end.saturating_duration_since(Instant::now());
-            stream.set_read_timeout(Some(left.max(LOOK))).ok()?;
-            let asked = wire::expect(&mut stream, Kind::Ask);
-            if asked.is_ok_and(|session| session == self.session) {
-                return Some(stream);
-            }
-        }
-        None
+    fn asked(&mut self, ram: &GuestRam, end: Instant, how: &How<'_>) -> Option<UnixStream> {
+        self.keep(ram, Instant::now(), how).ok()?.asked(end)
     }
 
-    fn copy_and_switch(
-        &mut self,
-        guest: &mut dyn Guest,
-        options: &Options,
-        progress: &Progress,
-    ) -> Result<Pause, Error> {
-        let how = How {
-            options,
-            pace: &Pace::new(options.bandwidth),
-            progress,
+    /// Serves the destination from now on when it comes again.
+    fn keep(&mut self, ram: &GuestRam, began: Instant, how: &How<'_>) -> io::Result<&Keeper> {
+        let keeper = match self.keeper.take() {
+            Some(keeper) => keeper,
+            None => {
+                let spares = std::mem::take(&mut self.spares);
+                let (pace, progress) = (&how.pace, how.progress);
+                Keeper::spawn(
+                    how.listener,
+                    spares,
+                    ram,
+                    self.session,
+                    pace,
+                    progress,
+                    began,
+                )?
+            }
         };
-        let extents = self.copy_disks(guest, &how)?;
+        Ok(self.keeper.insert(keeper))
+    }
+
+    fn copy_and_switch(&mut self, guest: &mut dyn Guest, how: &How<'_>) -> Result<Pause, Error> {
+        let How {
+            options, progress, ..
+        } = how;
+        let mode = match (options.mode, self.unable.take()) {
+            (Mode::PreCopy, _) => Mode::PreCopy,
+            (_, Some(reason)) => {
+                progress.lock().unable = Some(reason);
+                Mode::PreCopy
+            }
+            (mode, None) => mode,
+        };
+        let extents = self.copy_disks(guest, how)?;
         progress.lock().phase = Phase::Copying;
         let mut load = Load {
             pages: guest.begin().map_err(Error::Guest)?,
             extents,
         };
         let target = options.downtime_ms * 1000;
-        for number in 0..options.rounds.max(1) {
-            let mut round = self.round(guest, &load, number == 0, &how)?;
+        let mut last = u64::MAX;
+        let rounds = match mode {
+            Mode::PreCopy => options.rounds.max(1),
+            Mode::Hybrid => options.rounds.clamp(1, ENOUGH),
+            Mode::PostCopy => 0,
+        };
+        for number in 0..rounds {
+            let mut round = self.round(guest, &load, number == 0, how)?;
             if !load.extents.is_empty() {
                 self.flush()?;
             }
@@ -380,8 +423,19 @@ impl Source {
             round.dirty_disk = disk::bytes(&load.extents);
             let expected = note(progress, round);
             if expected <= target {
-                return self.switch(guest, load, &how);
+                return self.switch(guest, load, false, how);
             }
+            let shorter = expected <= last / 4 * 3;
+            last = expected;
+            if mode == Mode::Hybrid && !shorter {
+                break;
+            }
+        }
+        if mode != Mode::PreCopy {
+            // The disks' content does not follow.
+            let little = progress.lock().rate / 1_000_000 * target;
+            load.extents = self.thin_out(guest, load.extents, little, how)?;
+            return self.switch(guest, load, true, how);
         }
         Err(Error::Diverges {
             expected_ms: progress.lock().expected_downtime_us.div_ceil(1000),
@@ -413,14 +467,26 @@ impl Source {
                 self.disk_round(guest, extents, blank, how)?;
             }
         }
-        let mut left = disk::written(&disks);
+        let left = disk::written(&disks);
+        self.thin_out(guest, left, LITTLE, how)
+    }
+
+    /// Sends what was written to the disks, until `little` is written meanwhile
+    /// or it becomes no less; what is left.
+    fn thin_out(
+        &mut self,
+        guest: &mut dyn Guest,
+        mut left: Vec<Extent>,
+        little: u64,
+        how: &How<'_>,
+    ) -> Result<Vec<Extent>, Error> {
         for _ in 0..DISK_ROUNDS {
             let before = disk::bytes(&left);
-            if before <= LITTLE {
+            if before <= little {
                 break;
             }
             self.disk_round(guest, left, false, how)?;
-            left = disk::written(&disks);
+            left = disk::written(&guest.disks());
             // The guest writes as fast as can be sent.
             if disk::bytes(&left) > before / 4 * 3 {
                 break;
@@ -452,9 +518,15 @@ impl Source {
         Ok(())
     }
 
-    /// Stops the guest and hands it over. Up to the commit, any error has it run
-    /// on here.
-    fn switch(&mut self, guest: &mut dyn Guest, load: Load, how: &How<'_>) -> Result<Pause, Error> {
+    /// Stops the guest and hands it over; `follows`: before its memory. Up to the
+    /// commit, any error has it run on here.
+    fn switch(
+        &mut self,
+        guest: &mut dyn Guest,
+        load: Load,
+        follows: bool,
+        how: &How<'_>,
+    ) -> Result<Pause, Error> {
         let progress = how.progress;
         if progress.is_cancelled() {
             return Err(Error::Cancelled);
@@ -463,7 +535,7 @@ impl Source {
         let mut pause = Pause::begin();
         let state = guest.stop().map_err(Error::Guest)?;
         pause.mark("stop and save", 0);
-        let handed = self.hand_over(guest, load, &state, how, &mut pause);
+        let handed = self.hand_over(guest, load, follows, &state, how, &mut pause);
         match handed {
             Ok(()) => {
                 guest.give_up();
@@ -480,6 +552,7 @@ impl Source {
         &mut self,
         guest: &mut dyn Guest,
         mut load: Load,
+        follows: bool,
         state: &[u8],
         how: &How<'_>,
         pause: &mut Pause,
@@ -491,12 +564,19 @@ impl Source {
         load.pages.merge(&last.pages);
         // What is among them twice is the same: the guest stands still.
         load.extents.extend(last.extents);
+        let missing = follows.then(|| {
+            let none = Pages::none(guest.ram());
+            std::mem::replace(&mut load.pages, none)
+        });
         let round = self.round(guest, &load, false, how)?;
         progress.lock().rounds.push(round);
         pause.mark("last memory", 0);
         if !load.extents.is_empty() {
             self.flush()?;
             pause.mark("flush disks", 0);
+        }
+        if let Some(missing) = missing {
+            self.leave(guest, &missing, how, pause)?;
         }
         if options.verify {
             let sum = sum(guest.ram(), &guest.disks())?.to_le_bytes();
@@ -518,14 +598,36 @@ impl Source {
         Ok(wire::send(&mut self.control, Kind::Commit, &self.session)?)
     }
 
+    /// Tells which memory follows the guest, and serves who asks for it: the
+    /// destination's machine may need some for its state.
+    fn leave(
+        &mut self,
+        guest: &dyn Guest,
+        missing: &Pages,
+        how: &How<'_>,
+        pause: &mut Pause,
+    ) -> Result<(), Error> {
+        let bytes = missing.count() * PAGE as u64;
+        how.progress.lock().following = Some(Following {
+            missing: bytes,
+            left: bytes,
+            ..Following::default()
+        });
+        self.keep(guest.ram(), pause.began(), how)?;
+        wire::send(&mut self.control, Kind::Missing, &missing.to_bytes())?;
+        pause.mark("send what is missing", 0);
+        Ok(())
+    }
+
     /// Waits for the word that the guest runs; or for a destination that has
-    /// lost the connection and asks whether it may.
-    fn confirm(&mut self, mut pause: Pause, progress: &Progress, listener: &UnixListener) {
+    /// lost the connection and asks whether it may. Then until it has all memory.
+    fn confirm(&mut self, ram: &GuestRam, mut pause: Pause, how: &How<'_>) {
+        let progress = how.progress;
         progress.lock().phase = Phase::Handed;
         let mut word = wire::expect(&mut self.control, Kind::Running);
         let end = Instant::now() + INQUIRY;
         while word.is_err()
-            && let Some(mut stream) = self.asked(listener, end)
+            && let Some(mut stream) = self.asked(ram, end, how)
         {
             if wire::send(&mut stream, Kind::Commit, &self.session).is_ok() {
                 word = wire::expect(&mut stream, Kind::Running);
@@ -538,13 +640,37 @@ impl Source {
                 pause.mark("commit", running.resume_us);
                 pause.add("resume", running.resume_us);
                 pause.end(&mut status);
-                status.phase = Phase::Moved;
+                status.phase = match status.following {
+                    Some(_) => Phase::Following,
+                    None => Phase::Moved,
+                };
             }
+            // Its memory tells.
+            Err(_) if status.following.is_some() => status.phase = Phase::Following,
             Err(error) => {
                 status.error = Some(format!(
                     "the guest was handed over, but the destination does not say that it runs: {error}"
                 ));
             }
+        }
+        if status.following.is_none() {
+            return;
+        }
+        drop(status);
+        self.follow(how);
+    }
+
+    /// Keeps the memory until the destination has all of it.
+    fn follow(&mut self, how: &How<'_>) {
+        let all = self.keeper.as_ref().is_some_and(|it| it.completed(ABSENCE));
+        let mut status = how.progress.lock();
+        if all {
+            status.phase = Phase::Moved;
+        } else {
+            let left = status.following.map_or(0, |following| following.left);
+            status.error = Some(format!(
+                "the guest was handed over, but the destination has gone away while {left} bytes of its memory were still here"
+            ));
         }
     }
 
@@ -576,7 +702,7 @@ impl Source {
             first,
             number: self.rounds,
             failed: AtomicBool::new(false),
-            pace: how.pace,
+            pace: &how.pace,
             progress,
         };
         let few = bytes <= FEW * PAGE as u64;
@@ -705,14 +831,7 @@ impl Work<'_> {
 
     fn flush(&self, stream: &mut UnixStream, batch: &mut Batch) -> Result<(), Error> {
         if !self.first {
-            for (kind, zeros) in [(Kind::Zeros, &batch.zeros), (Kind::Holes, &batch.holes)] {
-                // Whole entries of both.
-                for some in zeros.chunks(MOST_MEMORY / 48 * 48) {
-                    batch.frames.begin();
-                    batch.frames.push(some);
-                    batch.frames.end(kind);
-                }
-            }
+            batch.add_zeros();
         }
         let bytes = batch.frames.bytes();
         self.pace.wait(bytes.len());
@@ -721,62 +840,4 @@ impl Work<'_> {
         batch.clear();
         Ok(())
     }
-}
-
-/// What is to be sent at once.
-#[derive(Default)]
-struct Batch {
-    frames: Frames,
-    /// Ranges of memory: pairs of address and length.
-    zeros: Vec<u8>,
-    /// Ranges of disks: triples of disk, offset and length.
-    holes: Vec<u8>,
-}
-
-impl Batch {
-    fn len(&self) -> usize {
-        self.frames.bytes().len() + self.zeros.len() + self.holes.len()
-    }
-
-    fn clear(&mut self) {
-        self.frames.clear();
-        self.zeros.clear();
-        self.holes.clear();
-    }
-
-    /// Packs the pages of `bytes`, which are at `at` of a disk or of memory:
-    /// those that are all zeros, and the others.
-    fn pack(&mut self, disk: Option<u64>, at: u64, bytes: &[u8]) {
-        let mut place = at;
-        let pages: Vec<&[u8]> = bytes.chunks(PAGE).collect();
-        for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-            let len: usize = run.iter().map(|page| page.len()).sum();
-            let numbers = disk.into_iter().chain([place]);
-            if run.first().is_some_and(|page| is_zero(page)) {
-                let ranges = match disk {
-                    Some(_) => &mut self.holes,
-                    None => &mut self.zeros,
-                };
-                for number in numbers.chain([len as u64]) {
-                    ranges.extend(number.to_le_bytes());
-                }
-            } else {
-                self.frames.begin();
-                for number in numbers {
-                    self.frames.push(&number.to_le_bytes());
-                }
-                run.iter().for_each(|page| self.frames.push(page));
-                self.frames.end(match disk {
-                    Some(_) => Kind::Blocks,
-                    None => Kind::Pages,
-                });
-            }
-            place += len as u64;
-        }
-    }
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    let (words, rest) = page.as_chunks::<16>();
-    words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
 }

@@ -9,6 +9,20 @@ use serde::{Deserialize, Serialize};
 /// Most data streams.
 pub const MOST_STREAMS: u32 = 16;
 
+/// When the guest changes hands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// When all its memory is at the destination.
+    PreCopy,
+    /// At once: its memory follows it.
+    PostCopy,
+    /// When all its memory is at the destination; or, if it writes faster than
+    /// that can be sent, before.
+    #[default]
+    Hybrid,
+}
+
 /// What is wanted of a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -18,6 +32,9 @@ pub struct Options {
     /// The guest is stopped when it is expected to stand still for no more than
     /// so many milliseconds.
     pub downtime_ms: u64,
+    /// When the guest changes hands. Where memory cannot follow it, it is
+    /// [`Mode::PreCopy`].
+    pub mode: Mode,
     /// Most bytes per second; 0 for no limit.
     pub bandwidth: u64,
     /// Rounds after which it is given up.
@@ -32,6 +49,7 @@ impl Default for Options {
         Self {
             streams: 0,
             downtime_ms: 50,
+            mode: Mode::default(),
             bandwidth: 0,
             rounds: 30,
             verify: false,
@@ -67,7 +85,9 @@ pub enum Phase {
     Switching,
     /// The guest is the destination's, which has not confirmed that it runs.
     Handed,
-    /// The guest runs at the destination.
+    /// The guest runs at the destination, and its memory follows.
+    Following,
+    /// The guest runs at the destination, which has all of it.
     Moved,
     /// It was cancelled or has failed: the guest is here.
     Failed,
@@ -92,6 +112,19 @@ pub struct Round {
     /// Bytes that it wrote to disks meanwhile.
     #[serde(default)]
     pub dirty_disk: u64,
+}
+
+/// Memory that follows the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Following {
+    /// Bytes that were missing when the guest changed hands.
+    pub missing: u64,
+    /// Bytes that are missing.
+    pub left: u64,
+    /// How often a vCPU, a device or the monitor had to wait for memory.
+    pub faults: u64,
+    /// Microseconds from the order to stop the guest until all of it was there.
+    pub us: u64,
 }
 
 /// A step of the pause.
@@ -142,6 +175,12 @@ pub struct Status {
     pub downtime_us: u64,
     /// What they were spent on.
     pub pause: Vec<Step>,
+    /// The memory that follows the guest, if some does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub following: Option<Following>,
+    /// Why no memory follows, where that was wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unable: Option<String>,
 }
 
 /// What the engine and those who watch it share.
@@ -243,9 +282,13 @@ impl Pause {
         });
     }
 
-    pub(crate) fn end(self, status: &mut Status) {
+    pub(crate) fn began(&self) -> Instant {
+        self.start
+    }
+
+    pub(crate) fn end(&mut self, status: &mut Status) {
         status.downtime_us = micros(self.last - self.start);
-        status.pause = self.steps;
+        status.pause = std::mem::take(&mut self.steps);
     }
 }
 
@@ -267,17 +310,22 @@ impl Pace {
 
     /// Waits until `bytes` may go.
     pub(crate) fn wait(&self, bytes: usize) {
+        let turn = self.take(bytes);
+        std::thread::sleep(turn.saturating_duration_since(Instant::now()));
+    }
+
+    /// Has others wait for `bytes`, which may go at the time that it returns; or
+    /// at once, if they are few and urgent.
+    pub(crate) fn take(&self, bytes: usize) -> Instant {
+        let now = Instant::now();
         if self.limit == 0 {
-            return;
+            return now;
         }
         let takes = Duration::from_secs_f64(bytes as f64 / self.limit as f64);
-        let turn = {
-            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-            let turn = (*next).max(Instant::now());
-            *next = turn + takes;
-            turn
-        };
-        std::thread::sleep(turn.saturating_duration_since(Instant::now()));
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = (*next).max(now);
+        *next = turn + takes;
+        turn
     }
 }
 

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use blanket_memory::dirty::{self, PAGE, Pages, WriteLog};
+use blanket_memory::uffd::Uffd;
 use blanket_memory::{Backing, GuestRam, Spec, build_at};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress};
@@ -241,8 +242,21 @@ struct Other {
     ram: GuestRam,
     own: [Arc<Ram>; 2],
     disks: [Arc<dyn Disk>; 2],
-    runs: AtomicBool,
+    runs: Arc<AtomicBool>,
     takes: bool,
+    /// Memory can follow.
+    follows: bool,
+    /// The guest's, once it rests.
+    was: GuestRam,
+    over: Arc<AtomicBool>,
+    /// The guest has found other memory there.
+    wrong: Arc<AtomicBool>,
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::SeqCst);
+    }
 }
 
 impl Machine for Other {
@@ -263,8 +277,40 @@ impl Machine for Other {
         }
     }
 
+    fn can_follow(&self) -> Result<(), String> {
+        match self.follows {
+            true => Ok(()),
+            false => Err("it cannot".to_owned()),
+        }
+    }
+
+    fn follow(&self, remote: Remote) -> Result<(), String> {
+        let uffd = Uffd::open().map_err(|error| error.to_string())?;
+        let ram = self.ram.clone();
+        remote.arm(&uffd, &ram).map_err(|error| error.to_string())?;
+        // Who waits goes on when the descriptor is closed.
+        thread::spawn(move || remote.run(&uffd, &ram));
+        Ok(())
+    }
+
     fn run(&self) -> Result<(), String> {
         self.runs.store(true, Ordering::SeqCst);
+        let (ram, was) = (self.ram.clone(), self.was.clone());
+        let (over, wrong) = (Arc::clone(&self.over), Arc::clone(&self.wrong));
+        if self.follows {
+            thread::spawn(move || {
+                let mut i = 0u64;
+                while !over.load(Ordering::SeqCst) {
+                    i = i.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    let at = GuestAddress(HIGH + (i >> 16) % (PAGES * PAGE as u64 - 8));
+                    let [here, there] = [&was, &ram].map(|ram| ram.read_obj::<u64>(at).unwrap());
+                    if here != there {
+                        wrong.store(true, Ordering::SeqCst);
+                    }
+                    thread::sleep(Duration::from_micros(200));
+                }
+            });
+        }
         Ok(())
     }
 }
@@ -278,6 +324,11 @@ enum Fault {
         to_destination: bool,
         after: u64,
     },
+    /// All are cut after so many bytes of memory that follows the guest, which runs
+    /// at the destination, and there are no others from then on.
+    Sever {
+        after: u64,
+    },
     /// One bit of this byte is turned over.
     Flip {
         to_destination: bool,
@@ -286,13 +337,18 @@ enum Fault {
 }
 
 /// Carries connections from one socket to another, once with a fault.
-fn relay(from: &Path, to: PathBuf, fault: Fault) {
+fn relay(from: &Path, to: PathBuf, fault: Fault, runs: &Arc<AtomicBool>) {
+    let runs = Arc::clone(runs);
+    let followed: Arc<AtomicU64> = Arc::default();
     let listener = UnixListener::bind(from).unwrap();
     let counted: Arc<[AtomicU64; 2]> = Arc::default();
     let all: Arc<Mutex<Vec<UnixStream>>> = Arc::default();
     let done = Arc::new(AtomicBool::new(fault == Fault::None));
     thread::spawn(move || {
         for near in listener.incoming() {
+            if matches!(fault, Fault::Sever { .. }) && done.load(Ordering::SeqCst) {
+                continue;
+            }
             let (Ok(near), Ok(far)) = (near, UnixStream::connect(&to)) else {
                 continue;
             };
@@ -305,6 +361,7 @@ fn relay(from: &Path, to: PathBuf, fault: Fault) {
             ] {
                 let (counted, all, done) =
                     (Arc::clone(&counted), Arc::clone(&all), Arc::clone(&done));
+                let (runs, followed) = (Arc::clone(&runs), Arc::clone(&followed));
                 thread::spawn(move || {
                     let mut bytes = [0; 16384];
                     while let Ok(n @ 1..) = input.read(&mut bytes) {
@@ -320,6 +377,14 @@ fn relay(from: &Path, to: PathBuf, fault: Fault) {
                             } if which == to_destination && hits(after) => {
                                 done.store(true, Ordering::SeqCst);
                                 pass = after - here;
+                            }
+                            Fault::Sever { after }
+                                if to_destination
+                                    && runs.load(Ordering::SeqCst)
+                                    && followed.fetch_add(n, Ordering::SeqCst) > after =>
+                            {
+                                done.store(true, Ordering::SeqCst);
+                                pass = 0;
                             }
                             Fault::Flip {
                                 to_destination: which,
@@ -356,11 +421,22 @@ struct Outcome {
 }
 
 fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) -> Outcome {
+    migrate_to(guest, takes, Uffd::open().is_ok(), options, fault)
+}
+
+fn migrate_to(
+    guest: &mut Counter,
+    takes: bool,
+    follows: bool,
+    options: &Options,
+    fault: Fault,
+) -> Outcome {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("source");
     let near = folder.path().join("near");
     let listener = UnixListener::bind(&path).unwrap();
-    relay(&near, path, fault);
+    let runs: Arc<AtomicBool> = Arc::default();
+    relay(&near, path, fault, &runs);
     let own = [Ram::new(), Ram::new()];
     // One that is not blank: what is there has to go.
     own[1].store(512, &[0x55; SECTOR]);
@@ -368,14 +444,18 @@ fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) ->
         ram: ram(),
         disks: own.clone().map(|disk| disk as Arc<dyn Disk>),
         own,
-        runs: AtomicBool::new(false),
+        runs,
         takes,
+        follows,
+        was: guest.ram.clone(),
+        over: Arc::default(),
+        wrong: Arc::default(),
     });
     let there = Arc::clone(&other);
     let destination = thread::spawn(move || {
         let (met, _) = Destination::meet(&near)?;
         assert_eq!(met.machine(), b"like this");
-        met.run(&*there)
+        met.run(&*there, &Arc::default())
     });
     let progress = Arc::new(Progress::default());
     let terms = Terms {
@@ -394,6 +474,18 @@ fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) ->
         // What the guest has made durable here is durable there.
         for (here, there) in guest.disks.iter().zip(&other.own) {
             assert!(*here.bytes.lock().unwrap() == *there.flushed.lock().unwrap());
+        }
+    }
+    if moved.is_ok() && arrived.is_ok() {
+        assert!(!other.wrong.load(Ordering::SeqCst));
+        let mut pages = [[0u8; PAGE]; 2];
+        for at in (0..PAGES * PAGE as u64).step_by(PAGE) {
+            for at in [at, HIGH + at] {
+                for (page, ram) in pages.iter_mut().zip([&guest.ram, &other.ram]) {
+                    ram.read_slice(page, GuestAddress(at)).unwrap();
+                }
+                assert!(pages[0] == pages[1], "{at:#x}");
+            }
         }
     }
     Outcome {
@@ -451,25 +543,105 @@ fn a_guest_whose_state_is_refused_runs_on() {
 fn a_guest_that_writes_too_fast_stays() {
     let mut guest = Counter::new(Duration::ZERO);
     let options = Options {
-        bandwidth: 20 << 20,
-        downtime_ms: 1,
+        mode: Mode::PreCopy,
         rounds: 3,
-        ..options()
+        ..slow()
     };
     let outcome = migrate(&mut guest, true, &options, Fault::None);
     assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
     assert!(outcome.here && !outcome.there);
+    // Memory would follow, but it cannot there.
+    for mode in [Mode::Hybrid, Mode::PostCopy] {
+        let options = Options { mode, ..options };
+        let outcome = migrate_to(&mut guest, true, false, &options, Fault::None);
+        assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
+        assert!(outcome.here && !outcome.there);
+        assert_eq!(outcome.status.unable.as_deref(), Some("it cannot"));
+    }
+}
+
+/// Too slow for a guest that writes all the time.
+fn slow() -> Options {
+    Options {
+        bandwidth: 20 << 20,
+        downtime_ms: 1,
+        verify: false,
+        ..options()
+    }
+}
+
+/// Whether this user has what it takes.
+fn can_follow() -> bool {
+    let opened = Uffd::open();
+    if let Err(error) = &opened {
+        println!("skipped: {error}");
+    }
+    opened.is_ok()
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_arrives_before_its_memory() {
+    if !can_follow() {
+        return;
+    }
+    for (mode, verify) in [
+        (Mode::Hybrid, false),
+        (Mode::PostCopy, false),
+        (Mode::PostCopy, true),
+    ] {
+        let mut guest = Counter::new(Duration::ZERO);
+        let options = Options {
+            mode,
+            verify,
+            ..slow()
+        };
+        let outcome = migrate(&mut guest, true, &options, Fault::None);
+        outcome.moved.unwrap();
+        outcome.arrived.unwrap();
+        assert!(outcome.there && !outcome.here && guest.given_up);
+        let status = outcome.status;
+        assert_eq!((status.phase, &status.error), (Phase::Moved, &None));
+        let following = status.following.unwrap();
+        assert!(following.missing > 1 << 20 && following.left == 0);
+        assert!(following.faults > 0);
+        assert!(0 < following.us && following.us <= status.total_us);
+        // Without the rounds over disks.
+        let rounds = status.rounds.iter().filter(|round| round.pages > 0);
+        assert_eq!(rounds.count() > 0, mode == Mode::Hybrid);
+    }
+}
+
+#[test]
+fn a_guest_whose_source_is_lost_before_its_memory_has_followed_is_reported() {
+    if !can_follow() {
+        return;
+    }
+    let mut guest = Counter::new(Duration::ZERO);
+    let options = Options {
+        mode: Mode::PostCopy,
+        ..slow()
+    };
+    let fault = Fault::Sever { after: 1_000_000 };
+    let outcome = migrate(&mut guest, true, &options, fault);
+    // It was handed over.
+    outcome.moved.unwrap();
+    assert!(outcome.there && !outcome.here && guest.given_up);
+    let said = outcome.arrived.unwrap_err().to_string();
+    assert!(said.starts_with(MEMORY_LOST), "{said}");
+    assert!(said.contains(": 0x"), "{said}");
+    let error = outcome.status.error.unwrap();
+    assert!(error.contains("has gone away"), "{error}");
 }
 
 /// Bytes that a migration without a fault sends (to the source, to the destination).
-fn wherever(count: u64, of: impl Fn(bool, u64) -> Fault) {
+fn wherever(count: u64, options: &Options, of: impl Fn(bool, u64) -> Fault) {
     for to_destination in [true, false] {
         // What goes to the source is short, and so is what is said at the end.
         let most = if to_destination { 9_000_000 } else { 1000 };
         for i in 0..count {
             let fault = of(to_destination, most * i / count);
             let mut guest = Counter::new(Duration::from_micros(200));
-            let outcome = migrate(&mut guest, true, &options(), fault);
+            let outcome = migrate(&mut guest, true, options, fault);
             assert!(
                 outcome.here != outcome.there,
                 "{fault:?}: {} {} {:?} {:?}",
@@ -479,13 +651,18 @@ fn wherever(count: u64, of: impl Fn(bool, u64) -> Fault) {
                 outcome.arrived
             );
             assert_eq!(outcome.moved.is_ok(), outcome.there, "{fault:?}");
+            // Memory has followed, too.
+            assert_eq!(outcome.arrived.is_ok(), outcome.there, "{fault:?}");
+            if outcome.there && options.mode == Mode::PostCopy {
+                assert_eq!(outcome.status.phase, Phase::Moved, "{fault:?}");
+            }
         }
     }
 }
 
 #[test]
 fn wherever_the_connection_is_cut_exactly_one_end_runs_the_guest() {
-    wherever(24, |to_destination, after| Fault::Cut {
+    wherever(24, &options(), |to_destination, after| Fault::Cut {
         to_destination,
         after,
     });
@@ -493,5 +670,36 @@ fn wherever_the_connection_is_cut_exactly_one_end_runs_the_guest() {
 
 #[test]
 fn wherever_a_bit_changes_exactly_one_end_runs_the_guest() {
-    wherever(16, |to_destination, at| Fault::Flip { to_destination, at });
+    wherever(16, &options(), |to_destination, at| Fault::Flip {
+        to_destination,
+        at,
+    });
+}
+
+fn follows() -> Options {
+    Options {
+        mode: Mode::PostCopy,
+        bandwidth: 80 << 20,
+        ..slow()
+    }
+}
+
+#[test]
+fn wherever_it_is_cut_exactly_one_end_runs_a_guest_that_its_memory_follows() {
+    if can_follow() {
+        wherever(24, &follows(), |to_destination, after| Fault::Cut {
+            to_destination,
+            after,
+        });
+    }
+}
+
+#[test]
+fn wherever_a_bit_changes_exactly_one_end_runs_a_guest_that_its_memory_follows() {
+    if can_follow() {
+        wherever(16, &follows(), |to_destination, at| Fault::Flip {
+            to_destination,
+            at,
+        });
+    }
 }

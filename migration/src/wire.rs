@@ -13,11 +13,12 @@
 
 use std::io::{self, Read, Write};
 
+use blanket_memory::dirty::PAGE;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both ends must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Most bytes of memory, or of a disk, in one frame.
 pub const MOST_MEMORY: usize = 256 << 10;
 /// Longest payload of a frame that is not memory.
@@ -60,6 +61,14 @@ pub enum Kind {
     Sync,
     /// What all memory and all disks add up to, for comparison.
     Verify,
+    /// The pages that follow the guest: [`blanket_memory::dirty::Pages`] as bytes.
+    Missing,
+    /// From a destination whose memory is not all there: [`Want`].
+    Want,
+    /// The same for memory that somebody waits for.
+    Need,
+    /// The destination has all memory: [`Completed`]. The source sends it back.
+    Complete,
     /// The machine's state.
     State,
     /// The destination could run the guest this instant: [`Restored`].
@@ -71,7 +80,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 17] = [
+    const ALL: [(Self, [u8; 4]); 21] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -85,6 +94,10 @@ impl Kind {
         (Self::Flush, *b"flsh"),
         (Self::Sync, *b"sync"),
         (Self::Verify, *b"same"),
+        (Self::Missing, *b"miss"),
+        (Self::Want, *b"want"),
+        (Self::Need, *b"need"),
+        (Self::Complete, *b"full"),
         (Self::State, *b"stat"),
         (Self::Ready, *b"redy"),
         (Self::Commit, *b"comm"),
@@ -107,7 +120,7 @@ impl Kind {
             Self::Pages => (PLACE + MOST_MEMORY) as u64,
             Self::Blocks => (BLOCK_PLACE + MOST_MEMORY) as u64,
             Self::Zeros | Self::Holes => MOST_MEMORY as u64,
-            Self::State | Self::Offer => MOST_OTHER,
+            Self::State | Self::Offer | Self::Missing => MOST_OTHER,
             _ => 64 << 10,
         }
     }
@@ -126,7 +139,60 @@ pub struct Join {
     /// The session.
     pub session: [u8; 16],
     /// From 0 on; the one behind the last is for questions: see [`Kind::Ask`].
+    /// [`FOLLOWS`] for memory that follows the guest.
     pub index: u32,
+}
+
+/// [`Join::index`] of streams on which the destination asks for memory.
+pub const FOLLOWS: u32 = u32::MAX;
+
+/// What a destination wants of memory that has not come yet. It is answered with
+/// [`Kind::Zeros`], [`Kind::Pages`] and a [`Kind::Sync`] behind them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// Guest-physical address of the first page.
+    pub at: u64,
+    /// Bytes, at most [`MOST_MEMORY`].
+    pub len: u64,
+    /// Bytes that are missing in all.
+    pub left: u64,
+    /// How often somebody had to wait so far.
+    pub faults: u64,
+}
+
+impl Want {
+    /// As it is sent.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        let numbers = [self.at, self.len, self.left, self.faults];
+        for (place, number) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(numbers) {
+            *place = number.to_le_bytes();
+        }
+        bytes
+    }
+
+    /// What was sent.
+    ///
+    /// # Errors
+    /// It is none, or asks for parts of pages or for too many.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        let (&[at, len, left, faults], []) = bytes.as_chunks::<8>() else {
+            return Err(Error::Damaged("a wish has another length"));
+        };
+        let [at, len, left, faults] = [at, len, left, faults].map(u64::from_le_bytes);
+        // All of it in the address space.
+        let whole = at.checked_add(len).is_some() && (at | len).is_multiple_of(PAGE as u64);
+        if !whole || len == 0 || len > MOST_MEMORY as u64 {
+            return Err(Error::Damaged("a wish is for parts of pages"));
+        }
+        Ok(Self {
+            at,
+            len,
+            left,
+            faults,
+        })
+    }
 }
 
 /// What the source tells before anything is moved or stopped.
@@ -138,6 +204,8 @@ pub struct Offer {
     pub session: [u8; 16],
     /// Data streams that the destination is to open.
     pub streams: u32,
+    /// Memory may follow the guest.
+    pub follows: bool,
     /// The guest's memory: start and bytes of each region.
     pub regions: Vec<(u64, u64)>,
     /// Bytes of each disk whose content moves along.
@@ -149,11 +217,20 @@ pub struct Offer {
     pub descriptors: u32,
 }
 
+/// What a destination says that has all memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Completed {
+    /// How often somebody had to wait for it.
+    pub faults: u64,
+}
+
 /// What the destination has for the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Accepted {
     /// Whether there are nothing but zeros on each disk.
     pub blank: Vec<bool>,
+    /// Why no memory can follow the guest here.
+    pub unable: Option<String>,
 }
 
 /// The destination's part of the pause.
@@ -376,6 +453,20 @@ mod tests {
         fn garbage_is_refused_without_panic(bytes: Vec<u8>) {
             let _ = receive(&mut bytes.as_slice(), &mut Vec::new());
             let _ = decode::<Offer>(&bytes);
+            let _ = Want::from_bytes(&bytes);
+        }
+
+        #[test]
+        fn a_wish_is_understood_if_it_is_for_whole_pages(at: u32, pages in 1..=64u64, left: u64) {
+            let want = Want {
+                at: u64::from(at) * 4096,
+                len: pages * 4096,
+                left,
+                faults: left / 2,
+            };
+            prop_assert_eq!(Want::from_bytes(&want.to_bytes()).unwrap(), want);
+            let part = Want { at: want.at + 1, ..want };
+            prop_assert!(Want::from_bytes(&part.to_bytes()).is_err());
         }
     }
 

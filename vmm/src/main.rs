@@ -272,8 +272,16 @@ async fn serve(
                 }
             }
             Some(ending) = ended.recv() => break ending,
-            _ = terminate.recv() => break lock().end(Ending::PowerOff),
-            _ = interrupt.recv() => break lock().end(Ending::PowerOff),
+            _ = terminate.recv() => {
+                if let Some(ending) = lock().terminate() {
+                    break ending;
+                }
+            }
+            _ = interrupt.recv() => {
+                if let Some(ending) = lock().terminate() {
+                    break ending;
+                }
+            }
         }
     };
     let _ = stop.send(());

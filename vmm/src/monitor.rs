@@ -81,6 +81,12 @@ pub enum Error {
     /// It is on its way to another monitor, or from one.
     #[error("the VM is being migrated: wait until it is, or cancel that")]
     Migrating,
+    /// Its memory is on its way.
+    #[error(
+        "the memory of the VM is still on its way between two monitors, {} MiB of it: wait until all of it is there",
+        .0.div_ceil(1 << 20)
+    )]
+    Following(u64),
     /// It cannot be migrated.
     #[error("the VM cannot be migrated: {0}")]
     Unmovable(String),
@@ -146,7 +152,7 @@ struct Vm {
     /// Which pages of its memory have to be looked at.
     touched: Touched,
     /// What moves its memory while it runs, or why there is nothing.
-    pager: Result<Pager, String>,
+    pager: Result<Arc<Pager>, String>,
     migrator: Migrator,
     devices: HandOver,
     /// It is another monitor's.
@@ -309,9 +315,7 @@ impl Monitor {
         let name = self.id.clone();
         let vm = self.vm()?;
         vm.expect(&Vm::STARTED, "be saved")?;
-        if vm.migrator.is_busy() {
-            return Err(Error::Migrating);
-        }
+        vm.is_not_migrated()?;
         if vm.live.strong_count() > 0 {
             return Err(Error::Saving);
         }
@@ -342,8 +346,12 @@ impl Monitor {
             return self.boot().map(|()| None);
         }
         let vm = self.vm()?;
-        if action != Action::Poweroff && vm.migrator.is_busy() {
-            return Err(Error::Migrating);
+        if action != Action::Poweroff {
+            vm.is_not_migrated()?;
+        } else if vm.moved
+            && let Some(left) = vm.migrator.following()
+        {
+            return Err(Error::Following(left));
         }
         match action {
             Action::Boot => {}
@@ -420,6 +428,18 @@ impl Monitor {
         }
     }
 
+    /// Ends the VM because somebody wants the process to end; unless memory is
+    /// left in it that another monitor's guest needs.
+    pub fn terminate(&mut self) -> Option<Ending> {
+        if let Some(vm) = self.vm.as_ref().filter(|vm| vm.moved)
+            && let Some(left) = vm.migrator.following()
+        {
+            tracing::warn!("it does not end yet: {}", Error::Following(left));
+            return None;
+        }
+        Some(self.end(Ending::PowerOff))
+    }
+
     /// Ends the VM: the devices flush and let go.
     pub fn end(&mut self, ending: Ending) -> Ending {
         if self.vm.as_ref().is_some_and(|vm| vm.moved) {
@@ -475,7 +495,7 @@ impl Monitor {
 }
 
 /// What moves memory while the guest runs, or why there is nothing.
-fn pager(config: &VmConfig, ram: &GuestRam, uffd: io::Result<Uffd>) -> Result<Pager, String> {
+fn pager(config: &VmConfig, ram: &GuestRam, uffd: io::Result<Uffd>) -> Result<Arc<Pager>, String> {
     let huge = [HugePages::Hugetlb2M, HugePages::Hugetlb1G].map(Some);
     if huge.contains(&config.hugepages) {
         return Err("the VM's memory is in huge pages".to_owned());
@@ -484,7 +504,10 @@ fn pager(config: &VmConfig, ram: &GuestRam, uffd: io::Result<Uffd>) -> Result<Pa
         return Err("the VM's memory is shared with other processes".to_owned());
     }
     let uffd = uffd.map_err(|error| format!("there is no userfaultfd ({error})"))?;
-    Pager::spawn(uffd, ram, setup(Class::Pager)).map_err(|error| format!("no pager: {error}"))
+    let pager = Pager::spawn(uffd, ram, setup(Class::Pager));
+    pager
+        .map(Arc::new)
+        .map_err(|error| format!("no pager: {error}"))
 }
 
 impl Vm {
@@ -533,6 +556,15 @@ impl Vm {
             self.state = VmState::Paused;
         }
         Ok(())
+    }
+
+    /// Whether it is neither on its way to another monitor nor from one.
+    fn is_not_migrated(&self) -> Result<(), Error> {
+        match self.migrator.following() {
+            Some(left) => Err(Error::Following(left)),
+            None if self.migrator.is_busy() => Err(Error::Migrating),
+            None => Ok(()),
+        }
     }
 
     /// Whether the machine may go on.

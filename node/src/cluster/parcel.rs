@@ -118,6 +118,8 @@ pub enum State {
     Runs,
     /// Nothing.
     Gone,
+    /// It ran, and has ended, as its memory was lost: its disks are there.
+    Lost,
     /// A monitor that does not know whether it may run it.
     Undecided,
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use blanket_migration::Phase;
 use blanket_vmm::api::types::{Action, VmState};
 
 use super::for_each;
@@ -83,8 +84,34 @@ fn press_power_button(vm: &VmDir) {
     }
 }
 
+/// Refuses to end a monitor with memory that a guest in another one still needs.
+fn is_of_no_use(vm: &VmDir) -> Result<()> {
+    let client = vm.client()?.with_timeout(POWEROFF);
+    // One that does not answer serves nobody.
+    let Ok(status) = client.migration() else {
+        return Ok(());
+    };
+    let handed = matches!(status.phase, Phase::Handed | Phase::Following);
+    let is_source = || {
+        let info = client.info();
+        info.is_ok_and(|info| info.state == VmState::Stopped)
+    };
+    match status.following {
+        Some(following) if handed && status.error.is_none() && is_source() => Err(failure(
+            format!(
+                "'{}' runs in another monitor, and {} MiB of its memory are still on its way there",
+                vm.name,
+                following.left.div_ceil(1 << 20)
+            ),
+            "wait: this monitor ends by itself when all of it is there; or stop the VM there",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Waits for the guest until `deadline`, then powers it off, then kills.
 fn bring_down(vm: &VmDir, process: &Process, deadline: Instant) -> Result<()> {
+    is_of_no_use(vm)?;
     let progress = |text: &str| {
         if std::io::stderr().is_terminal() {
             eprintln!("{}: {text}", vm.name);

@@ -22,7 +22,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::Node;
 use super::cluster::random_text;
 use super::local::Migrate;
-use super::stream::{self, Carriage, Forward, Offer};
+use super::stream::{self, Carriage, Forward, Offer, Opened};
 use crate::cluster::identity::Peer;
 use crate::cluster::names::{NodeName, ServiceName};
 use crate::commands::migrate::receive::{CONTROL, MEMORY};
@@ -122,8 +122,13 @@ impl Node {
         carriage: Carriage,
     ) -> Result<[Forward; 2]> {
         let [control, memory] = services;
-        let lead = |file, service| self.forward(&stage.join(file), name.clone(), service, carriage);
-        Ok([lead(CONTROL, control)?, lead(MEMORY, memory)?])
+        let lead = |file, service, opened| {
+            self.forward_when(opened, &stage.join(file), name.clone(), service, carriage)
+        };
+        Ok([
+            lead(CONTROL, control, Opened::AtOnce)?,
+            lead(MEMORY, memory, Opened::WhenUsed)?,
+        ])
     }
 }
 

@@ -50,6 +50,16 @@ pub(crate) enum Carriage {
     Plain,
 }
 
+/// When a stream to the other node is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opened {
+    /// When somebody connects.
+    AtOnce,
+    /// When something is to be sent on it, or its end: who connects has to speak
+    /// first, and can do so when there was no way to the other node before.
+    WhenUsed,
+}
+
 /// What a ticket is for.
 #[derive(Debug)]
 struct Right {
@@ -313,6 +323,18 @@ impl Node {
         service: ServiceName,
         carriage: Carriage,
     ) -> Result<Forward> {
+        self.forward_when(Opened::AtOnce, path, name, service, carriage)
+    }
+
+    /// The same, with streams that are opened when that is said.
+    pub(crate) fn forward_when(
+        self: &Arc<Self>,
+        opened: Opened,
+        path: &Path,
+        name: NodeName,
+        service: ServiceName,
+        carriage: Carriage,
+    ) -> Result<Forward> {
         let listener = UnixListener::bind(path)
             .with_context(|| format!("cannot listen on {}", path.display()))?;
         let node = Arc::clone(self);
@@ -323,6 +345,9 @@ impl Node {
                 while streams.try_join_next().is_some() {}
                 let (node, name, service) = (Arc::clone(&node), name.clone(), service.clone());
                 streams.spawn(async move {
+                    if opened == Opened::WhenUsed && local.readable().await.is_err() {
+                        return;
+                    }
                     if let Err(error) = node.forward_one(local, &name, &service, carriage).await {
                         tracing::warn!("a stream to {service} on {name} has ended: {error:#}");
                     }

@@ -157,7 +157,7 @@ fn a_migration_that_fails_or_is_cancelled_leaves_the_guest_where_it_is() {
             stays(host, &vm, &guest, "--memory 256M", "other memory");
             stays(host, &vm, &guest, "--cpus 1", "other vCPUs");
             // Too slow to ever be done.
-            let slow = "--bandwidth 8M --downtime 1";
+            let slow = "--mode pre-copy --bandwidth 8M --downtime 1";
             let cancel = format!(
                 "blanket migrate here --as there --console socket=/run/there.console {slow} & \
                  sleep 1.5; kill -INT $!; ! wait $!"
@@ -195,7 +195,7 @@ fn killed_while_copied(host: &Host, victim: &str) -> String {
     let log = format!("/run/{victim}-killed.log");
     host.sh(
         "blanket migrate here --as there --console socket=/run/there.console \
-         --bandwidth 8M --downtime 1 || echo status $?",
+         --mode pre-copy --bandwidth 8M --downtime 1 || echo status $?",
     )
     .spawn(&log)
     .unwrap();
@@ -249,6 +249,144 @@ fn a_guest_outlives_the_monitor_it_is_copied_to_but_not_the_one_it_is_copied_fro
             assert_eq!(vms(host), 1, "{left}");
             assert!(host.sh("pidof blanket-vmm").text().is_err(), "{left}");
             vm.blanket("rm", "").unwrap();
+            // Nobody has its disk and its tap.
+            let again = pv(host, "again");
+            begins_load(&again.guest().unwrap(), "/dev/xvda");
+            goes_on(&again.guest().unwrap());
+            again.blanket("rm", "--force").unwrap();
+        },
+    );
+}
+
+/// Writes all of its memory all the time, faster than anybody could send it.
+fn writes_memory(guest: &Client) {
+    let write = "dd if=/dev/urandom of=/run/seed bs=1M count=8; \
+                 while [ ! -e /run/stop ]; do for i in $(seq 10); do \
+                 cat /run/seed > /run/fill$i; cmp /run/seed /run/fill$i || exit 1; done; done; \
+                 touch /run/stopped-writer";
+    guest.sh(write).spawn("/run/writer.log").unwrap();
+}
+
+/// Memory has followed the guest, as a report says.
+fn has_followed(report: &Value) {
+    is_sound(report);
+    let following = &report["following"];
+    let count = |what: &str| following[what].as_u64().unwrap();
+    assert!(count("missing") > 0 && count("left") == 0, "{report}");
+    assert!(
+        count("us") > report["downtime_us"].as_u64().unwrap(),
+        "{report}"
+    );
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_moves_before_its_memory() {
+    natively(
+        || native("follows").unwrap(),
+        |host| {
+            let mut vm = pv(host, "here");
+            let mut guest = vm.guest().unwrap();
+            begins_load(&guest, "/dev/xvda");
+            goes_on(&guest);
+            writes_memory(&guest);
+            for (new, mode) in [
+                ("there", "hybrid"),
+                ("here", "post-copy"),
+                ("there", "hybrid"),
+            ] {
+                let flags = format!("--mode {mode} --bandwidth 32M --downtime 1");
+                let (moved, report) = vm.migrate(new, &flags).unwrap();
+                println!("{report}");
+                has_followed(&report);
+                assert!(
+                    report["following"]["faults"].as_u64().unwrap() > 0,
+                    "{report}"
+                );
+                drop(guest);
+                vm = moved;
+                guest = vm.guest().unwrap();
+                goes_on(&guest);
+            }
+            ends_writing(&guest);
+            drop(guest);
+            vm.blanket("rm", "--force").unwrap();
+            assert_eq!(host.sh("blanket ps -a --json").text().unwrap().trim(), "[]");
+        },
+    );
+}
+
+/// As [`ends_load`] with [`writes_memory`].
+fn ends_writing(guest: &Client) {
+    let end = "for i in $(seq 600); do [ -e /run/stopped-writer ] && \
+               rm /run/stopped-writer && exit 0; sleep 0.1; done; cat /run/writer.log; exit 1";
+    guest.sh("touch /run/stop").text().unwrap();
+    let ended = guest.sh(end).timeout(LONG).run().unwrap();
+    assert!(ended.status.success(), "{ended}");
+    ends_load(guest);
+}
+
+#[test]
+fn a_guest_whose_old_monitor_is_killed_before_its_memory_has_followed_is_reported() {
+    natively(
+        || native("lost").unwrap(),
+        |host| {
+            let vm = pv(host, "here");
+            let guest = vm.guest().unwrap();
+            begins_load(&guest, "/dev/xvda");
+            goes_on(&guest);
+            let pid = vm.info().unwrap()["pid"].as_u64().unwrap();
+            let log = "/run/lost.log";
+            host.sh(
+                "blanket migrate here --as there --console socket=/run/there.console \
+                 --mode post-copy --bandwidth 2M || echo status $?",
+            )
+            .spawn(log)
+            .unwrap();
+            let until = |what: &str, done: &dyn Fn() -> bool| {
+                let deadline = Instant::now() + LONG;
+                while !done() {
+                    let said = || host.sh(format!("cat {log}")).text().unwrap();
+                    assert!(Instant::now() < deadline, "{what} is not:\n{}", said());
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            };
+            let there = Vm::started(host, "there");
+            until("it there", &|| {
+                there.info().is_ok_and(|info| info["state"] == "running")
+            });
+            // Neither end can be had while its memory is on its way.
+            for refused in [
+                "blanket pause there",
+                "blanket snapshot there /run/snapshot",
+                "blanket migrate there --as elsewhere",
+                "blanket stop here",
+            ] {
+                let said = host.sh(refused).run().unwrap().to_string();
+                assert!(said.contains("on its way"), "{refused}: {said}");
+            }
+            host.sh(format!("kill -TERM {pid}; sleep 1; kill -0 {pid}"))
+                .text()
+                .unwrap();
+            host.sh(format!("kill -KILL {pid}")).text().unwrap();
+            let said = || host.sh(format!("cat {log}")).text().unwrap();
+            until("it over", &|| said().contains("status "));
+            let said = said();
+            for part in ["its memory is lost", "start it there anew", "status 1"] {
+                assert!(said.contains(part), "{part} is not in:\n{said}");
+            }
+            let list = host.sh("blanket ps -a --json").text().unwrap();
+            println!("{said}\n{list}");
+            for part in [
+                "the guest's memory is lost",
+                "bytes of it had not come",
+                "0x",
+            ] {
+                assert!(list.contains(part), "{part} is not in:\n{list}");
+            }
+            drop(guest);
+            host.sh("blanket rm here && blanket rm there")
+                .text()
+                .unwrap();
             // Nobody has its disk and its tap.
             let again = pv(host, "again");
             begins_load(&again.guest().unwrap(), "/dev/xvda");
@@ -345,11 +483,18 @@ fn a_guest_with_its_disks_moves_to_another_node_and_back() {
         host.sh("exec ping -i 0.02 10.7.0.50")
             .spawn("/run/ping.log")
             .unwrap();
-        for (from, to, flags, name) in [(&a, &b, "", "b"), (&b, &a, "--plain", "a")] {
-            let migrate = format!("migrate web {name} --json --verify --downtime 1000 {flags}");
-            let report = from.json(&migrate);
+        for (from, to, flags, name) in [
+            (&a, &b, "--mode post-copy", "b"),
+            (&b, &a, "--mode post-copy --plain", "a"),
+            (&a, &b, "--mode pre-copy --verify --downtime 1000", "b"),
+            (&b, &a, "--mode pre-copy --verify --downtime 1000", "a"),
+        ] {
+            let report = from.json(&format!("migrate web {name} --json {flags}"));
             println!("{report}");
             is_sound(&report);
+            if flags.contains("post-copy") {
+                has_followed(&report);
+            }
             assert_eq!(
                 (&report["node"], &report["name"]),
                 (&name.into(), &"web".into())
@@ -422,7 +567,7 @@ fn a_guest_that_cannot_reach_the_other_node_stays_and_leaves_nothing_there() {
         b.says("rm --force web");
 
         // Too slow to ever be done: cut at different times.
-        let slow = "migrate web b --bandwidth 24M --downtime 1";
+        let slow = "migrate web b --mode pre-copy --bandwidth 24M --downtime 1";
         let during = |seconds: &str, what: &str| {
             let log = "/run/slow.log";
             let whole = format!(

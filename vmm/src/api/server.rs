@@ -81,6 +81,7 @@ fn refused(error: &Error) -> Response {
         | Error::State { .. }
         | Error::Saving
         | Error::NotLive(_)
+        | Error::Following(_)
         | Error::Migrating => StatusCode::CONFLICT,
         Error::Config(_)
         | Error::Build(_)

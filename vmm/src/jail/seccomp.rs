@@ -175,6 +175,7 @@ const MIGRATE: &[libc::c_long] = &[
     libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_connect,
+    libc::SYS_eventfd2,
     libc::SYS_fcntl,
     libc::SYS_getsockopt,
     libc::SYS_lseek,
@@ -257,6 +258,7 @@ impl Class {
             Self::VhostUser => &[vhost_user::SYSCALLS],
             // madvise is everybody's.
             Self::Populate => &[],
+            // With Unix sockets: see `program`. Memory follows its guest.
             Self::Pager => &[pager::SYSCALLS],
             // Threads, and Unix sockets: see `program`. Disks are copied.
             Self::Migrate => &[MIGRATE, store::THREAD_SYSCALLS],
@@ -335,7 +337,7 @@ pub fn program(class: Class) -> io::Result<BpfProgram> {
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);
     }
-    if matches!(class, Class::VhostUser | Class::Migrate) {
+    if matches!(class, Class::VhostUser | Class::Migrate | Class::Pager) {
         let unix = argument_rule(0, WHOLE, libc::AF_UNIX as u64);
         rules.insert(libc::SYS_socket, vec![unix.map_err(io::Error::other)?]);
     }

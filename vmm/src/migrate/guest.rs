@@ -5,7 +5,7 @@ use std::sync::mpsc::sync_channel;
 
 use blanket_memory::GuestRam;
 use blanket_memory::dirty::{self, PAGE, Pages};
-use blanket_migration::{Disks, Guest, Machine};
+use blanket_migration::{Disks, Guest, Machine, Remote};
 use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::VmFd;
 use tokio::sync::mpsc::UnboundedSender;
@@ -13,6 +13,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Order, What};
 use crate::machine::map_memory_with;
+use crate::snapshot::pager::Pager;
 use crate::snapshot::{Touched, clear};
 
 /// Memory that the guest, its devices and the monitor write.
@@ -126,6 +127,8 @@ impl Guest for Leaving {
 pub(super) struct Coming {
     pub(super) memory: Tracked,
     pub(super) disks: Arc<Disks>,
+    /// What sees to memory that follows, or why there is nothing.
+    pub(super) pager: Result<Arc<Pager>, String>,
     pub(super) orders: UnboundedSender<Order>,
 }
 
@@ -136,6 +139,15 @@ impl Machine for Coming {
 
     fn disks(&self) -> &Disks {
         &self.disks
+    }
+
+    fn can_follow(&self) -> Result<(), String> {
+        self.pager.as_ref().map(drop).map_err(Clone::clone)
+    }
+
+    fn follow(&self, remote: Remote) -> Result<(), String> {
+        let pager = self.pager.as_ref().map_err(Clone::clone)?;
+        pager.follow(remote).map_err(|error| error.to_string())
     }
 
     fn restore(&self, state: &[u8]) -> Result<(), String> {

@@ -8,13 +8,16 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use blanket_devices::worker::STACK;
-use blanket_migration::{Destination, DestinationError, Disks, Options, Progress, Source, Terms};
+use blanket_migration::{
+    Destination, DestinationError, Disks, Options, Phase, Progress, Source, Terms,
+};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::guest::{Coming, Leaving, Tracked, order};
 use super::{Order, What};
 use crate::jail::Class;
 use crate::machine::setup;
+use crate::snapshot::pager::Pager;
 
 /// How long a monitor whose guest has left can be asked how it went.
 const LINGER: Duration = Duration::from_secs(10);
@@ -76,6 +79,16 @@ impl Migrator {
         Arc::strong_count(&self.busy) > 1
     }
 
+    /// Bytes of memory that have not followed the guest yet, from or to another
+    /// monitor.
+    pub(crate) fn following(&self) -> Option<u64> {
+        let status = self.progress.status();
+        let following = status
+            .following
+            .filter(|_| status.phase == Phase::Following);
+        following.filter(|_| self.is_busy()).map(|it| it.left)
+    }
+
     /// How far it is, or how the last one went.
     pub(crate) fn progress(&self) -> &Progress {
         &self.progress
@@ -129,17 +142,25 @@ impl Migrator {
     }
 
     /// Receives a guest and has it run; else the process ends.
-    pub(crate) fn arrive(&self, memory: Tracked, disks: Arc<Disks>, source: Destination) {
-        let orders = self.orders.clone();
+    pub(crate) fn arrive(
+        &mut self,
+        memory: Tracked,
+        disks: Arc<Disks>,
+        pager: Result<Arc<Pager>, String>,
+        source: Destination,
+    ) {
+        self.progress = Arc::default();
+        let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
         self.start(move || {
             let cleared = memory.clear();
             let machine = Coming {
                 memory,
                 disks,
+                pager,
                 orders: orders.clone(),
             };
             let arrived = match cleared {
-                Ok(()) => source.run(&machine),
+                Ok(()) => source.run(&machine, &progress),
                 Err(error) => Err(DestinationError::Machine(error)),
             };
             match arrived {

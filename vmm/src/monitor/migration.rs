@@ -34,9 +34,7 @@ impl Monitor {
         if vm.live.strong_count() > 0 {
             return Err(Error::Saving);
         }
-        if vm.migrator.is_busy() {
-            return Err(Error::Migrating);
-        }
+        vm.is_not_migrated()?;
         let checked = vm.devices.check(request.hand_over);
         checked.map_err(Error::Unmovable)?;
         if let Ok(pager) = &vm.pager {
@@ -101,7 +99,8 @@ impl Monitor {
             true => vm.devices.contents(),
             false => Arc::new([]),
         };
-        vm.migrator.arrive(vm.memory(), disks, source);
+        let (memory, pager) = (vm.memory(), vm.pager.clone());
+        vm.migrator.arrive(memory, disks, pager, source);
         Ok(())
     }
 

@@ -48,12 +48,12 @@ pub(super) fn migrate(
         user: args.user,
     };
     let status = relocate(source, &mut receiver, &mut |status| shown.show(status))?;
-    Ok(Outcome::Moved(Report {
+    Ok(Outcome::Moved(Box::new(Report {
         name: new,
         node: None,
         left: Vec::new(),
         status,
-    }))
+    })))
 }
 
 /// A monitor on this node.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use blanket_migration::{Forecast, Options, Phase, Status};
+use blanket_migration::{Forecast, MEMORY_LOST, Mode, Options, Phase, Status};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::Client;
 use blanket_vmm::config::{ByteSize, VmConfig};
@@ -26,6 +26,7 @@ use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
 use crate::table::render;
+use crate::vm::Exit;
 
 /// How often one looks how far it is.
 const LOOK: Duration = Duration::from_millis(20);
@@ -34,6 +35,8 @@ const END: Duration = Duration::from_secs(10);
 /// How long a destination asks a source that is dead whether it may run the
 /// guest, before it can be told.
 const INQUIRY: Duration = Duration::from_secs(40);
+/// How long a destination tries to get at memory that has not followed its guest.
+const FOLLOW: Duration = Duration::from_secs(300);
 
 #[derive(clap::Args)]
 #[command(
@@ -54,6 +57,11 @@ pub(crate) struct Args {
     /// What the VM is called in its new monitor [default: the same, on another node].
     #[arg(long = "as", value_name = "NAME")]
     new: Option<VmName>,
+
+    /// When the VM changes hands: once all its memory is there; at once, and its memory follows;
+    /// or at once only if it writes memory faster than it can be sent.
+    #[arg(long, value_enum, default_value_t)]
+    mode: When,
 
     /// Milliseconds that it may stand still.
     #[arg(long, value_name = "MS", default_value_t = Options::default().downtime_ms)]
@@ -98,11 +106,25 @@ pub(crate) struct Args {
     vm: VmConfig,
 }
 
+/// See [`Mode`].
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum When {
+    PreCopy,
+    PostCopy,
+    #[default]
+    Hybrid,
+}
+
 impl Args {
     fn options(&self) -> Options {
         Options {
             streams: self.streams.unwrap_or(0),
             downtime_ms: self.downtime,
+            mode: match self.mode {
+                When::PreCopy => Mode::PreCopy,
+                When::PostCopy => Mode::PostCopy,
+                When::Hybrid => Mode::Hybrid,
+            },
             bandwidth: self.bandwidth.map_or(0, |bytes| bytes.0),
             verify: self.verify,
             ..Options::default()
@@ -145,7 +167,7 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
 
 /// What became of a wish to migrate.
 enum Outcome {
-    Moved(Report),
+    Moved(Box<Report>),
     Foreseen(Foreseen),
 }
 
@@ -295,6 +317,22 @@ fn relocate(
             leave(source, &client)?;
             there.map(|()| status)
         }
+        Ok(status) if status.phase == Phase::Following => {
+            // It says there why, if it can.
+            let _ = receiver.moved();
+            Err(failure(
+                format!(
+                    "'{}' was handed over, and has not got all its memory: {}",
+                    source.name,
+                    status.error.unwrap_or_default()
+                ),
+                format!(
+                    "it cannot run here any more (blanket rm {}); see what became of {}",
+                    source.name,
+                    receiver.called()
+                ),
+            ))
+        }
         Ok(status) => {
             let removed = receiver.stayed();
             let reason = status.error.unwrap_or_default();
@@ -329,6 +367,7 @@ fn follow(
         watch(&status);
         match status.phase {
             Phase::Moved | Phase::Failed => return Ok(status),
+            Phase::Following if status.error.is_some() => return Ok(status),
             Phase::Handed if status.error.is_some() => {
                 return Err(anyhow::anyhow!(status.error.unwrap_or_default()));
             }
@@ -359,13 +398,18 @@ fn remove(vm: &VmDir) -> Result<()> {
         process.kill()?;
         process.wait(END)?;
     }
-    // Its supervisor notes how it ended, and is done then.
+    noted_end(vm);
+    let _lock = vm.lock()?;
+    vm.remove()
+}
+
+/// Waits until the supervisor of a monitor that has ended has noted how, and is
+/// done.
+fn noted_end(vm: &VmDir) {
     let deadline = Instant::now() + END;
     while !vm.exit().exists() && Instant::now() < deadline {
         std::thread::sleep(LOOK);
     }
-    let _lock = vm.lock()?;
-    vm.remove()
 }
 
 /// The source does not answer. If it is dead, and the receiver was ready, the
@@ -391,6 +435,17 @@ fn take_over(source: &VmDir, receiver: &mut dyn Receiver, error: anyhow::Error) 
             source.name,
             receiver.called()
         ))),
+        State::Lost => Err(failure(
+            format!(
+                "the monitor of '{}' ended when the VM was {} already, and not all its memory: {error:#}",
+                source.name,
+                receiver.called()
+            ),
+            format!(
+                "its memory is lost, its disks are there, as it left them: start it there anew (blanket ps -a says more), and remove it here (blanket rm {})",
+                source.name
+            ),
+        )),
         State::Gone => Err(failure(
             format!(
                 "the monitor of '{}' ended while it was migrated, before the new one had all of it: {error:#}",
@@ -408,10 +463,14 @@ fn take_over(source: &VmDir, receiver: &mut dyn Receiver, error: anyhow::Error) 
 /// ready.
 fn resume_orphan(receiver: &VmDir) -> Result<State> {
     let client = receiver.client()?;
-    let deadline = Instant::now() + INQUIRY;
-    while Instant::now() < deadline && receiver.process()?.is_some() {
+    let begin = Instant::now();
+    let mut patience = INQUIRY;
+    while begin.elapsed() < patience && receiver.process()?.is_some() {
         match client.info() {
-            Ok(info) if info.state == VmState::Running => return Ok(State::Runs),
+            Ok(info) if info.state == VmState::Running && !is_followed(&client) => {
+                return Ok(State::Runs);
+            }
+            Ok(info) if info.state == VmState::Running => patience = FOLLOW,
             // It refuses as long as it still asks the source.
             Ok(info) if info.state == VmState::Paused => drop(client.act(Action::Resume)),
             _ => {}
@@ -420,6 +479,24 @@ fn resume_orphan(receiver: &VmDir) -> Result<State> {
     }
     if receiver.process()?.is_some() {
         return Ok(State::Undecided);
+    }
+    has_ended(receiver)
+}
+
+/// Whether memory still follows the guest. A monitor that does not answer may
+/// wait for some.
+fn is_followed(client: &Client) -> bool {
+    let status = client.migration();
+    status.map_or(true, |status| status.phase == Phase::Following)
+}
+
+/// What it means that a receiver on this node has ended. Nothing is left of one
+/// whose guest never ran.
+fn has_ended(receiver: &VmDir) -> Result<State> {
+    noted_end(receiver);
+    let exit = receiver.read::<Exit>(&receiver.exit())?;
+    if exit.is_some_and(|exit| exit.reason.contains(MEMORY_LOST)) {
+        return Ok(State::Lost);
     }
     remove(receiver)?;
     Ok(State::Gone)
@@ -471,6 +548,15 @@ fn line(status: &Status) -> String {
                 mib(status.dirty_rate),
             );
         }
+        Phase::Following => {
+            let following = status.following.unwrap_or_default();
+            return format!(
+                "it runs there, its memory follows: {:.0} of {:.0} MiB to go; it had to wait for memory {} times",
+                mib(following.left),
+                mib(following.missing),
+                following.faults,
+            );
+        }
         Phase::Copying => "copying memory",
         Phase::Switching | Phase::Handed => "switching over",
         Phase::Moved => "moved",
@@ -506,6 +592,17 @@ fn text(report: &Report) -> String {
     );
     for step in &status.pause {
         text += &format!("  {:<16}{:>8.2} ms\n", step.step, ms(step.us));
+    }
+    if let Some(following) = &status.following {
+        text += &format!(
+            "{:.0} MiB of memory followed, and were there {:.1} ms after it had been stopped; it had to wait for some {} times\n",
+            mib(following.missing),
+            ms(following.us),
+            following.faults,
+        );
+    }
+    if let Some(reason) = &status.unable {
+        text += &format!("memory could not have followed it: {reason}\n");
     }
     for path in left {
         text += &format!(

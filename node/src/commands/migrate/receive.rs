@@ -18,7 +18,7 @@ use blanket_vmm::api::types::VmState;
 use blanket_vmm::config::{CharConfig, VmConfig};
 use sha2::{Digest, Sha256};
 
-use super::{INQUIRY, LOOK, remove, resume_orphan};
+use super::{INQUIRY, LOOK, has_ended, is_followed, resume_orphan};
 use crate::cluster::parcel::{
     Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, hear, say,
 };
@@ -312,11 +312,13 @@ impl Arrival {
         let mut paused = None;
         loop {
             if self.vm.process()?.is_none() {
-                remove(&self.vm)?;
-                return Ok(State::Gone);
+                return has_ended(&self.vm);
             }
             match client.info() {
-                Ok(info) if info.state == VmState::Running => return Ok(State::Runs),
+                // What carries its memory here ends with this process.
+                Ok(info) if info.state == VmState::Running && !is_followed(&client) => {
+                    return Ok(State::Runs);
+                }
                 // It asks the source for a while. After that it is for people
                 // to say whether it may run.
                 Ok(info) if info.state == VmState::Paused => {

@@ -90,12 +90,12 @@ pub(super) fn migrate(
         node: node.clone(),
     };
     let status = relocate(source, &mut receiver, &mut |status| shown.show(status))?;
-    Ok(Outcome::Moved(Report {
+    Ok(Outcome::Moved(Box::new(Report {
         name: new,
         node: Some(node),
         left: dispose(home, &config, args.delete_disks),
         status,
-    }))
+    })))
 }
 
 /// What the other node needs of a VM before it can come, and the files of it.

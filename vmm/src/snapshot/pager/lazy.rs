@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
+use blanket_memory::discard;
 use blanket_memory::uffd::Mode;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -128,18 +129,7 @@ impl Thread {
             pieces.push((host, len));
         }
         for region in self.ram.iter() {
-            // SAFETY: guest memory, all of which is replaced; nothing in this
-            // process has references into it.
-            let done = unsafe {
-                libc::madvise(
-                    region.as_ptr().cast(),
-                    region.len() as usize,
-                    libc::MADV_DONTNEED,
-                )
-            };
-            if done != 0 {
-                return Err(io::Error::last_os_error());
-            }
+            discard(&self.ram, region.start_addr(), region.len() as usize)?;
         }
         Ok(pieces)
     }
@@ -169,7 +159,9 @@ impl Thread {
             match self.job() {
                 Err(()) => return Ok(None),
                 Ok(Some(Job::Complete(answer))) => return Ok(Some(answer)),
-                Ok(Some(Job::Restore(_, _, answer) | Job::Save(_, answer))) => {
+                Ok(Some(
+                    Job::Restore(_, _, answer) | Job::Follow(_, answer) | Job::Save(_, answer),
+                )) => {
                     let busy = io::Error::other("the memory is not all there");
                     drop(answer.send(Err(busy)));
                 }

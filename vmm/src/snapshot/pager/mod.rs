@@ -1,7 +1,8 @@
 //! The thread that moves guest memory while the guest runs: into the machine
-//! when it is needed ([lazy]), out of it before it is changed ([live]).
+//! when it is needed, from a snapshot ([lazy]) or from where the guest was
+//! ([`Remote`]), and out of it before it is changed ([live]).
 //!
-//! Both work with userfaultfd: whoever touches a page (a vCPU, KVM, a device)
+//! All work with userfaultfd: whoever touches a page (a vCPU, KVM, a device)
 //! waits until this thread has dealt with it. So the thread touches no guest
 //! memory itself but to read what is there, and waits for no other thread.
 
@@ -16,6 +17,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_
 use blanket_devices::worker::{STACK, ThreadSetup};
 use blanket_memory::GuestRam;
 use blanket_memory::uffd::Uffd;
+use blanket_migration::Remote;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -26,9 +28,14 @@ pub use live::Live;
 
 /// The system calls of the thread, beside every thread's.
 pub const SYSCALLS: &[libc::c_long] = &[
+    libc::SYS_connect,
     libc::SYS_fstat,
     libc::SYS_poll,
     libc::SYS_pread64,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_socket,
     libc::SYS_statx,
 ];
 
@@ -38,6 +45,8 @@ enum Job {
     Restore(Arc<Reader>, WorkingSet, SyncSender<io::Result<()>>),
     /// Have all of it come now.
     Complete(SyncSender<io::Result<()>>),
+    /// Let memory come from where its guest was.
+    Follow(Box<Remote>, SyncSender<io::Result<()>>),
     /// Hold all of it as it is now, and send it.
     Save(Box<live::Order>, SyncSender<io::Result<()>>),
 }
@@ -114,6 +123,16 @@ impl Pager {
         self.ask(|answer| Job::Restore(reader, set, answer))
     }
 
+    /// From now on memory that is missing comes from `remote`, first what
+    /// somebody waits for. Memory that can never come ends the process, as
+    /// [`Pager::restore`] does.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn follow(&self, remote: Remote) -> io::Result<()> {
+        self.ask(|answer| Job::Follow(Box::new(remote), answer))
+    }
+
     /// Reads what has not been needed yet, for as long as that takes.
     ///
     /// # Errors
@@ -151,8 +170,22 @@ impl Thread {
                 Job::Restore(reader, set, answer) => self.lazy(&reader, set, &answer),
                 // All is there.
                 Job::Complete(answer) => drop(answer.send(Ok(()))),
+                Job::Follow(remote, answer) => self.follow(*remote, &answer),
                 Job::Save(order, answer) => self.live(*order, &answer),
             }
+        }
+    }
+
+    /// Lets memory come from where its guest was, until all of it is there.
+    fn follow(&self, remote: Remote, answer: &SyncSender<io::Result<()>>) {
+        let armed = remote.arm(&self.uffd, &self.ram);
+        let run = armed.is_ok();
+        // The owner waits for it.
+        let _ = answer.send(armed);
+        if run {
+            remote
+                .run(&self.uffd, &self.ram)
+                .unwrap_or_else(|error| give_up(&error));
         }
     }
 
