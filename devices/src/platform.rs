@@ -8,7 +8,7 @@ pub const SERIAL_GSI: u32 = 4;
 
 /// ACPI power registers, one byte each: see [`crate::legacy::power`].
 pub const POWER_PORT: u16 = 0x600;
-/// The line by which the power button is told.
+/// The line by which the power button and a new generation are told.
 pub const POWER_GSI: u32 = 5;
 
 /// PCI configuration access by ports: address and data, eight bytes.
@@ -31,7 +31,10 @@ pub const FIRST_MSI_GSI: u32 = 24;
 /// advice looks for them.
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI tables.
-pub const ACPI_END: u64 = RESET_VECTOR;
+pub const ACPI_END: u64 = GENERATION;
+/// The [generation ID](crate::legacy::generation), in a page of its own of the
+/// BIOS area.
+pub const GENERATION: u64 = 0xf_e000;
 /// Where a PC starts anew in real mode (F000:FFF0), in the BIOS area's last 16
 /// bytes.
 pub const RESET_VECTOR: u64 = 0xf_fff0;

@@ -299,6 +299,7 @@ impl Monitor {
             }
         }
         vm.machine.restore(snapshot.state())?;
+        vm.machine.new_generation()?;
         self.timeline.mark("machine restored");
         vm.booted = Some(Instant::now());
         vm.state = VmState::Paused;

@@ -19,6 +19,7 @@ pub(super) fn build() -> Vec<u8> {
     Name::new("_S5_".into(), &Package::new(vec![&sleep])).to_aml_bytes(&mut body);
     pci(&mut body);
     serial(&mut body);
+    generation(&mut body);
     button(&mut body);
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, REVISION);
     table.append_slice(&body);
@@ -77,11 +78,35 @@ fn serial(out: &mut Vec<u8>) {
     .to_aml_bytes(out);
 }
 
-/// The power button, and the general event device that tells of it.
+/// Where the generation ID is. Both names are in use.
+fn generation(out: &mut Vec<u8>) {
+    let low = platform::GENERATION as u32;
+    let high = (platform::GENERATION >> 32) as u32;
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "VGEN".into(),
+            vec![
+                &Name::new("_HID".into(), &"QEMUVGID"),
+                &Name::new(
+                    "_CID".into(),
+                    &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]),
+                ),
+                &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+            ],
+        )],
+    )
+    .to_aml_bytes(out);
+}
+
+/// The power button, and the general event device that tells of it and of new
+/// generations.
 fn button(out: &mut Vec<u8>) {
     let interrupt = Interrupt::new(true, true, false, false, platform::POWER_GSI);
     let port = platform::POWER_PORT + power::EVENTS;
     let pressed = And::new(&Local(1), &Local(0), &power::EVENT_BUTTON);
+    let renewed = And::new(&Local(3), &Local(0), &power::EVENT_GENERATION);
     Scope::new(
         "_SB_".into(),
         vec![
@@ -118,6 +143,11 @@ fn button(out: &mut Vec<u8>) {
                             &If::new(
                                 &Local(1),
                                 vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
+                            ),
+                            &renewed,
+                            &If::new(
+                                &Local(3),
+                                vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
                             ),
                         ],
                     ),

@@ -1,5 +1,5 @@
 //! The ACPI tables: a hardware-reduced machine (ACPI 6.5, 4.1) with one PCI
-//! root, a serial port and a power button.
+//! root, a serial port, a power button and a generation ID.
 
 mod dsdt;
 
@@ -16,7 +16,7 @@ use acpi_tables::xsdt::XSDT;
 use blanket_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::legacy::power;
+use crate::legacy::{generation, power};
 use crate::platform;
 
 const OEM: [u8; 6] = *b"BLANKT";
@@ -32,6 +32,9 @@ pub enum Error {
     /// Guest memory ends below them.
     #[error("cannot write ACPI tables to guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
+    /// There is no generation ID.
+    #[error(transparent)]
+    Generation(#[from] generation::Error),
 }
 
 /// Writes tables one behind the other.
@@ -59,8 +62,8 @@ impl Writer<'_> {
     }
 }
 
-/// Writes the tables of a machine with `cpus` processors and returns where the
-/// root pointer is.
+/// Writes the tables of a machine with `cpus` processors, and its generation ID
+/// if it has none, and returns where the root pointer is.
 ///
 /// # Errors
 /// They do not fit.
@@ -84,6 +87,7 @@ pub fn write_tables(ram: &GuestRam, cpus: u8) -> Result<GuestAddress, Error> {
     let xsdt = writer.put_table(&xsdt)?;
     writer.next = root;
     writer.put_table(&Rsdp::new(OEM, xsdt))?;
+    generation::ensure(ram)?;
     Ok(GuestAddress(root))
 }
 

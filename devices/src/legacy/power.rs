@@ -27,6 +27,8 @@ pub const SIZE: u16 = 4;
 pub const RESET_VALUE: u8 = 1;
 /// Event bit: the power button was pressed.
 pub const EVENT_BUTTON: u8 = 1;
+/// Event bit: the generation ID is another one.
+pub const EVENT_GENERATION: u8 = 2;
 /// Sleep type of S5, as the DSDT names it.
 pub const SLEEP_TYPE_S5: u8 = 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
@@ -86,7 +88,19 @@ impl Power {
     /// # Errors
     /// The interrupt cannot be raised.
     pub fn press_button(&mut self) -> std::io::Result<()> {
-        self.events |= EVENT_BUTTON;
+        self.tell(EVENT_BUTTON)
+    }
+
+    /// Tells that the [generation ID](super::generation) is another one.
+    ///
+    /// # Errors
+    /// The interrupt cannot be raised.
+    pub fn tell_generation(&mut self) -> std::io::Result<()> {
+        self.tell(EVENT_GENERATION)
+    }
+
+    fn tell(&mut self, event: u8) -> std::io::Result<()> {
+        self.events |= event;
         self.interrupt.write(1)
     }
 }
@@ -141,6 +155,8 @@ mod tests {
         let saved = power.save().unwrap();
         assert_eq!((power.read(EVENTS), power.read(EVENTS)), (EVENT_BUTTON, 0));
         power.restore(&saved).unwrap();
-        assert_eq!(power.read(EVENTS), EVENT_BUTTON);
+        power.tell_generation().unwrap();
+        assert_eq!(interrupt.read().unwrap(), 1);
+        assert_eq!(power.read(EVENTS), EVENT_BUTTON | EVENT_GENERATION);
     }
 }

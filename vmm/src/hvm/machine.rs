@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use blanket_devices::legacy::generation;
 use blanket_devices::legacy::power::Power;
 use blanket_devices::legacy::serial::Serial;
 use blanket_devices::lifecycle::{self, Lifecycle, SavedState};
@@ -237,6 +238,16 @@ impl machine::Machine for Machine {
                 device: "power button".to_owned(),
                 message: error.to_string(),
             })
+    }
+
+    fn new_generation(&mut self) -> Result<(), lifecycle::Error> {
+        let failed = |message: String| lifecycle::Error::Device {
+            device: "generation ID".to_owned(),
+            message,
+        };
+        generation::renew(&self.ram).map_err(|error| failed(error.to_string()))?;
+        let told = self.power().tell_generation();
+        told.map_err(|error| failed(error.to_string()))
     }
 
     fn suspend(&mut self) -> Result<(), RequestError> {

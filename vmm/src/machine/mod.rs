@@ -135,6 +135,14 @@ pub trait Machine: Send {
     /// device refuses its part: the machine must be reset then.
     fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error>;
 
+    /// Tells a guest that has just been restored that it may be one of several
+    /// that go on from there, if its machine can: the guest of a `pv` machine
+    /// only finds out if it had suspended itself.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn new_generation(&mut self) -> Result<(), lifecycle::Error>;
+
     /// Asks the guest to use so much of what it has.
     ///
     /// # Errors

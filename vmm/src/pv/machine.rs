@@ -378,6 +378,10 @@ impl machine::Machine for Machine {
             })
     }
 
+    fn new_generation(&mut self) -> Result<(), lifecycle::Error> {
+        Ok(())
+    }
+
     fn suspend(&mut self) -> Result<(), RequestError> {
         let control = self.bus.control();
         if !control.can(Shutdown::Suspend) {
