@@ -406,7 +406,9 @@ impl Source {
             pages: guest.begin().map_err(Error::Guest)?,
             extents,
         };
-        let target = options.downtime_ms * 1000;
+        // A quarter of it is for stopping and starting the guest, its state, and
+        // what it writes until then.
+        let target = options.downtime_ms * 1000 / 4 * 3;
         let mut last = u64::MAX;
         let rounds = match mode {
             Mode::PreCopy => options.rounds.max(1),
