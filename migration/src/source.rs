@@ -1,23 +1,25 @@
 //! The end that has the guest.
 
+mod rounds;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blanket_memory::GuestRam;
 use blanket_memory::dirty::{PAGE, Pages};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::batch::Batch;
 use crate::descriptors;
 use crate::destination::sum;
-use crate::disk::{self, Disks, Extent, Whole};
+use crate::disk::{self, Disks};
 use crate::keep::Keeper;
-use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, Round, micros};
-use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
+use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
+use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
+
+use rounds::{Load, note};
 
 /// How long the other end may take for a step of its own.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
@@ -32,19 +34,6 @@ const ABSENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 200 });
 const ENOUGH: u32 = 6;
 /// How long this end sleeps between two looks at what it waits for.
 const LOOK: Duration = Duration::from_millis(2);
-/// Bytes that are sent at once.
-const BATCH: usize = 256 << 10;
-/// Pages that one stream sends alone: more threads would take longer.
-const FEW: u64 = 256;
-/// A round of so many bytes tells the rate.
-const TELLING: u64 = 1 << 20;
-/// Bytes of a disk that are sent before the destination has to have them on its
-/// own.
-const STRETCH: u64 = 128 << 20;
-/// Rounds over what is written to the disks, before memory's turn comes.
-const DISK_ROUNDS: u32 = 8;
-/// So many bytes of disks are left for the rounds over memory.
-const LITTLE: u64 = 8 << 20;
 
 /// Why the guest stays here.
 #[derive(Debug, thiserror::Error)]
@@ -134,26 +123,6 @@ struct How<'a> {
     progress: &'a Arc<Progress>,
     /// Where the destination comes.
     listener: &'a UnixListener,
-}
-
-/// What a round sends.
-struct Load {
-    pages: Pages,
-    extents: Vec<Extent>,
-}
-
-impl Load {
-    fn bytes(&self) -> u64 {
-        self.pages.count() * PAGE as u64 + disk::bytes(&self.extents)
-    }
-
-    /// What has been written since the last time.
-    fn written(guest: &mut dyn Guest) -> Result<Self, Error> {
-        Ok(Self {
-            pages: guest.dirty().map_err(Error::Guest)?,
-            extents: disk::written(&guest.disks()),
-        })
-    }
 }
 
 /// A destination that has accepted the guest.
@@ -445,81 +414,6 @@ impl Source {
         })
     }
 
-    /// Sends the disks' content, until little is written to them meanwhile;
-    /// what is left.
-    fn copy_disks(&mut self, guest: &mut dyn Guest, how: &How<'_>) -> Result<Vec<Extent>, Error> {
-        let disks = guest.disks();
-        if disks.is_empty() {
-            return Ok(Vec::new());
-        }
-        {
-            let mut status = how.progress.lock();
-            status.phase = Phase::Disks;
-            status.disks = disks.iter().map(|disk| disk.capacity()).sum();
-        }
-        for (index, disk) in disks.iter().enumerate() {
-            disk.watch()?;
-            let blank = self.blank.get(index).copied().unwrap_or(false);
-            let mut whole = Whole::of(&**disk, index, !blank);
-            loop {
-                let extents = whole.next(STRETCH)?;
-                if extents.is_empty() {
-                    break;
-                }
-                self.disk_round(guest, extents, blank, how)?;
-            }
-        }
-        let left = disk::written(&disks);
-        self.thin_out(guest, left, LITTLE, how)
-    }
-
-    /// Sends what was written to the disks, until `little` is written meanwhile
-    /// or it becomes no less; what is left.
-    fn thin_out(
-        &mut self,
-        guest: &mut dyn Guest,
-        mut left: Vec<Extent>,
-        little: u64,
-        how: &How<'_>,
-    ) -> Result<Vec<Extent>, Error> {
-        for _ in 0..DISK_ROUNDS {
-            let before = disk::bytes(&left);
-            if before <= little {
-                break;
-            }
-            self.disk_round(guest, left, false, how)?;
-            left = disk::written(&guest.disks());
-            // The guest writes as fast as can be sent.
-            if disk::bytes(&left) > before / 4 * 3 {
-                break;
-            }
-        }
-        Ok(left)
-    }
-
-    fn disk_round(
-        &mut self,
-        guest: &mut dyn Guest,
-        extents: Vec<Extent>,
-        first: bool,
-        how: &How<'_>,
-    ) -> Result<(), Error> {
-        let load = Load {
-            pages: Pages::none(guest.ram()),
-            extents,
-        };
-        let round = self.round(guest, &load, first, how)?;
-        note(how.progress, round);
-        self.flush()
-    }
-
-    /// Waits until the destination has made durable what it has of the disks.
-    fn flush(&mut self) -> Result<(), Error> {
-        wire::send(&mut self.control, Kind::Flush, &[])?;
-        wire::expect(&mut self.control, Kind::Flush)?;
-        Ok(())
-    }
-
     /// Stops the guest and hands it over; `follows`: before its memory. Up to the
     /// commit, any error has it run on here.
     fn switch(
@@ -674,172 +568,5 @@ impl Source {
                 "the guest was handed over, but the destination has gone away while {left} bytes of its memory were still here"
             ));
         }
-    }
-
-    /// Sends `load` over all streams, and waits until it is in place. `first`:
-    /// the destination has zeros in its place.
-    fn round(
-        &mut self,
-        guest: &dyn Guest,
-        load: &Load,
-        first: bool,
-        how: &How<'_>,
-    ) -> Result<Round, Error> {
-        let progress = how.progress;
-        let start = Instant::now();
-        let before = progress.bytes();
-        let bytes = load.bytes();
-        progress.begin_round(bytes);
-        let memory = load.pages.runs(guest.ram(), MOST_MEMORY).into_iter();
-        let memory = memory.map(|(at, len)| Piece::Memory(at, len));
-        let extents = load.extents.iter().copied().map(Piece::Disk);
-        let pieces: Vec<_> = extents.chain(memory).collect();
-        self.rounds = self.rounds.wrapping_add(1);
-        let disks = guest.disks();
-        let work = Work {
-            ram: guest.ram(),
-            disks: &disks,
-            pieces: &pieces,
-            next: AtomicUsize::new(0),
-            first,
-            number: self.rounds,
-            failed: AtomicBool::new(false),
-            pace: &how.pace,
-            progress,
-        };
-        let few = bytes <= FEW * PAGE as u64;
-        let streams = if few { 1 } else { self.data.len() };
-        let (here, others) = self.data[..streams].split_at_mut(1);
-        let result = std::thread::scope(|scope| {
-            let others: Vec<_> = others
-                .iter_mut()
-                .map(|stream| scope.spawn(|| work.send(stream)))
-                .collect();
-            let mut result = here.iter_mut().try_for_each(|stream| work.send(stream));
-            for other in others {
-                let sent = other.join();
-                let sent = sent.unwrap_or(Err(Error::Guest("a sender died".to_owned())));
-                result = result.and(sent);
-            }
-            result
-        });
-        result?;
-        let disk = disk::bytes(&load.extents);
-        progress.lock().disks_sent += disk;
-        Ok(Round {
-            pages: load.pages.count(),
-            disk,
-            bytes: progress.bytes() - before,
-            us: micros(start.elapsed()),
-            ..Round::default()
-        })
-    }
-}
-
-/// Notes how a round went; the expected downtime in microseconds.
-fn note(progress: &Progress, round: Round) -> u64 {
-    let mut status = progress.lock();
-    let us = round.us.max(1);
-    if round.bytes >= TELLING || status.rate == 0 {
-        status.rate = (round.bytes * 1_000_000 / us).max(1);
-    }
-    let dirty = round.dirty * PAGE as u64 + round.dirty_disk;
-    status.dirty_rate = dirty * 1_000_000 / us;
-    status.expected_downtime_us = dirty * 1_000_000 / status.rate;
-    status.rounds.push(round);
-    status.expected_downtime_us
-}
-
-/// What a frame can carry.
-#[derive(Clone, Copy)]
-enum Piece {
-    Memory(GuestAddress, usize),
-    Disk(Extent),
-}
-
-/// What the streams of a round share.
-struct Work<'a> {
-    ram: &'a GuestRam,
-    disks: &'a Disks,
-    pieces: &'a [Piece],
-    next: AtomicUsize,
-    /// What it is to replace is all zeros.
-    first: bool,
-    number: u32,
-    failed: AtomicBool,
-    pace: &'a Pace,
-    progress: &'a Progress,
-}
-
-impl Work<'_> {
-    fn send(&self, stream: &mut UnixStream) -> Result<(), Error> {
-        let sent = self.send_runs(stream);
-        if sent.is_err() {
-            self.failed.store(true, Ordering::Relaxed);
-        }
-        if let Err(Error::Wire(wire::Error::Cut)) = sent
-            && let Err(reason @ wire::Error::Aborted(_)) = wire::receive(stream, &mut Vec::new())
-        {
-            return Err(reason.into());
-        }
-        sent
-    }
-
-    fn send_runs(&self, stream: &mut UnixStream) -> Result<(), Error> {
-        let mut batch = Batch::default();
-        let mut buffer = vec![0; MOST_MEMORY];
-        while let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            if self.progress.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
-            if self.failed.load(Ordering::Relaxed) {
-                // Another stream has the reason.
-                return Ok(());
-            }
-            let len = self.pack(*piece, &mut buffer, &mut batch)?;
-            self.progress.saw(len as u64);
-            if batch.len() >= BATCH {
-                self.flush(stream, &mut batch)?;
-            }
-        }
-        self.flush(stream, &mut batch)?;
-        wire::send(stream, Kind::Sync, &self.number.to_le_bytes())?;
-        let back = wire::expect(stream, Kind::Sync)?;
-        if back != self.number.to_le_bytes() {
-            return Err(wire::Error::Damaged("another round was acknowledged").into());
-        }
-        Ok(())
-    }
-
-    /// Reads a piece and puts it into the batch; its bytes.
-    fn pack(&self, piece: Piece, buffer: &mut [u8], batch: &mut Batch) -> Result<usize, Error> {
-        match piece {
-            Piece::Memory(at, len) => {
-                let memory = &mut buffer[..len];
-                let read = self.ram.read_slice(memory, at);
-                read.map_err(|error| Error::Guest(error.to_string()))?;
-                batch.pack(None, at.0, memory);
-                Ok(len)
-            }
-            Piece::Disk(Extent { disk, at, len }) => {
-                let bytes = &mut buffer[..len];
-                let read = self.disks[disk].read(at, bytes);
-                read.map_err(|error| Error::Guest(format!("a disk cannot be read: {error}")))?;
-                batch.pack(Some(disk as u64), at, bytes);
-                Ok(len)
-            }
-        }
-    }
-
-    fn flush(&self, stream: &mut UnixStream, batch: &mut Batch) -> Result<(), Error> {
-        if !self.first {
-            batch.add_zeros();
-        }
-        let bytes = batch.frames.bytes();
-        self.pace.wait(bytes.len());
-        io::Write::write_all(stream, bytes).map_err(wire::Error::from)?;
-        self.progress.sent(bytes.len() as u64);
-        batch.clear();
-        Ok(())
     }
 }
