@@ -254,11 +254,14 @@ impl Source {
         descriptors::send(&control, terms.descriptors)?;
         // The last one is for questions.
         let mut data: Vec<Option<UnixStream>> = (0..=streams).map(|_| None).collect();
+        let mut accepted = None;
         while data.iter().any(Option::is_none) {
-            let next = accept(listener, &mut silent, Some(&control), progress, deadline)?;
+            let control_too = accepted.is_none().then_some(&control);
+            let next = accept(listener, &mut silent, control_too, progress, deadline)?;
             let Some(mut stream) = next else {
-                // It says why it does not come, or is gone.
-                wire::expect(&mut control, Kind::Abort)?;
+                // It says why it does not come, or is gone; or its word is here
+                // before its other streams, which came another way.
+                accepted = Some(wire::expect(&mut control, Kind::Accept)?);
                 continue;
             };
             let join: Join = wire::decode(&wire::expect(&mut stream, Kind::Join)?)?;
@@ -267,7 +270,11 @@ impl Source {
                 *place = Some(stream);
             }
         }
-        let accepted: Accepted = wire::decode(&wire::expect(&mut control, Kind::Accept)?)?;
+        let accepted = match accepted {
+            Some(accepted) => accepted,
+            None => wire::expect(&mut control, Kind::Accept)?,
+        };
+        let accepted: Accepted = wire::decode(&accepted)?;
         let mut data: Vec<_> = data.into_iter().flatten().collect();
         silent.extend(data.pop());
         Ok(Self {

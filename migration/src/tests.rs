@@ -319,6 +319,8 @@ impl Machine for Other {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     None,
+    /// All connections but the first take their time.
+    Late,
     /// All connections are cut after so many bytes in this direction.
     Cut {
         to_destination: bool,
@@ -345,7 +347,10 @@ fn relay(from: &Path, to: PathBuf, fault: Fault, runs: &Arc<AtomicBool>) {
     let all: Arc<Mutex<Vec<UnixStream>>> = Arc::default();
     let done = Arc::new(AtomicBool::new(fault == Fault::None));
     thread::spawn(move || {
-        for near in listener.incoming() {
+        for (number, near) in listener.incoming().enumerate() {
+            if fault == Fault::Late && number > 0 {
+                thread::sleep(Duration::from_millis(50));
+            }
             if matches!(fault, Fault::Sever { .. }) && done.load(Ordering::SeqCst) {
                 continue;
             }
@@ -524,6 +529,15 @@ fn a_guest_that_writes_all_the_time_arrives_with_all_its_memory() {
         assert!(steps <= status.downtime_us && status.downtime_us <= status.total_us);
         assert_eq!(status.disks, 2 * SECTORS * SECTOR as u64);
     }
+}
+
+#[test]
+fn a_guest_arrives_over_connections_that_come_late() {
+    let mut guest = Counter::new(Duration::from_micros(200));
+    let outcome = migrate(&mut guest, true, &options(), Fault::Late);
+    outcome.moved.unwrap();
+    outcome.arrived.unwrap();
+    assert!(outcome.there && !outcome.here);
 }
 
 #[test]
