@@ -36,7 +36,7 @@ impl Session<'_> {
                 }
                 Verdict::Found => {
                     step.failed("the input is in fuzz/artifacts");
-                    self.report.add(&name, Status::Failed);
+                    self.report.add(&name, Status::Failed(String::new()));
                 }
             }
         }

@@ -80,7 +80,7 @@ impl Session<'_> {
         let result = work(self.workspace, &step);
         let status = match &result {
             Ok(()) => Status::Passed,
-            Err(_) => Status::Failed,
+            Err(error) => Status::Failed(format!("{error:#}")),
         };
         self.report.add(name, status);
         match &result {

@@ -15,8 +15,8 @@ const SKIPPED: &str = "skipped, because ";
 pub enum Status {
     /// It held.
     Passed,
-    /// It did not hold.
-    Failed,
+    /// It did not hold; what was said of it, if anything.
+    Failed(String),
     /// It could not run, because of this.
     Skipped(String),
 }
@@ -61,7 +61,7 @@ impl Report {
             let status = match result {
                 "ok" => Status::Passed,
                 "ignored" => Status::Skipped("it is an example that is not run".into()),
-                _ => Status::Failed,
+                _ => Status::Failed(String::new()),
             };
             self.add(&format!("documentation {name}"), status);
         }
@@ -70,7 +70,7 @@ impl Report {
     /// How many tests failed.
     #[must_use]
     pub fn failures(&self) -> usize {
-        self.count(|status| *status == Status::Failed)
+        self.count(|status| matches!(status, Status::Failed(_)))
     }
 
     fn count(&self, want: impl Fn(&Status) -> bool) -> usize {
@@ -80,19 +80,41 @@ impl Report {
 
 fn status(case: &TestCase) -> Status {
     match &case.status {
-        TestCaseStatus::NonSuccess { .. } => Status::Failed,
+        TestCaseStatus::NonSuccess { .. } => Status::Failed(
+            outputs(case).find_map(panic_message).unwrap_or_default(),
+        ),
         TestCaseStatus::Skipped { message, .. } => Status::Skipped(
             message
                 .as_ref()
                 .map_or("no reason is given", |message| message.as_str())
                 .to_owned(),
         ),
-        TestCaseStatus::Success { .. } => [&case.system_out, &case.system_err]
-            .into_iter()
-            .flatten()
-            .find_map(|text| skip_reason(text.as_str()))
+        TestCaseStatus::Success { .. } => outputs(case)
+            .find_map(skip_reason)
             .map_or(Status::Passed, Status::Skipped),
     }
+}
+
+/// What a test printed.
+fn outputs(case: &TestCase) -> impl Iterator<Item = &str> {
+    [&case.system_out, &case.system_err]
+        .into_iter()
+        .flatten()
+        .map(|text| text.as_str())
+}
+
+/// Where a test panicked and the beginning of what it said, from its output.
+fn panic_message(output: &str) -> Option<String> {
+    const LINES: usize = 6;
+    let at = " panicked at ";
+    let told = &output[output.find(at)? + at.len()..];
+    let lines: Vec<_> = told
+        .lines()
+        .take_while(|line| !line.starts_with("stack backtrace:") && !line.starts_with("note: "))
+        .take(LINES)
+        .map(str::trim_end)
+        .collect();
+    Some(lines.join("\n    "))
 }
 
 /// The reason that a test's output gives for not having run.
@@ -111,8 +133,10 @@ impl fmt::Display for Report {
             }
         }
         for (name, status) in &self.results {
-            if *status == Status::Failed {
-                writeln!(f, "failed: {name}")?;
+            match status {
+                Status::Failed(why) if why.is_empty() => writeln!(f, "failed: {name}")?,
+                Status::Failed(why) => writeln!(f, "failed: {name}: {why}")?,
+                _ => {}
             }
         }
         write!(
@@ -144,7 +168,11 @@ the guest was not skipped, because it is quick
     </testcase>
     <testcase name="breaks" classname="devices" time="0.004">
       <failure type="test failure">skipped, because it is broken</failure>
-      <system-err>skipped, because it is broken</system-err>
+      <system-err>skipped, because it is broken
+thread 'breaks' (7) panicked at src/lib.rs:1:2:
+two is not three
+stack backtrace:
+</system-err>
     </testcase>
   </testsuite>
 </testsuites>"#;
@@ -163,7 +191,8 @@ the guest was not skipped, because it is quick
             report.results["devices needs_kvm"],
             Status::Skipped("/dev/kvm is missing & nothing helps".into())
         );
-        assert_eq!(report.results["devices breaks"], Status::Failed);
+        let why = "src/lib.rs:1:2:\n    two is not three";
+        assert_eq!(report.results["devices breaks"], Status::Failed(why.into()));
         assert_eq!(report.failures(), 1);
     }
 
@@ -174,7 +203,7 @@ the guest was not skipped, because it is quick
         assert_eq!(
             report.to_string(),
             "skipped: devices needs_kvm, because /dev/kvm is missing & nothing helps\n\
-             failed: devices breaks\n\
+             failed: devices breaks: src/lib.rs:1:2:\n    two is not three\n\
              2 passed, 1 failed, 1 skipped"
         );
     }

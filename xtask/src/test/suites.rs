@@ -108,7 +108,7 @@ impl Session<'_> {
         }
         // A run that failed without a failed test did not get that far.
         if read.is_err() || before == self.report.failures() {
-            self.report.add(name, Status::Failed);
+            self.report.add(name, Status::Failed(String::new()));
         }
         step.failed(
             &read
@@ -132,7 +132,7 @@ impl Session<'_> {
             step.done("");
         } else {
             if before == self.report.failures() {
-                self.report.add(NAME, Status::Failed);
+                self.report.add(NAME, Status::Failed(String::new()));
             }
             step.failed("");
         }
