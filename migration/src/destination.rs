@@ -15,6 +15,7 @@ use crate::descriptors;
 use crate::disk::{self, Disks};
 use crate::follow::{Follower, Lost, Remote, SPARES};
 use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
+use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
 
 /// How long a destination that could run the guest asks whether it may, when
@@ -130,8 +131,7 @@ impl Destination {
     /// # Errors
     /// Nobody is there, or it speaks another protocol.
     pub fn meet(path: &Path) -> Result<(Self, Vec<OwnedFd>), Error> {
-        let mut control = UnixStream::connect(path)?;
-        control.set_read_timeout(Some(PATIENCE))?;
+        let mut control = connect(path)?;
         let hello = Hello {
             version: wire::VERSION,
         };
@@ -144,10 +144,11 @@ impl Destination {
         }
         let descriptors = descriptors::receive(&control, offer.descriptors)?;
         let data = (0..offer.streams.min(MOST_STREAMS))
-            .map(|index| join(path, offer.session, index))
+            .map(|index| join(way::ask(connect(path)?)?, offer.session, index))
             .collect::<Result<_, _>>()?;
         // After the data streams.
-        let spare = join(path, offer.session, offer.streams.min(MOST_STREAMS))?;
+        let spare = connect(path)?;
+        let spare = join(spare, offer.session, offer.streams.min(MOST_STREAMS))?;
         // Last, as the source hears nothing of them for now.
         let spares = (0..if offer.follows { SPARES } else { 0 })
             .map(|_| UnixStream::connect(path))
@@ -387,8 +388,15 @@ impl Destination {
     }
 }
 
-fn join(path: &Path, session: [u8; 16], index: u32) -> Result<UnixStream, Error> {
-    let mut stream = UnixStream::connect(path)?;
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Says what a stream is for.
+fn join(mut stream: UnixStream, session: [u8; 16], index: u32) -> Result<UnixStream, Error> {
+    stream.set_read_timeout(None)?;
     wire::send_value(&mut stream, Kind::Join, &Join { session, index })?;
     Ok(stream)
 }

@@ -4,7 +4,8 @@
 //! destination connects: once for the control stream, once for each of the data
 //! streams that the source asks for, and once to be able to ask, whatever
 //! happens, who has the guest. Neither knows whether the other end is
-//! on the same machine, or what carries the bytes there.
+//! on the same machine, or what carries the bytes there; that may hand over a
+//! [shorter way](way) for the data streams.
 //!
 //! ```text
 //! source                                   destination
@@ -113,6 +114,7 @@ mod forecast;
 mod keep;
 mod source;
 mod status;
+pub mod way;
 pub mod wire;
 
 pub use destination::{Destination, Error as DestinationError, Machine, place, store};

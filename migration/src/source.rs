@@ -17,6 +17,7 @@ use crate::destination::sum;
 use crate::disk::{self, Disks};
 use crate::keep::Keeper;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
+use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
 
 use rounds::{Load, note};
@@ -172,14 +173,16 @@ fn accept(
         }
         let speaks = |stream: &UnixStream| is_readable(stream, Duration::ZERO);
         if let Some(index) = silent.iter().position(speaks) {
-            return Ok(Some(silent.swap_remove(index)));
+            let mut stream = silent.swap_remove(index);
+            match way::answer(&mut stream)? {
+                Some(stream) => silent.push(patient(stream)?),
+                None => return Ok(Some(stream)),
+            }
+            continue;
         }
         match listener.accept() {
             Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                stream.set_write_timeout(Some(PATIENCE))?;
-                silent.push(stream);
+                silent.push(patient(stream)?);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if control.is_some_and(speaks) {
@@ -191,6 +194,13 @@ fn accept(
         }
     }
     Err(Error::Silent("connect"))
+}
+
+fn patient(stream: UnixStream) -> io::Result<UnixStream> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 /// Whether there is something to read, or to accept, or the end, within a time.
