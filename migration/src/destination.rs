@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memo
 use crate::descriptors;
 use crate::disk::{self, Disks};
 use crate::follow::{Follower, Lost, Remote, SPARES};
+use crate::frames::{self, Place};
 use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
 use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
@@ -109,6 +110,13 @@ pub trait Machine: Sync {
     /// # Errors
     /// A device does not go on.
     fn run(&self) -> Result<(), String>;
+
+    /// Has the guest, which runs, receive a frame before all that its networks
+    /// send here.
+    fn frame(&self, place: Place, frame: &[u8]);
+
+    /// Lets what its networks send here to the guest.
+    fn release(&self);
 }
 
 /// A source that has been met.
@@ -234,7 +242,14 @@ impl Destination {
         };
         // It runs, whether or not the source hears of it.
         let control = other.as_mut().unwrap_or(&mut self.control);
-        let _ = wire::send_value(control, Kind::Running, &running);
+        let told = wire::send_value(control, Kind::Running, &running);
+        // A source that is gone sends no frames on.
+        if other.is_none()
+            && let Err(error) = told.and_then(|()| frames::take(machine, &mut self.control))
+        {
+            tracing::warn!(%error, "frames to the guest's old place may be lost");
+        }
+        machine.release();
         Ok(())
     }
 

@@ -31,7 +31,9 @@
 //!   │ ── state ─────────────────────────────▶ │  restores it, does not run it
 //!   │ ◀─────────────── ready ───────────────  │
 //!   │ ── commit ────────────────────────────▶ │  THE GUEST CHANGES HANDS
-//!   │ ◀────────────── running ──────────────  │
+//!   │ ◀────────────── running ──────────────  │  it is announced to its networks
+//!   │ ── frame (each that comes here) ──────▶ │
+//!   │ ── quiet (so is the announcement) ────▶ │  lets frames of its own in
 //!   ends                                      goes on
 //! ```
 //!
@@ -111,6 +113,7 @@ mod destination;
 mod disk;
 mod follow;
 mod forecast;
+mod frames;
 mod keep;
 mod source;
 mod status;
@@ -121,6 +124,7 @@ pub use destination::{Destination, Error as DestinationError, Machine, place, st
 pub use disk::{Disk, Disks};
 pub use follow::{Lost, MEMORY_LOST, Remote};
 pub use forecast::{Forecast, measure};
+pub use frames::Place;
 pub use source::{Error, Guest, Source, Terms};
 pub use status::{Following, MOST_STREAMS, Mode, Options, Phase, Progress, Round, Status, Step};
 

@@ -15,6 +15,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::descriptors;
 use crate::destination::sum;
 use crate::disk::{self, Disks};
+use crate::frames::{self, Place};
 use crate::keep::Keeper;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
 use crate::way;
@@ -115,6 +116,13 @@ pub trait Guest {
 
     /// It is another's now and must never run here again.
     fn give_up(&mut self);
+
+    /// The next frame that its networks have sent here since it was stopped, if
+    /// there is one. Only once it is another's.
+    fn frame(&mut self, into: &mut Vec<u8>) -> Option<Place>;
+
+    /// Whether all its networks know where it is now.
+    fn is_found(&self) -> bool;
 }
 
 /// How a guest is moved.
@@ -323,7 +331,7 @@ impl Source {
         guest.disks().iter().for_each(|disk| disk.unwatch());
         let done = match moved {
             Ok(pause) => {
-                self.confirm(guest.ram(), pause, &how);
+                self.confirm(guest, pause, &how);
                 Ok(())
             }
             Err(error) => {
@@ -534,24 +542,31 @@ impl Source {
 
     /// Waits for the word that the guest runs; or for a destination that has
     /// lost the connection and asks whether it may. Then until it has all memory.
-    fn confirm(&mut self, ram: &GuestRam, mut pause: Pause, how: &How<'_>) {
+    fn confirm(&mut self, guest: &mut dyn Guest, mut pause: Pause, how: &How<'_>) {
         let progress = how.progress;
         progress.lock().phase = Phase::Handed;
         let mut word = wire::expect(&mut self.control, Kind::Running);
+        let here = word.is_ok();
         let end = Instant::now() + INQUIRY;
         while word.is_err()
-            && let Some(mut stream) = self.asked(ram, end, how)
+            && let Some(mut stream) = self.asked(guest.ram(), end, how)
         {
             if wire::send(&mut stream, Kind::Commit, &self.session).is_ok() {
                 word = wire::expect(&mut stream, Kind::Running);
             }
         }
         let running = word.and_then(|word| wire::decode::<Running>(&word));
+        if let Ok(running) = &running {
+            pause.mark("commit", running.resume_us);
+            pause.add("resume", running.resume_us);
+        }
+        if here {
+            let forwarded = frames::forward(guest, &mut self.control);
+            progress.lock().forwarded = forwarded.unwrap_or_default();
+        }
         let mut status = progress.lock();
         match running {
-            Ok(running) => {
-                pause.mark("commit", running.resume_us);
-                pause.add("resume", running.resume_us);
+            Ok(_) => {
                 pause.end(&mut status);
                 status.phase = match status.following {
                     Some(_) => Phase::Following,

@@ -181,6 +181,8 @@ pub struct Status {
     /// Why no memory follows, where that was wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unable: Option<String>,
+    /// Frames that came to the guest's old place, and were sent on.
+    pub forwarded: u64,
 }
 
 /// What the engine and those who watch it share.

@@ -1,5 +1,6 @@
 //! Both ends at once, over connections that fail.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::ops::Range;
@@ -127,8 +128,9 @@ struct Counter {
     runs: Arc<AtomicBool>,
     resting: Arc<Mutex<()>>,
     over: Arc<AtomicBool>,
-    /// Bytes that it writes in a row.
     given_up: bool,
+    /// Frames that have come for it.
+    frames: VecDeque<Place>,
 }
 
 impl Counter {
@@ -140,6 +142,7 @@ impl Counter {
             resting: Arc::default(),
             over: Arc::default(),
             given_up: false,
+            frames: waiting(),
         };
         for page in 0..PAGES / 2 {
             let at = GuestAddress(page * 2 * PAGE as u64);
@@ -236,6 +239,17 @@ impl Guest for Counter {
     fn give_up(&mut self) {
         self.given_up = true;
     }
+
+    fn frame(&mut self, into: &mut Vec<u8>) -> Option<Place> {
+        assert!(self.given_up);
+        let place = self.frames.pop_front()?;
+        *into = [place.interface, place.queue].map(|n| n as u8).to_vec();
+        Some(place)
+    }
+
+    fn is_found(&self) -> bool {
+        true
+    }
 }
 
 struct Other {
@@ -251,6 +265,9 @@ struct Other {
     over: Arc<AtomicBool>,
     /// The guest has found other memory there.
     wrong: Arc<AtomicBool>,
+    /// Frames that were sent on, before those of its own.
+    frames: Mutex<Vec<Place>>,
+    released: AtomicBool,
 }
 
 impl Drop for Other {
@@ -313,6 +330,23 @@ impl Machine for Other {
         }
         Ok(())
     }
+
+    fn frame(&self, place: Place, frame: &[u8]) {
+        assert!(self.runs.load(Ordering::SeqCst) && !self.released.load(Ordering::SeqCst));
+        assert_eq!(frame, [place.interface as u8, place.queue as u8]);
+        self.frames.lock().unwrap().push(place);
+    }
+
+    fn release(&self) {
+        self.released.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Frames for the guest, in this order.
+fn waiting() -> VecDeque<Place> {
+    let places = [(0, 0), (1, 3), (0, 1), (0, 0)];
+    let place = |(interface, queue)| Place { interface, queue };
+    places.map(place).into()
 }
 
 /// What becomes of the bytes between the two.
@@ -455,6 +489,8 @@ fn migrate_to(
         was: guest.ram.clone(),
         over: Arc::default(),
         wrong: Arc::default(),
+        frames: Mutex::default(),
+        released: AtomicBool::default(),
     });
     let there = Arc::clone(&other);
     let destination = thread::spawn(move || {
@@ -481,7 +517,17 @@ fn migrate_to(
             assert!(*here.bytes.lock().unwrap() == *there.flushed.lock().unwrap());
         }
     }
+    if arrived.is_ok() {
+        assert!(other.released.load(Ordering::SeqCst));
+    }
     if moved.is_ok() && arrived.is_ok() {
+        // In their order; a cut connection may have ended them.
+        let sent_on = other.frames.lock().unwrap();
+        assert!(waiting().make_contiguous().starts_with(&sent_on));
+        if fault == Fault::None {
+            assert_eq!(sent_on.len(), waiting().len());
+            assert_eq!(progress.status().forwarded, 4);
+        }
         assert!(!other.wrong.load(Ordering::SeqCst));
         let mut pages = [[0u8; PAGE]; 2];
         for at in (0..PAGES * PAGE as u64).step_by(PAGE) {

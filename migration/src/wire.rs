@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both ends must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Most bytes of memory, or of a disk, in one frame.
 pub const MOST_MEMORY: usize = 256 << 10;
 /// Longest payload of a frame that is not memory.
@@ -77,10 +77,15 @@ pub enum Kind {
     Commit,
     /// The guest runs there: [`Running`].
     Running,
+    /// A network's frame that has come to the guest's old place: its interface and
+    /// its queue in two bytes each, and the frame.
+    Frame,
+    /// No more of them come.
+    Quiet,
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 21] = [
+    const ALL: [(Self, [u8; 4]); 23] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -102,6 +107,8 @@ impl Kind {
         (Self::Ready, *b"redy"),
         (Self::Commit, *b"comm"),
         (Self::Running, *b"runs"),
+        (Self::Frame, *b"fram"),
+        (Self::Quiet, *b"quie"),
     ];
 
     fn bytes(self) -> [u8; 4] {
@@ -121,6 +128,8 @@ impl Kind {
             Self::Blocks => (BLOCK_PLACE + MOST_MEMORY) as u64,
             Self::Zeros | Self::Holes => MOST_MEMORY as u64,
             Self::State | Self::Offer | Self::Missing => MOST_OTHER,
+            // The longest frame, with its header.
+            Self::Frame => 66 << 10,
             _ => 64 << 10,
         }
     }

@@ -155,6 +155,8 @@ struct Vm {
     pager: Result<Arc<Pager>, String>,
     migrator: Migrator,
     devices: HandOver,
+    /// Its taps are not those that it had before.
+    fresh_taps: bool,
     /// It is another monitor's.
     moved: bool,
 }
@@ -250,6 +252,7 @@ impl Monitor {
             pager,
             migrator,
             devices,
+            fresh_taps: false,
             moved: false,
         });
         Ok(())

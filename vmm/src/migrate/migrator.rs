@@ -14,7 +14,7 @@ use blanket_migration::{
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::guest::{Coming, Leaving, Tracked, order};
-use super::{Order, What};
+use super::{Frames, Order, What};
 use crate::jail::Class;
 use crate::machine::setup;
 use crate::snapshot::pager::Pager;
@@ -47,6 +47,8 @@ pub(crate) struct Departure {
     pub(crate) descriptors: Vec<RawFd>,
     /// What is copied with it.
     pub(crate) disks: Arc<Disks>,
+    /// What comes for it when it has left.
+    pub(crate) frames: Frames,
     pub(crate) options: Options,
 }
 
@@ -111,6 +113,7 @@ impl Migrator {
             let mut guest = Leaving {
                 memory,
                 disks,
+                frames: Frames::default(),
                 orders,
             };
             if let Err(error) = blanket_migration::measure(&mut guest, &progress) {
@@ -127,7 +130,7 @@ impl Migrator {
         self.progress = Arc::default();
         let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
         self.start(move || {
-            let moved = depart(memory, &how, &progress, &orders);
+            let moved = depart(memory, how, &progress, &orders);
             match moved {
                 Ok(()) => {
                     std::thread::sleep(LINGER);
@@ -147,6 +150,7 @@ impl Migrator {
         memory: Tracked,
         disks: Arc<Disks>,
         pager: Result<Arc<Pager>, String>,
+        frames: Frames,
         source: Destination,
     ) {
         self.progress = Arc::default();
@@ -157,6 +161,7 @@ impl Migrator {
                 memory,
                 disks,
                 pager,
+                frames,
                 orders: orders.clone(),
             };
             let arrived = match cleared {
@@ -176,7 +181,7 @@ impl Migrator {
 
 fn depart(
     memory: Tracked,
-    how: &Departure,
+    how: Departure,
     progress: &Arc<Progress>,
     orders: &UnboundedSender<Order>,
 ) -> Result<(), String> {
@@ -189,6 +194,7 @@ fn depart(
     let mut guest = Leaving {
         memory,
         disks: Arc::clone(&how.disks),
+        frames: how.frames,
         orders: orders.clone(),
     };
     Source::meet(

@@ -11,7 +11,7 @@ use blanket_migration::{Destination, Disks, Status};
 use super::{Ending, Error, Monitor, Vm};
 use crate::api::types::VmState;
 use crate::config::VmConfig;
-use crate::migrate::{self, Departure, HandOver, Offered, Order, Tracked, What};
+use crate::migrate::{self, Departure, Frames, HandOver, Offered, Order, Tracked, What};
 
 impl Monitor {
     /// Lets a guest's destination come to `listener`.
@@ -61,6 +61,11 @@ impl Monitor {
                 Some(_) => Arc::new([]),
                 None => vm.devices.contents(),
             },
+            frames: match devices {
+                // The taps go along.
+                Some(_) => Frames::default(),
+                None => vm.devices.frames(),
+            },
             options: request.options,
         };
         vm.migrator.depart(vm.memory(), departure);
@@ -95,12 +100,17 @@ impl Monitor {
             source.refuse(&error.to_string());
             return Err(error.into());
         }
-        let disks = match offered.copies {
-            true => vm.devices.contents(),
-            false => Arc::new([]),
+        let (disks, frames) = match offered.copies {
+            true => (vm.devices.contents(), vm.devices.frames()),
+            false => (Arc::new([]) as Arc<Disks>, Frames::default()),
         };
+        if let Err(error) = frames.hold() {
+            source.refuse(&error.to_string());
+            return Err(Error::Unmovable(error.to_string()));
+        }
+        vm.fresh_taps = offered.copies;
         let (memory, pager) = (vm.memory(), vm.pager.clone());
-        vm.migrator.arrive(memory, disks, pager, source);
+        vm.migrator.arrive(memory, disks, pager, frames, source);
         Ok(())
     }
 
@@ -125,6 +135,8 @@ impl Vm {
             ram: self.machine.memory().clone(),
             vm: self.machine.vm(),
             touched: self.touched.clone(),
+            loggers: self.devices.loggers().to_vec(),
+            logs: Vec::new(),
         }
     }
 
@@ -151,6 +163,9 @@ impl Vm {
             What::Run => {
                 self.machine.resume()?;
                 self.state = VmState::Running;
+                if self.fresh_taps {
+                    self.devices.frames().forget();
+                }
                 self.devices.announce();
             }
             // Its devices are another's, too: nothing is flushed or let go.
