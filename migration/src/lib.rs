@@ -114,6 +114,7 @@ mod forecast;
 mod keep;
 mod source;
 mod status;
+mod throttle;
 pub mod way;
 pub mod wire;
 

@@ -17,6 +17,7 @@ use crate::destination::sum;
 use crate::disk::{self, Disks};
 use crate::keep::Keeper;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
+use crate::throttle;
 use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
 
@@ -56,7 +57,7 @@ pub enum Error {
     },
     /// The guest writes faster than memory can be sent.
     #[error(
-        "the guest writes memory faster than it can be sent: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, or give it more --bandwidth"
+        "the guest writes memory faster than it can be sent: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, give it more --bandwidth, or slow it down with --auto-converge"
     )]
     Diverges {
         /// Expected milliseconds.
@@ -100,6 +101,13 @@ pub trait Guest {
 
     /// Notes no more.
     fn end(&mut self);
+
+    /// Has its processors run so many percent of the time less than they would,
+    /// 0 to 99; 0 until it is said.
+    ///
+    /// # Errors
+    /// It cannot be slowed down, and runs as it did.
+    fn throttle(&mut self, percent: u8) -> Result<(), String>;
 
     /// Stops the guest and its devices; their state.
     ///
@@ -320,6 +328,7 @@ impl Source {
         };
         let moved = self.copy_and_switch(guest, &how);
         guest.end();
+        throttle::release(guest, progress);
         guest.disks().iter().for_each(|disk| disk.unwatch());
         let done = match moved {
             Ok(pause) => {
@@ -415,8 +424,12 @@ impl Source {
             }
             let shorter = expected <= last / 4 * 3;
             last = expected;
-            if mode == Mode::Hybrid && !shorter {
-                break;
+            match mode {
+                Mode::Hybrid if !shorter => break,
+                Mode::PreCopy if !shorter && options.auto_converge => {
+                    throttle::tighten(guest, progress);
+                }
+                _ => {}
             }
         }
         if mode != Mode::PreCopy {

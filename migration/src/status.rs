@@ -39,6 +39,8 @@ pub struct Options {
     pub bandwidth: u64,
     /// Rounds after which it is given up.
     pub rounds: u32,
+    /// Whether a guest that would stay because it writes too fast is slowed down.
+    pub auto_converge: bool,
     /// Whether both ends compare all memory while the guest stands still: for
     /// tests, as it takes its time.
     pub verify: bool,
@@ -52,6 +54,7 @@ impl Default for Options {
             mode: Mode::default(),
             bandwidth: 0,
             rounds: 30,
+            auto_converge: false,
             verify: false,
         }
     }
@@ -112,6 +115,9 @@ pub struct Round {
     /// Bytes that it wrote to disks meanwhile.
     #[serde(default)]
     pub dirty_disk: u64,
+    /// Percent of its time by which it was slowed down.
+    #[serde(default)]
+    pub throttle: u8,
 }
 
 /// Memory that follows the guest.
@@ -164,6 +170,10 @@ pub struct Status {
     pub rate: u64,
     /// Bytes per second that the guest writes anew, to memory and disks.
     pub dirty_rate: u64,
+    /// Percent of the time of the guest's processors that is taken from them, so
+    /// that it writes less; in the end, what it took.
+    #[serde(default)]
+    pub throttle: u8,
     /// Microseconds that the guest would stand still if it were stopped now.
     pub expected_downtime_us: u64,
     /// The rounds that are over.

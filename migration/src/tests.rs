@@ -127,6 +127,8 @@ struct Counter {
     runs: Arc<AtomicBool>,
     resting: Arc<Mutex<()>>,
     over: Arc<AtomicBool>,
+    /// Percent.
+    slowed: Arc<AtomicU64>,
     /// Bytes that it writes in a row.
     given_up: bool,
 }
@@ -139,6 +141,7 @@ impl Counter {
             runs: Arc::new(AtomicBool::new(true)),
             resting: Arc::default(),
             over: Arc::default(),
+            slowed: Arc::default(),
             given_up: false,
         };
         for page in 0..PAGES / 2 {
@@ -150,8 +153,9 @@ impl Counter {
             this.disks[0].store(sector * SECTOR as u64, &[sector as u8 | 1; SECTOR]);
         }
         let disks = this.disks.clone();
-        let (ram, runs, resting, over) = (
+        let (ram, slowed, runs, resting, over) = (
             this.ram.clone(),
+            Arc::clone(&this.slowed),
             Arc::clone(&this.runs),
             Arc::clone(&this.resting),
             Arc::clone(&this.over),
@@ -176,7 +180,8 @@ impl Counter {
                     }
                 }
                 if !pause.is_zero() {
-                    thread::sleep(pause);
+                    let share = 100 - slowed.load(Ordering::SeqCst) as u32;
+                    thread::sleep(pause * 100 / share);
                 }
             }
         });
@@ -219,6 +224,11 @@ impl Guest for Counter {
 
     fn end(&mut self) {
         dirty::stop(&self.ram);
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), String> {
+        self.slowed.store(percent.into(), Ordering::SeqCst);
+        Ok(())
     }
 
     fn stop(&mut self) -> Result<Vec<u8>, String> {
@@ -572,6 +582,46 @@ fn a_guest_that_writes_too_fast_stays() {
         assert!(outcome.here && !outcome.there);
         assert_eq!(outcome.status.unable.as_deref(), Some("it cannot"));
     }
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_moves_when_it_is_slowed_down() {
+    let options = Options {
+        mode: Mode::PreCopy,
+        bandwidth: 20 << 20,
+        downtime_ms: 100,
+        ..options()
+    };
+    let pause = Duration::from_micros(20);
+    let stays = Options {
+        rounds: 5,
+        ..options.clone()
+    };
+    let mut guest = Counter::new(pause);
+    let outcome = migrate(&mut guest, true, &stays, Fault::None);
+    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
+    assert_eq!(outcome.status.throttle, 0);
+
+    let slows = |rounds| Options {
+        auto_converge: true,
+        rounds,
+        ..options.clone()
+    };
+    // It ends before it is slow enough: it is as fast as before.
+    let outcome = migrate(&mut guest, true, &slows(3), Fault::None);
+    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
+    assert!(outcome.here && outcome.status.throttle > 0);
+    assert_eq!(guest.slowed.load(Ordering::SeqCst), 0);
+
+    let outcome = migrate(&mut guest, true, &slows(30), Fault::None);
+    outcome.moved.unwrap();
+    outcome.arrived.unwrap();
+    assert!(outcome.there && !outcome.here);
+    let status = outcome.status;
+    assert!(status.throttle >= 20, "{status:?}");
+    let steps = status.rounds.iter().map(|round| round.throttle);
+    assert!(steps.is_sorted(), "{status:?}");
+    assert_eq!(guest.slowed.load(Ordering::SeqCst), 0);
 }
 
 /// Too slow for a guest that writes all the time.

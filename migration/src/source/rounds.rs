@@ -185,6 +185,7 @@ impl Source {
             disk,
             bytes: progress.bytes() - before,
             us: micros(start.elapsed()),
+            throttle: progress.lock().throttle,
             ..Round::default()
         })
     }

@@ -327,6 +327,62 @@ fn a_guest_that_writes_too_fast_moves_before_its_memory() {
     );
 }
 
+#[test]
+fn a_guest_that_writes_too_fast_is_slowed_down_until_it_moves_and_not_after() {
+    natively(
+        || native("slowed").unwrap(),
+        |host| {
+            let vm = pv(host, "here");
+            let guest = vm.guest().unwrap();
+            // The same 16 MiB again and again, of which a tenth is more than the link takes.
+            let write = "dd if=/dev/urandom of=/run/seed bs=1M count=16; n=0; \
+                         while [ ! -e /run/stop ]; do dd if=/run/seed of=/run/fill bs=1M conv=notrunc; \
+                         cmp /run/seed /run/fill || exit 1; n=$((n + 1)); \
+                         echo $n > /run/round && mv /run/round /run/rounds; done; \
+                         touch /run/stopped-writer";
+            guest.sh(write).spawn("/run/writer.log").unwrap();
+            goes_on(&guest);
+            let rounds = |guest: &Client| -> f64 {
+                let rounds = "cat /run/rounds; sleep 2; cat /run/rounds";
+                let rounds = guest.sh(rounds).text().unwrap();
+                let mut rounds = rounds.lines().map(|n| n.trim().parse::<f64>().unwrap());
+                let from = rounds.next().unwrap();
+                rounds.next().unwrap() - from
+            };
+            let before = rounds(&guest);
+            let slow = "--mode pre-copy --bandwidth 32M --downtime 200 --verify";
+            stays(host, &vm, &guest, slow, "--auto-converge");
+            // Cancelled when it is slowed down already: it is as fast as before.
+            let cancel = "blanket migrate here --as there --console socket=/run/there.console \
+                          --mode pre-copy --bandwidth 16M --downtime 1 --auto-converge & \
+                          sleep 10; kill -INT $!; ! wait $!";
+            host.sh(cancel).text().unwrap();
+            let cancelled = rounds(&guest);
+            assert!(
+                cancelled > before / 3.0,
+                "{before} before, {cancelled} after"
+            );
+            let flags = format!("{slow} --auto-converge");
+            let (moved, report) = vm.migrate("there", &flags).unwrap();
+            println!("{report}");
+            is_sound(&report);
+            assert!(report["throttle"].as_u64().unwrap() >= 20, "{report}");
+            drop(guest);
+            let guest = moved.guest().unwrap();
+            goes_on(&guest);
+            let after = rounds(&guest);
+            println!("{before} rounds before, {cancelled} when cancelled, {after} after");
+            assert!(after > before / 3.0, "{before} before, {after} after");
+            let end = "touch /run/stop; for i in $(seq 600); do [ -e /run/stopped-writer ] && \
+                       exit 0; sleep 0.1; done; cat /run/writer.log; exit 1";
+            let ended = guest.sh(end).timeout(LONG).run().unwrap();
+            assert!(ended.status.success(), "{ended}");
+            drop(guest);
+            moved.blanket("rm", "--force").unwrap();
+        },
+    );
+}
+
 /// As [`ends_load`] with [`writes_memory`].
 fn ends_writing(guest: &Client) {
     let end = "for i in $(seq 600); do [ -e /run/stopped-writer ] && \

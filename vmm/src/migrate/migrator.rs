@@ -18,6 +18,7 @@ use super::{Order, What};
 use crate::jail::Class;
 use crate::machine::setup;
 use crate::snapshot::pager::Pager;
+use crate::vcpu::Brake;
 
 /// How long a monitor whose guest has left can be asked how it went.
 const LINGER: Duration = Duration::from_secs(10);
@@ -47,6 +48,8 @@ pub(crate) struct Departure {
     pub(crate) descriptors: Vec<RawFd>,
     /// What is copied with it.
     pub(crate) disks: Arc<Disks>,
+    /// What the guest can be slowed down with.
+    pub(crate) brakes: Arc<[Brake]>,
     pub(crate) options: Options,
 }
 
@@ -112,6 +115,8 @@ impl Migrator {
                 memory,
                 disks,
                 orders,
+                brakes: Arc::new([]),
+                slowed: None,
             };
             if let Err(error) = blanket_migration::measure(&mut guest, &progress) {
                 progress.fail(error.to_string());
@@ -190,6 +195,8 @@ fn depart(
         memory,
         disks: Arc::clone(&how.disks),
         orders: orders.clone(),
+        brakes: Arc::clone(&how.brakes),
+        slowed: None,
     };
     Source::meet(
         &how.listener,

@@ -14,6 +14,7 @@
 mod guest;
 mod hand_over;
 mod migrator;
+mod slow;
 
 use std::sync::mpsc::SyncSender;
 

@@ -61,6 +61,7 @@ impl Monitor {
                 Some(_) => Arc::new([]),
                 None => vm.devices.contents(),
             },
+            brakes: vm.machine.brakes().into(),
             options: request.options,
         };
         vm.migrator.depart(vm.memory(), departure);

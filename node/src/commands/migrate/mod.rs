@@ -67,6 +67,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MS", default_value_t = Options::default().downtime_ms)]
     downtime: u64,
 
+    /// Where it would stay because it writes memory faster than that can be sent, slow it down,
+    /// step by step, until it does not.
+    #[arg(long)]
+    auto_converge: bool,
+
     /// Most bytes per second [default: no limit].
     #[arg(long, value_name = "BYTES")]
     bandwidth: Option<ByteSize>,
@@ -126,6 +131,7 @@ impl Args {
                 When::Hybrid => Mode::Hybrid,
             },
             bandwidth: self.bandwidth.map_or(0, |bytes| bytes.0),
+            auto_converge: self.auto_converge,
             verify: self.verify,
             ..Options::default()
         }
@@ -563,8 +569,12 @@ fn line(status: &Status) -> String {
         Phase::Measured => "measured",
         Phase::Failed => "not moved",
     };
+    let slowed = match status.throttle {
+        0 => String::new(),
+        percent => format!(" and is slowed down by {percent} %"),
+    };
     format!(
-        "{phase}: round {}, {:.0} MiB sent, {:.0} MiB to go; the guest writes {:.0} MiB/s, it would stand still for {:.1} ms",
+        "{phase}: round {}, {:.0} MiB sent, {:.0} MiB to go; the guest writes {:.0} MiB/s{slowed}, it would stand still for {:.1} ms",
         status.rounds.len() + 1,
         mib(status.bytes),
         mib(status.left),
@@ -599,6 +609,12 @@ fn text(report: &Report) -> String {
             mib(following.missing),
             ms(following.us),
             following.faults,
+        );
+    }
+    if status.throttle > 0 {
+        text += &format!(
+            "it wrote too fast, and was slowed down by {} % in the end\n",
+            status.throttle
         );
     }
     if let Some(reason) = &status.unable {
