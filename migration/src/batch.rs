@@ -37,6 +37,12 @@ impl Batch {
         self.holes.clear();
     }
 
+    /// Memory from `at` on is zeros.
+    pub(crate) fn add_zero(&mut self, at: u64, len: u64) {
+        self.zeros.extend(at.to_le_bytes());
+        self.zeros.extend(len.to_le_bytes());
+    }
+
     /// Packs the pages of `bytes`, which are at `at` of a disk or of memory:
     /// those that are all zeros, and the others.
     pub(crate) fn pack(&mut self, disk: Option<u64>, at: u64, bytes: &[u8]) {
@@ -69,7 +75,7 @@ impl Batch {
     }
 }
 
-fn is_zero(page: &[u8]) -> bool {
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     let (words, rest) = page.as_chunks::<16>();
     words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
 }

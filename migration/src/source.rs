@@ -16,6 +16,7 @@ use crate::descriptors;
 use crate::destination::sum;
 use crate::disk::{self, Disks};
 use crate::keep::Keeper;
+use crate::squeeze::Squeeze;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
 use crate::throttle;
 use crate::way;
@@ -126,12 +127,13 @@ pub trait Guest {
 }
 
 /// How a guest is moved.
-struct How<'a> {
+pub(crate) struct How<'a> {
     options: &'a Options,
-    pace: Arc<Pace>,
-    progress: &'a Arc<Progress>,
+    pub(crate) pace: Arc<Pace>,
+    pub(crate) squeeze: Arc<Squeeze>,
+    pub(crate) progress: &'a Arc<Progress>,
     /// Where the destination comes.
-    listener: &'a UnixListener,
+    pub(crate) listener: &'a UnixListener,
 }
 
 /// A destination that has accepted the guest.
@@ -323,6 +325,7 @@ impl Source {
         let how = How {
             options,
             pace: Arc::new(Pace::new(options.bandwidth)),
+            squeeze: Arc::new(Squeeze::new(options)),
             progress,
             listener,
         };
@@ -368,16 +371,7 @@ impl Source {
             Some(keeper) => keeper,
             None => {
                 let spares = std::mem::take(&mut self.spares);
-                let (pace, progress) = (&how.pace, how.progress);
-                Keeper::spawn(
-                    how.listener,
-                    spares,
-                    ram,
-                    self.session,
-                    pace,
-                    progress,
-                    began,
-                )?
+                Keeper::spawn(how, spares, ram, self.session, began)?
             }
         };
         Ok(self.keeper.insert(keeper))

@@ -592,6 +592,10 @@ fn a_guest_that_writes_too_fast_moves_when_it_is_slowed_down() {
         downtime_ms: 100,
         ..options()
     };
+    let options = Options {
+        compress: Compress::Off,
+        ..options
+    };
     let pause = Duration::from_micros(20);
     let stays = Options {
         rounds: 5,
@@ -622,6 +626,70 @@ fn a_guest_that_writes_too_fast_moves_when_it_is_slowed_down() {
     let steps = status.rounds.iter().map(|round| round.throttle);
     assert!(steps.is_sorted(), "{status:?}");
     assert_eq!(guest.slowed.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_moves_when_little_is_sent_of_what_it_writes() {
+    let options = |compress| Options {
+        compress,
+        mode: Mode::PreCopy,
+        bandwidth: 20 << 20,
+        downtime_ms: 10,
+        rounds: 12,
+        ..options()
+    };
+    let mut guest = Counter::new(Duration::from_micros(20));
+    let outcome = migrate(&mut guest, true, &options(Compress::Off), Fault::None);
+    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
+    assert_eq!(outcome.status.packed, Packed::default());
+    // The link is slow: it is found out that it is worth it.
+    let outcome = migrate(&mut guest, true, &options(Compress::Auto), Fault::None);
+    outcome.moved.unwrap();
+    outcome.arrived.unwrap();
+    let status = outcome.status;
+    let packed = status.packed;
+    assert!(packed.compressed > 1 << 20, "{status:?}");
+    assert!(packed.compressed_to < packed.compressed / 2, "{status:?}");
+    assert!(packed.changed > 100_000, "{status:?}");
+    assert!(packed.changed_to < packed.changed / 10, "{status:?}");
+    let saved: u64 = status.rounds.iter().map(|round| round.saved).sum();
+    assert_eq!(saved, packed.saved());
+}
+
+#[test]
+fn memory_that_is_always_made_less_arrives_over_any_number_of_streams() {
+    for (streams, delta_cache) in [(1, 64 << 20), (2, 1 << 20), (5, 64 << 20), (5, 0)] {
+        let mut guest = Counter::new(Duration::from_micros(20));
+        let options = Options {
+            streams,
+            delta_cache,
+            compress: Compress::Lz4,
+            // Several rounds.
+            mode: Mode::PreCopy,
+            bandwidth: 20 << 20,
+            downtime_ms: 10,
+            ..options()
+        };
+        let outcome = migrate(&mut guest, true, &options, Fault::None);
+        outcome.moved.unwrap();
+        outcome.arrived.unwrap();
+        let packed = outcome.status.packed;
+        assert!(packed.compressed_to < packed.compressed, "{packed:?}");
+        assert_eq!(packed.changed > 0, delta_cache > 0, "{packed:?}");
+    }
+}
+
+#[test]
+fn wherever_a_bit_changes_in_memory_that_was_made_less_exactly_one_end_runs_the_guest() {
+    let options = Options {
+        compress: Compress::Lz4,
+        ..options()
+    };
+    wherever(8, &options, |to_destination, at| Fault::Flip {
+        to_destination,
+        // It is about half as much.
+        at: at / 2,
+    });
 }
 
 /// Too slow for a guest that writes all the time.

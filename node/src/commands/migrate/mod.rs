@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use blanket_migration::{Forecast, MEMORY_LOST, Mode, Options, Phase, Status};
+use blanket_migration::{Compress, Forecast, MEMORY_LOST, Mode, Options, Phase, Status};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::Client;
 use blanket_vmm::config::{ByteSize, VmConfig};
@@ -76,6 +76,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES")]
     bandwidth: Option<ByteSize>,
 
+    /// Whether memory is compressed: where that is quicker, never, or always.
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    compress: Less,
+
+    /// Most bytes of memory that are remembered as they were sent, so that of pages that are
+    /// written again only what has changed is sent [default: 64M].
+    #[arg(long, value_name = "BYTES")]
+    delta_cache: Option<ByteSize>,
+
     /// Connections that carry memory, 1 to 16 [default: one per processor].
     #[arg(long, value_name = "N")]
     streams: Option<u32>,
@@ -120,6 +129,15 @@ enum When {
     Hybrid,
 }
 
+/// See [`Compress`].
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum Less {
+    #[default]
+    Auto,
+    Off,
+    Lz4,
+}
+
 impl Args {
     fn options(&self) -> Options {
         Options {
@@ -132,6 +150,15 @@ impl Args {
             },
             bandwidth: self.bandwidth.map_or(0, |bytes| bytes.0),
             auto_converge: self.auto_converge,
+            compress: match self.compress {
+                Less::Auto => Compress::Auto,
+                Less::Off => Compress::Off,
+                Less::Lz4 => Compress::Lz4,
+            },
+            delta_cache: match self.delta_cache {
+                Some(bytes) => bytes.0,
+                None => Options::default().delta_cache,
+            },
             verify: self.verify,
             ..Options::default()
         }
@@ -610,6 +637,27 @@ fn text(report: &Report) -> String {
             ms(following.us),
             following.faults,
         );
+    }
+    let packed = &status.packed;
+    for (what, before, after) in [
+        (
+            "were compressed to",
+            packed.compressed,
+            packed.compressed_to,
+        ),
+        (
+            "had been sent before: what had changed was",
+            packed.changed,
+            packed.changed_to,
+        ),
+    ] {
+        if before > 0 {
+            text += &format!(
+                "{:.1} MiB of memory {what} {:.1} MiB\n",
+                mib(before),
+                mib(after)
+            );
+        }
     }
     if status.throttle > 0 {
         text += &format!(
