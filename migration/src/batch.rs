@@ -31,6 +31,16 @@ impl Batch {
         }
     }
 
+    /// Forgets which memory is zeros.
+    pub(crate) fn forget_zeros(&mut self) {
+        self.zeros.clear();
+    }
+
+    /// Forgets where there are zeros on disks.
+    pub(crate) fn forget_holes(&mut self) {
+        self.holes.clear();
+    }
+
     pub(crate) fn clear(&mut self) {
         self.frames.clear();
         self.zeros.clear();

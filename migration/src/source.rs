@@ -22,7 +22,7 @@ use crate::throttle;
 use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
 
-use rounds::{Load, note};
+use rounds::{Fresh, Load, note};
 
 /// How long the other end may take for a step of its own.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
@@ -405,7 +405,11 @@ impl Source {
             Mode::PostCopy => 0,
         };
         for number in 0..rounds {
-            let mut round = self.round(guest, &load, number == 0, how)?;
+            let fresh = match number {
+                0 => Fresh::Memory,
+                _ => Fresh::Nothing,
+            };
+            let mut round = self.round(guest, &load, fresh, how)?;
             if !load.extents.is_empty() {
                 self.flush()?;
             }
@@ -488,7 +492,7 @@ impl Source {
             let none = Pages::none(guest.ram());
             std::mem::replace(&mut load.pages, none)
         });
-        let round = self.round(guest, &load, false, how)?;
+        let round = self.round(guest, &load, Fresh::Nothing, how)?;
         progress.lock().rounds.push(round);
         pause.mark("last memory", 0);
         if !load.extents.is_empty() {

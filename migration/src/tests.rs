@@ -42,6 +42,9 @@ const SECTOR: usize = 512;
 struct Ram {
     bytes: Mutex<Vec<u8>>,
     log: WriteLog,
+    /// The guest makes zeros of a sector when it is looked for the first time what it
+    /// has written.
+    clears: AtomicBool,
     /// What was written since the last flush is lost.
     flushed: Mutex<Vec<u8>>,
 }
@@ -50,6 +53,7 @@ impl Ram {
     fn new() -> Arc<Self> {
         let bytes = vec![0; SECTORS as usize * SECTOR];
         Arc::new(Self {
+            clears: AtomicBool::new(false),
             flushed: Mutex::new(bytes.clone()),
             log: WriteLog::new(bytes.len()),
             bytes: Mutex::new(bytes),
@@ -87,6 +91,10 @@ impl Disk for Ram {
     }
 
     fn written(&self, most: usize) -> Vec<(u64, usize)> {
+        if self.clears.swap(false, Ordering::SeqCst) {
+            self.store(0, &[0; SECTOR]);
+            self.log.mark_dirty(0, SECTOR);
+        }
         self.log.take_runs(most)
     }
 
@@ -545,6 +553,16 @@ fn a_guest_that_writes_all_the_time_arrives_with_all_its_memory() {
 fn a_guest_arrives_over_connections_that_come_late() {
     let mut guest = Counter::new(Duration::from_micros(200));
     let outcome = migrate(&mut guest, true, &options(), Fault::Late);
+    outcome.moved.unwrap();
+    outcome.arrived.unwrap();
+    assert!(outcome.there && !outcome.here);
+}
+
+#[test]
+fn what_a_guest_clears_on_a_disk_that_has_been_copied_is_cleared_there() {
+    let mut guest = Counter::new(Duration::from_millis(10));
+    guest.disks[0].clears.store(true, Ordering::SeqCst);
+    let outcome = migrate(&mut guest, true, &options(), Fault::None);
     outcome.moved.unwrap();
     outcome.arrived.unwrap();
     assert!(outcome.there && !outcome.here);

@@ -34,6 +34,15 @@ const DISK_ROUNDS: u32 = 8;
 /// So many bytes of disks are left for the rounds over memory.
 const LITTLE: u64 = 8 << 20;
 
+/// Of what the destination has nothing but zeros yet: those are not sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fresh {
+    Nothing,
+    Memory,
+    /// What is sent of the disks.
+    Disks,
+}
+
 /// What a round sends.
 pub(super) struct Load {
     pub(super) pages: Pages,
@@ -80,7 +89,8 @@ impl Source {
                 if extents.is_empty() {
                     break;
                 }
-                self.disk_round(guest, extents, blank, how)?;
+                let fresh = if blank { Fresh::Disks } else { Fresh::Nothing };
+                self.disk_round(guest, extents, fresh, how)?;
             }
         }
         let left = disk::written(&disks);
@@ -101,7 +111,7 @@ impl Source {
             if before <= little {
                 break;
             }
-            self.disk_round(guest, left, false, how)?;
+            self.disk_round(guest, left, Fresh::Nothing, how)?;
             left = disk::written(&guest.disks());
             // The guest writes as fast as can be sent.
             if disk::bytes(&left) > before / 4 * 3 {
@@ -115,14 +125,14 @@ impl Source {
         &mut self,
         guest: &mut dyn Guest,
         extents: Vec<Extent>,
-        first: bool,
+        fresh: Fresh,
         how: &How<'_>,
     ) -> Result<(), Error> {
         let load = Load {
             pages: Pages::none(guest.ram()),
             extents,
         };
-        let round = self.round(guest, &load, first, how)?;
+        let round = self.round(guest, &load, fresh, how)?;
         note(how.progress, round);
         self.flush()
     }
@@ -134,13 +144,12 @@ impl Source {
         Ok(())
     }
 
-    /// Sends `load` over all streams, and waits until it is in place. `first`:
-    /// the destination has zeros in its place.
+    /// Sends `load` over all streams, and waits until it is in place.
     pub(super) fn round(
         &mut self,
         guest: &dyn Guest,
         load: &Load,
-        first: bool,
+        fresh: Fresh,
         how: &How<'_>,
     ) -> Result<Round, Error> {
         let progress = how.progress;
@@ -148,7 +157,7 @@ impl Source {
         let before = progress.bytes();
         let saved = how.squeeze.packed().saved();
         if !load.pages.is_empty() {
-            how.squeeze.begin_round(!first);
+            how.squeeze.begin_round(fresh != Fresh::Memory);
         }
         let bytes = load.bytes();
         progress.begin_round(bytes);
@@ -163,7 +172,7 @@ impl Source {
             disks: &disks,
             pieces: &pieces,
             next: AtomicUsize::new(0),
-            first,
+            fresh,
             number: self.rounds,
             failed: AtomicBool::new(false),
             pace: &how.pace,
@@ -234,8 +243,7 @@ struct Work<'a> {
     disks: &'a Disks,
     pieces: &'a [Piece],
     next: AtomicUsize,
-    /// What it is to replace is all zeros.
-    first: bool,
+    fresh: Fresh,
     number: u32,
     failed: AtomicBool,
     pace: &'a Pace,
@@ -319,9 +327,12 @@ impl Work<'_> {
         packer: &mut Packer<'_>,
         batch: &mut Batch,
     ) -> Result<(), Error> {
-        if !self.first {
-            batch.add_zeros();
+        match self.fresh {
+            Fresh::Nothing => {}
+            Fresh::Memory => batch.forget_zeros(),
+            Fresh::Disks => batch.forget_holes(),
         }
+        batch.add_zeros();
         let bytes = batch.frames.bytes();
         let began = Instant::now();
         self.pace.wait(bytes.len());
