@@ -58,13 +58,17 @@ pub enum Error {
     },
     /// The guest writes faster than memory can be sent.
     #[error(
-        "the guest writes memory faster than it can be sent: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, give it more --bandwidth, or slow it down with --auto-converge"
+        "the guest writes memory faster than it can be sent{}: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, {}",
+        if *.throttle > 0 { ", slowed down as it is" } else { "" },
+        if *.throttle > 0 { "or give it more --bandwidth" } else { "give it more --bandwidth, or slow it down with --auto-converge" },
     )]
     Diverges {
         /// Expected milliseconds.
         expected_ms: u64,
         /// Allowed milliseconds.
         target_ms: u64,
+        /// Percent by which it was slowed down.
+        throttle: u8,
     },
     /// The guest's machine failed a step.
     #[error("{0}")]
@@ -436,9 +440,11 @@ impl Source {
             load.extents = self.thin_out(guest, load.extents, little, how)?;
             return self.switch(guest, load, true, how);
         }
+        let status = progress.lock();
         Err(Error::Diverges {
-            expected_ms: progress.lock().expected_downtime_us.div_ceil(1000),
+            expected_ms: status.expected_downtime_us.div_ceil(1000),
             target_ms: options.downtime_ms,
+            throttle: status.throttle,
         })
     }
 

@@ -254,9 +254,8 @@ impl Packer<'_> {
         }
         self.told.before += PAGE as u64;
         let start = self.list.len();
-        self.list.extend(at.to_le_bytes());
-        self.list.extend(crc32fast::hash(page).to_le_bytes());
-        self.list.extend([0; 2]);
+        // Its head follows when it is known.
+        self.list.extend([0; CHANGE_HEAD]);
         let known = cache.again(at, page, self.round, self.most, &mut self.list);
         if known != Known::Change {
             self.list.truncate(start);
@@ -264,9 +263,10 @@ impl Packer<'_> {
             return How::Whole;
         }
         let len = self.list.len() - start;
-        let change = (len - CHANGE_HEAD) as u16;
-        self.list[start + CHANGE_HEAD - 2..start + CHANGE_HEAD]
-            .copy_from_slice(&change.to_le_bytes());
+        let head = &mut self.list[start..start + CHANGE_HEAD];
+        head[..8].copy_from_slice(&at.to_le_bytes());
+        head[8..12].copy_from_slice(&crc32fast::hash(page).to_le_bytes());
+        head[12..].copy_from_slice(&((len - CHANGE_HEAD) as u16).to_le_bytes());
         self.told.after += len as u64;
         count(&self.squeeze.changed, PAGE, len);
         How::Change
