@@ -15,6 +15,7 @@ use crate::descriptors;
 use crate::disk::{self, Disks};
 use crate::follow::{Follower, Lost, Remote, SPARES};
 use crate::frames::{self, Place};
+use crate::squeeze;
 use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
 use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
@@ -439,7 +440,7 @@ fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam, disks: &Disks) -> Re
         };
         match kind {
             Kind::Sync => wire::send(&mut stream, Kind::Sync, &payload)?,
-            Kind::Pages | Kind::Zeros => place(kind, &payload, ram)?,
+            Kind::Pages | Kind::Lz4 | Kind::Change | Kind::Zeros => place(kind, &payload, ram)?,
             Kind::Blocks | Kind::Holes => store(kind, &payload, disks)?,
             _ => return Err(wire::Error::Damaged("memory is not what came").into()),
         }
@@ -492,6 +493,15 @@ pub fn place(kind: Kind, payload: &[u8], ram: &GuestRam) -> Result<(), Error> {
     let whole = |at: u64, len: usize| at.is_multiple_of(PAGE as u64) && len.is_multiple_of(PAGE);
     let (head, rest) = payload.as_chunks::<8>();
     match kind {
+        Kind::Lz4 => {
+            let (at, pages) = squeeze::unpack(payload)?;
+            if !whole(at, pages.len()) {
+                return Err(wire::Error::Damaged("a part of a page").into());
+            }
+            let placed = ram.write_slice(&pages, GuestAddress(at));
+            placed.map_err(|_| Error::Memory)
+        }
+        Kind::Change => Ok(squeeze::change(payload, ram)?),
         Kind::Pages => {
             let (at, bytes) = payload
                 .split_first_chunk()

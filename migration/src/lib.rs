@@ -21,6 +21,8 @@
 //!   │ ◀─────────────────────────────── flush ─ │  all of it is durable
 //!   │                                         │
 //!   │ ══ pages, zeros, blocks, holes ═══════▶ │  round after round: what the
+//!   │    (pages: as a whole, as LZ4, or as    │
+//!   │    what has changed in them)            │
 //!   │ ══ sync ══════════════════════════════▶ │  guest and its devices wrote
 //!   │ ◀═══════════════════════════════ sync ═ │  in the last one
 //!   │                                         │
@@ -108,6 +110,7 @@
 //! a source that could not send it knows that nobody has it.
 
 mod batch;
+mod delta;
 mod descriptors;
 mod destination;
 mod disk;
@@ -116,7 +119,9 @@ mod forecast;
 mod frames;
 mod keep;
 mod source;
+mod squeeze;
 mod status;
+mod throttle;
 pub mod way;
 pub mod wire;
 
@@ -126,7 +131,9 @@ pub use follow::{Lost, MEMORY_LOST, Remote};
 pub use forecast::{Forecast, measure};
 pub use frames::Place;
 pub use source::{Error, Guest, Source, Terms};
-pub use status::{Following, MOST_STREAMS, Mode, Options, Phase, Progress, Round, Status, Step};
+pub use status::{
+    Compress, Following, MOST_STREAMS, Mode, Options, Packed, Phase, Progress, Round, Status, Step,
+};
 
 #[cfg(test)]
 mod tests;

@@ -17,11 +17,13 @@ use crate::destination::sum;
 use crate::disk::{self, Disks};
 use crate::frames::{self, Place};
 use crate::keep::Keeper;
+use crate::squeeze::Squeeze;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
+use crate::throttle;
 use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
 
-use rounds::{Load, note};
+use rounds::{Fresh, Load, note};
 
 /// How long the other end may take for a step of its own.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
@@ -57,13 +59,17 @@ pub enum Error {
     },
     /// The guest writes faster than memory can be sent.
     #[error(
-        "the guest writes memory faster than it can be sent: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, or give it more --bandwidth"
+        "the guest writes memory faster than it can be sent{}: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, {}",
+        if *.throttle > 0 { ", slowed down as it is" } else { "" },
+        if *.throttle > 0 { "or give it more --bandwidth" } else { "give it more --bandwidth, or slow it down with --auto-converge" },
     )]
     Diverges {
         /// Expected milliseconds.
         expected_ms: u64,
         /// Allowed milliseconds.
         target_ms: u64,
+        /// Percent by which it was slowed down.
+        throttle: u8,
     },
     /// The guest's machine failed a step.
     #[error("{0}")]
@@ -102,6 +108,13 @@ pub trait Guest {
     /// Notes no more.
     fn end(&mut self);
 
+    /// Has its processors run so many percent of the time less than they would,
+    /// 0 to 99; 0 until it is said.
+    ///
+    /// # Errors
+    /// It cannot be slowed down, and runs as it did.
+    fn throttle(&mut self, percent: u8) -> Result<(), String>;
+
     /// Stops the guest and its devices; their state.
     ///
     /// # Errors
@@ -126,12 +139,13 @@ pub trait Guest {
 }
 
 /// How a guest is moved.
-struct How<'a> {
+pub(crate) struct How<'a> {
     options: &'a Options,
-    pace: Arc<Pace>,
-    progress: &'a Arc<Progress>,
+    pub(crate) pace: Arc<Pace>,
+    pub(crate) squeeze: Arc<Squeeze>,
+    pub(crate) progress: &'a Arc<Progress>,
     /// Where the destination comes.
-    listener: &'a UnixListener,
+    pub(crate) listener: &'a UnixListener,
 }
 
 /// A destination that has accepted the guest.
@@ -323,11 +337,13 @@ impl Source {
         let how = How {
             options,
             pace: Arc::new(Pace::new(options.bandwidth)),
+            squeeze: Arc::new(Squeeze::new(options)),
             progress,
             listener,
         };
         let moved = self.copy_and_switch(guest, &how);
         guest.end();
+        throttle::release(guest, progress);
         guest.disks().iter().for_each(|disk| disk.unwatch());
         let done = match moved {
             Ok(pause) => {
@@ -367,16 +383,7 @@ impl Source {
             Some(keeper) => keeper,
             None => {
                 let spares = std::mem::take(&mut self.spares);
-                let (pace, progress) = (&how.pace, how.progress);
-                Keeper::spawn(
-                    how.listener,
-                    spares,
-                    ram,
-                    self.session,
-                    pace,
-                    progress,
-                    began,
-                )?
+                Keeper::spawn(how, spares, ram, self.session, began)?
             }
         };
         Ok(self.keeper.insert(keeper))
@@ -410,7 +417,11 @@ impl Source {
             Mode::PostCopy => 0,
         };
         for number in 0..rounds {
-            let mut round = self.round(guest, &load, number == 0, how)?;
+            let fresh = match number {
+                0 => Fresh::Memory,
+                _ => Fresh::Nothing,
+            };
+            let mut round = self.round(guest, &load, fresh, how)?;
             if !load.extents.is_empty() {
                 self.flush()?;
             }
@@ -423,8 +434,12 @@ impl Source {
             }
             let shorter = expected <= last / 4 * 3;
             last = expected;
-            if mode == Mode::Hybrid && !shorter {
-                break;
+            match mode {
+                Mode::Hybrid if !shorter => break,
+                Mode::PreCopy if !shorter && options.auto_converge => {
+                    throttle::tighten(guest, progress);
+                }
+                _ => {}
             }
         }
         if mode != Mode::PreCopy {
@@ -433,9 +448,11 @@ impl Source {
             load.extents = self.thin_out(guest, load.extents, little, how)?;
             return self.switch(guest, load, true, how);
         }
+        let status = progress.lock();
         Err(Error::Diverges {
-            expected_ms: progress.lock().expected_downtime_us.div_ceil(1000),
+            expected_ms: status.expected_downtime_us.div_ceil(1000),
             target_ms: options.downtime_ms,
+            throttle: status.throttle,
         })
     }
 
@@ -489,7 +506,7 @@ impl Source {
             let none = Pages::none(guest.ram());
             std::mem::replace(&mut load.pages, none)
         });
-        let round = self.round(guest, &load, false, how)?;
+        let round = self.round(guest, &load, Fresh::Nothing, how)?;
         progress.lock().rounds.push(round);
         pause.mark("last memory", 0);
         if !load.extents.is_empty() {

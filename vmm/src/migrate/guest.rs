@@ -13,10 +13,12 @@ use kvm_ioctls::VmFd;
 use tokio::sync::mpsc::UnboundedSender;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::slow::Slowed;
 use super::{Frames, Order, What};
 use crate::machine::map_memory_with;
 use crate::snapshot::pager::Pager;
 use crate::snapshot::{Touched, clear};
+use crate::vcpu::Brake;
 
 /// Memory that the guest, its devices and the monitor write.
 pub struct Tracked {
@@ -102,6 +104,10 @@ pub(super) struct Leaving {
     /// What comes for it when it has left.
     pub(super) frames: Frames,
     pub(super) orders: UnboundedSender<Order>,
+    /// What its vCPUs can be slowed down with.
+    pub(super) brakes: Arc<[Brake]>,
+    /// They are.
+    pub(super) slowed: Option<Slowed>,
 }
 
 impl Guest for Leaving {
@@ -124,6 +130,19 @@ impl Guest for Leaving {
 
     fn end(&mut self) {
         self.memory.stop();
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), String> {
+        if percent == 0 {
+            self.slowed = None;
+            return Ok(());
+        }
+        let slowed = match self.slowed.take() {
+            Some(slowed) => slowed,
+            None => Slowed::new(&self.brakes).map_err(|error| error.to_string())?,
+        };
+        self.slowed.insert(slowed).set(percent);
+        Ok(())
     }
 
     fn stop(&mut self) -> Result<Vec<u8>, String> {

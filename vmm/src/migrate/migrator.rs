@@ -18,6 +18,7 @@ use super::{Frames, Order, What};
 use crate::jail::Class;
 use crate::machine::setup;
 use crate::snapshot::pager::Pager;
+use crate::vcpu::Brake;
 
 /// How long a monitor whose guest has left can be asked how it went.
 const LINGER: Duration = Duration::from_secs(10);
@@ -49,6 +50,8 @@ pub(crate) struct Departure {
     pub(crate) disks: Arc<Disks>,
     /// What comes for it when it has left.
     pub(crate) frames: Frames,
+    /// What the guest can be slowed down with.
+    pub(crate) brakes: Arc<[Brake]>,
     pub(crate) options: Options,
 }
 
@@ -115,6 +118,8 @@ impl Migrator {
                 disks,
                 frames: Frames::default(),
                 orders,
+                brakes: Arc::new([]),
+                slowed: None,
             };
             if let Err(error) = blanket_migration::measure(&mut guest, &progress) {
                 progress.fail(error.to_string());
@@ -196,6 +201,8 @@ fn depart(
         disks: Arc::clone(&how.disks),
         frames: how.frames,
         orders: orders.clone(),
+        brakes: Arc::clone(&how.brakes),
+        slowed: None,
     };
     Source::meet(
         &how.listener,

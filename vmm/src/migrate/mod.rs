@@ -16,6 +16,7 @@ mod frames;
 mod guest;
 mod hand_over;
 mod migrator;
+mod slow;
 
 use std::sync::mpsc::SyncSender;
 

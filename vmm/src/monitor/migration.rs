@@ -66,6 +66,7 @@ impl Monitor {
                 Some(_) => Frames::default(),
                 None => vm.devices.frames(),
             },
+            brakes: vm.machine.brakes().into(),
             options: request.options,
         };
         vm.migrator.depart(vm.memory(), departure);
