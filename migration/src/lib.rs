@@ -13,6 +13,8 @@
 //!   │ ◀──────── join (each data stream) ────  │
 //!   │ ◀────────────── accept ───────────────  │  nothing has been stopped yet
 //!   │                                         │
+//!   │ ── compare (a stretch of a disk) ─────▶ │  where the destination has
+//!   │ ◀───────────────────────────── hashes ─ │  something of a disk already
 //!   │ ══ blocks, holes (data streams) ══════▶ │  the disks, if they move
 //!   │ ══ sync ══════════════════════════════▶ │  along, and what the guest
 //!   │ ◀═══════════════════════════════ sync ═ │  writes to them meanwhile
@@ -105,6 +107,7 @@
 //! a source that could not send it knows that nobody has it.
 
 mod batch;
+mod compare;
 mod descriptors;
 mod destination;
 mod disk;

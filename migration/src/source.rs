@@ -1,5 +1,6 @@
 //! The end that has the guest.
 
+mod compare;
 mod rounds;
 
 use std::io;

@@ -152,6 +152,9 @@ pub struct Status {
     /// Bytes of disks that have been sent, with those that were written anew.
     #[serde(default)]
     pub disks_sent: u64,
+    /// Bytes of disks that the destination had already.
+    #[serde(default)]
+    pub disks_same: u64,
     /// Bytes of memory that are other than zeros, where nothing but that was
     /// measured.
     #[serde(default)]

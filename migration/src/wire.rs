@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both ends must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Most bytes of memory, or of a disk, in one frame.
 pub const MOST_MEMORY: usize = 256 << 10;
 /// Longest payload of a frame that is not memory.
@@ -54,6 +54,11 @@ pub enum Kind {
     Blocks,
     /// Ranges of disks that are all zeros: triples of disk, offset and length.
     Holes,
+    /// Which stripes of a disk's the destination is asked for: its number, an
+    /// offset and a length.
+    Compare,
+    /// Their BLAKE3 hashes.
+    Hashes,
     /// The destination makes durable what it has of the disks, and sends it back.
     Flush,
     /// The end of a round on this stream: its number. The destination sends it
@@ -80,7 +85,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 21] = [
+    const ALL: [(Self, [u8; 4]); 23] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -91,6 +96,8 @@ impl Kind {
         (Self::Zeros, *b"zero"),
         (Self::Blocks, *b"blok"),
         (Self::Holes, *b"hole"),
+        (Self::Compare, *b"cmpr"),
+        (Self::Hashes, *b"hash"),
         (Self::Flush, *b"flsh"),
         (Self::Sync, *b"sync"),
         (Self::Verify, *b"same"),

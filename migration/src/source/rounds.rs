@@ -76,7 +76,13 @@ impl Source {
                 if extents.is_empty() {
                     break;
                 }
-                self.disk_round(guest, extents, blank, how)?;
+                let extents = match blank {
+                    true => extents,
+                    false => self.differing(&**disk, &extents, how)?,
+                };
+                if !extents.is_empty() {
+                    self.disk_round(guest, extents, blank, how)?;
+                }
             }
         }
         let left = disk::written(&disks);

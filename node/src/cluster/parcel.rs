@@ -38,6 +38,10 @@ pub const MAX_ITEMS: usize = 256;
 pub struct Parcel {
     /// What it is called here.
     pub name: String,
+    /// What it is known by, whatever it is called: random.
+    pub id: String,
+    /// It does not come: what is kept of its disks is to be removed.
+    pub discard: bool,
     /// Files that come before it.
     pub files: Vec<Item>,
     /// Disks whose content comes with it.
@@ -184,8 +188,10 @@ mod tests {
         }
 
         #[test]
-        fn what_is_said_is_heard(name: String, index: usize, capacity: u64, used: u64, len: u64) {
+        fn what_is_said_is_heard(name: String, discard: bool, index: usize, capacity: u64, used: u64, len: u64) {
             let parcel = Parcel {
+                id: name.clone(),
+                discard,
                 name,
                 files: vec![Item { what: What::Disk(index), len }],
                 disks: vec![Blank { index, capacity, used }],

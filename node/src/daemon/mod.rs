@@ -16,6 +16,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cluster::random_text;
 pub(crate) use peer::Report;
 pub(crate) use stream::Carriage;
 
@@ -233,6 +234,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         tokio::select! {
             () = local.serve(&node) => (),
             () = cluster::keep_up(&node) => (),
+            () = migration::prune(&node.home) => (),
             _ = terminate.recv() => (),
             _ = interrupt.recv() => (),
         }

@@ -1,5 +1,6 @@
 //! `blanket migrate`.
 
+pub(crate) mod folder;
 mod local;
 pub(crate) mod receive;
 mod remote;
@@ -90,6 +91,11 @@ pub(crate) struct Args {
     #[arg(long)]
     dry_run: bool,
 
+    /// Move nothing, but have the other node remove what it has kept of the VM's disks since a
+    /// migration that was cancelled or has failed.
+    #[arg(long, requires = "node", conflicts_with = "dry_run")]
+    discard: bool,
+
     /// Compare all memory and disks at both ends while the VM stands still: for tests.
     #[arg(long, hide = true)]
     verify: bool,
@@ -161,6 +167,7 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
         Outcome::Moved(report) => print(&text(&report))?,
         Outcome::Foreseen(foreseen) if json => print_json(&foreseen)?,
         Outcome::Foreseen(foreseen) => print(&foreseen.text())?,
+        Outcome::Discarded => {}
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -169,6 +176,8 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
 enum Outcome {
     Moved(Box<Report>),
     Foreseen(Foreseen),
+    /// Nothing is kept of it any more on the other node.
+    Discarded,
 }
 
 /// What a migration would be like.
@@ -542,7 +551,7 @@ fn line(status: &Status) -> String {
         Phase::Disks => {
             return format!(
                 "copying disks: {:.0} of {:.0} MiB looked at, {:.0} MiB sent; the guest writes {:.0} MiB/s",
-                mib(status.disks_sent),
+                mib(status.disks_sent + status.disks_same),
                 mib(status.disks),
                 mib(status.bytes),
                 mib(status.dirty_rate),
@@ -592,6 +601,12 @@ fn text(report: &Report) -> String {
     );
     for step in &status.pause {
         text += &format!("  {:<16}{:>8.2} ms\n", step.step, ms(step.us));
+    }
+    if status.disks_same > 0 {
+        text += &format!(
+            "{:.0} MiB of its disks were there already\n",
+            mib(status.disks_same)
+        );
     }
     if let Some(following) = &status.following {
         text += &format!(

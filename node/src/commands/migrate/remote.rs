@@ -18,7 +18,7 @@ use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{Answer, Blank, Go, Item, Parcel, State, Verdict, What, hear, say};
 use crate::daemon::Carriage;
-use crate::daemon::local::{self, Migrate};
+use crate::daemon::local::{self, Hold, Migrate};
 use crate::failure::{answered, failure};
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
@@ -38,6 +38,9 @@ pub(super) fn migrate(
     args: Args,
     shown: &mut Shown,
 ) -> Result<Outcome> {
+    if args.discard {
+        return discard(home, source, &node, &args);
+    }
     let client = source.live_client()?;
     let info = client.info()?;
     if info.state != VmState::Running {
@@ -48,21 +51,12 @@ pub(super) fn migrate(
     }
     let new = args.new.clone().unwrap_or_else(|| source.name.clone());
     let config = info.config.clone().overlaid(args.vm.clone());
-    let (parcel, files) = pack(&new, &info, &config)?;
-    let socket = Socket::bind(source)?;
-    let wanted = Migrate {
-        node: node.clone(),
-        control: socket.path.clone(),
-        memory: source.migration_socket(),
-        carriage: if args.plain {
-            Carriage::Plain
-        } else {
-            Carriage::Tls
-        },
+    let (parcel, files) = pack(source, &new, &info, &config)?;
+    let carriage = match args.plain {
+        true => Carriage::Plain,
+        false => Carriage::Tls,
     };
-    // For as long as this is held, the other node can come here.
-    let _way = local::hold(home, "/cluster/migrations", &wanted)?;
-    let mut stream = socket.accept(&node)?;
+    let (_way, mut stream) = call(home, source, &node, carriage)?;
     step(&mut stream, &parcel)?;
     let request = Request {
         options: args.options(),
@@ -98,8 +92,47 @@ pub(super) fn migrate(
     })))
 }
 
+/// Has another node come for a VM. It can as long as what is returned is held.
+fn call(
+    home: &Home,
+    source: &VmDir,
+    node: &NodeName,
+    carriage: Carriage,
+) -> Result<(Hold, UnixStream)> {
+    let socket = Socket::bind(source)?;
+    let wanted = Migrate {
+        node: node.clone(),
+        control: socket.path.clone(),
+        memory: source.migration_socket(),
+        carriage,
+    };
+    let way = local::hold(home, "/cluster/migrations", &wanted)?;
+    let stream = socket.accept(node)?;
+    Ok((way, stream))
+}
+
+/// Has another node remove what it has kept of a VM's disks.
+fn discard(home: &Home, source: &VmDir, node: &NodeName, args: &Args) -> Result<Outcome> {
+    let (_way, mut stream) = call(home, source, node, Carriage::Tls)?;
+    let name = args.new.as_ref().unwrap_or(&source.name);
+    let parcel = Parcel {
+        name: name.to_string(),
+        id: source.identity()?,
+        discard: true,
+        files: Vec::new(),
+        disks: Vec::new(),
+    };
+    step(&mut stream, &parcel)?;
+    Ok(Outcome::Discarded)
+}
+
 /// What the other node needs of a VM before it can come, and the files of it.
-fn pack(new: &VmName, info: &VmInfo, config: &VmConfig) -> Result<(Parcel, Vec<(PathBuf, Item)>)> {
+fn pack(
+    source: &VmDir,
+    new: &VmName,
+    info: &VmInfo,
+    config: &VmConfig,
+) -> Result<(Parcel, Vec<(PathBuf, Item)>)> {
     let mut files = Vec::new();
     let mut add = |what, path: &Path| -> Result<()> {
         let meta = fs::metadata(path);
@@ -135,6 +168,8 @@ fn pack(new: &VmName, info: &VmInfo, config: &VmConfig) -> Result<(Parcel, Vec<(
     }
     let parcel = Parcel {
         name: new.to_string(),
+        id: source.identity()?,
+        discard: false,
         files: files.iter().map(|(_, item)| *item).collect(),
         disks,
     };

@@ -1,0 +1,139 @@
+//! The disks of guests on their way between nodes.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
+use std::time::{Duration, Instant};
+
+use blanket_system_tests::{Member, Vm, natively};
+use blanket_testbed::{Client, Host};
+use serde_json::Value;
+
+/// A guest is not slower than this.
+const LONG: Duration = Duration::from_secs(120);
+
+/// Bytes of the disk.
+const DISK: u64 = 96 << 20;
+
+/// Waits until something is so.
+fn until(what: &str, mut is: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !is() {
+        assert!(Instant::now() < deadline, "{what} is not");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A guest on a node, with a disk full of what cannot be packed.
+fn starts<'a>(host: &Host, node: &Member<'a>) -> Vm<'a> {
+    host.sh(format!("head -c {DISK} /dev/urandom > /var/tmp/own"))
+        .text()
+        .unwrap();
+    node.says(
+        "run web --machine pv --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.cpio \
+         --cmdline 'console=hvc0 quiet loglevel=1 panic=-1' --memory 256M --disk /var/tmp/own",
+    );
+    node.vm("web")
+}
+
+/// What is on the guest's disk, as it reads it.
+fn content(guest: &Client) -> String {
+    let sum = "echo 3 > /proc/sys/vm/drop_caches; sha256sum < /dev/xvda";
+    guest.sh(sum).timeout(LONG).text().unwrap()
+}
+
+/// The guest writes this MiB of its disk anew.
+fn writes(guest: &Client, at: u32) {
+    let write = "dd if=/dev/urandom of=/dev/xvda bs=1M count=1 conv=notrunc,fsync seek=";
+    guest.sh(format!("{write}{at}")).text().unwrap();
+}
+
+/// Begins a migration from `a` to `b` that takes its time, and does something to it when so much
+/// of the disk is there.
+fn broken(host: &Host, a: &Member, mib: u64, what: &str) {
+    let log = "/run/broken.log";
+    let go = format!(
+        "{} migrate web b --bandwidth 16M > {log} 2>&1 & echo $! > /run/broken.pid; \
+         wait $! || echo status $? >> {log}",
+        a.command()
+    );
+    host.sh(go).spawn("/run/broken.out").unwrap();
+    until("some of the disk there", || {
+        let took = host.sh("du -m /run/h2/disks/web/0.img | cut -f 1").text();
+        took.is_ok_and(|took| took.trim().parse::<u64>().is_ok_and(|took| took >= mib))
+    });
+    host.sh(what).text().unwrap();
+    let said = || host.sh(format!("cat {log}")).text().unwrap();
+    until("it over", || said().contains("status "));
+    assert!(said().contains("was not migrated"), "{}", said());
+    // Nobody has the VM there.
+    until("its monitor gone", || {
+        let left = host.sh("ls /run/h2/vms 2>/dev/null");
+        left.text().unwrap_or_default().trim().is_empty()
+    });
+}
+
+/// Bytes of disks that were sent, of a report.
+fn sent(report: &Value) -> u64 {
+    let rounds = report["rounds"].as_array().unwrap().iter();
+    rounds.map(|round| round["disk"].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn a_migration_that_was_broken_off_sends_what_is_missing_the_next_time() {
+    natively(
+        || Member::nodes("resumes").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            let vm = starts(host, &a);
+            let guest = vm.guest().unwrap();
+            // Its daemon is what carries it.
+            broken(host, &a, 40, "kill -KILL $(cat /run/h2.pid)");
+            host.sh("rm -f /run/h2/blanketd.sock").text().unwrap();
+            b.start();
+            writes(&guest, 3);
+            broken(host, &a, 64, "kill -INT $(cat /run/broken.pid)");
+            writes(&guest, 5);
+            writes(&guest, 95);
+            let was = content(&guest);
+            let report = a.json("migrate web b --json --verify --downtime 1000");
+            println!("{report}");
+            assert_eq!(report["phase"], "moved", "{report}");
+            let same = report["disks_same"].as_u64().unwrap();
+            assert!(same >= 60 << 20, "{report}");
+            assert!(sent(&report) <= DISK - same + (2 << 20), "{report}");
+            drop(guest);
+            let guest = b.vm("web").guest().unwrap();
+            assert_eq!(content(&guest), was);
+            // They are the VM's now.
+            let notes = "! ls /run/h2/disks/web/arrival.json 2>/dev/null";
+            host.sh(notes).text().unwrap();
+            drop(guest);
+            b.says("rm --force web");
+        },
+    );
+}
+
+#[test]
+fn what_is_kept_of_a_disk_is_discarded_when_that_is_asked_for() {
+    natively(
+        || Member::nodes("discards").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            let vm = starts(host, &a);
+            let guest = vm.guest().unwrap();
+            broken(host, &a, 20, "kill -INT $(cat /run/broken.pid)");
+            host.sh("test -e /run/h2/disks/web/arrival.json")
+                .text()
+                .unwrap();
+            a.says("migrate web b --discard");
+            let left = host.sh("ls -A /run/h2/disks").text().unwrap();
+            assert_eq!(left, "");
+            let was = content(&guest);
+            let report = a.json("migrate web b --json --downtime 1000");
+            assert_eq!(report["disks_same"], 0, "{report}");
+            drop(guest);
+            let there = b.vm("web");
+            assert_eq!(content(&there.guest().unwrap()), was);
+            b.says("rm --force web");
+        },
+    );
+}
