@@ -1,5 +1,7 @@
 //! The end that gets the guest.
 
+pub(crate) mod standby;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;

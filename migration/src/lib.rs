@@ -113,17 +113,22 @@ mod destination;
 mod disk;
 mod follow;
 mod forecast;
+mod journal;
 mod keep;
 mod source;
 mod status;
 pub mod wire;
 
+pub use destination::standby::Replica;
 pub use destination::{Destination, Error as DestinationError, Machine, place, store};
 pub use disk::{Disk, Disks};
 pub use follow::{Lost, MEMORY_LOST, Remote};
 pub use forecast::{Forecast, measure};
+pub use journal::{Journal, Point, replay};
 pub use source::{Error, Guest, Source, Terms};
-pub use status::{Following, MOST_STREAMS, Mode, Options, Phase, Progress, Round, Status, Step};
+pub use status::{
+    Following, MOST_STREAMS, Mode, Options, Phase, Progress, Replication, Round, Status, Step,
+};
 
 #[cfg(test)]
 mod tests;

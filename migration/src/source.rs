@@ -1,6 +1,7 @@
 //! The end that has the guest.
 
 mod compare;
+mod points;
 mod rounds;
 
 use std::io;

@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 
 mod disks;
+mod points;
 
 const HIGH: u64 = 1 << 32;
 const PAGES: u64 = 1500;

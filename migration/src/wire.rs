@@ -61,6 +61,9 @@ pub enum Kind {
     Hashes,
     /// The destination makes durable what it has of the disks, and sends it back.
     Flush,
+    /// What a replica has got of the disks is whole: [`crate::Point`]. It sends
+    /// it back, empty, when that is durable, and a flush when it can go on.
+    Point,
     /// The end of a round on this stream: its number. The destination sends it
     /// back when everything before it is in place.
     Sync,
@@ -85,7 +88,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 23] = [
+    const ALL: [(Self, [u8; 4]); 24] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -99,6 +102,7 @@ impl Kind {
         (Self::Compare, *b"cmpr"),
         (Self::Hashes, *b"hash"),
         (Self::Flush, *b"flsh"),
+        (Self::Point, *b"poin"),
         (Self::Sync, *b"sync"),
         (Self::Verify, *b"same"),
         (Self::Missing, *b"miss"),

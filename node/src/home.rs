@@ -9,6 +9,7 @@
 //! STATE/stores/     the self-test of each volume
 //! STATE/disks/NAME/ disks that came with a VM from another node; with an arrival.json,
 //!                   what has come of them
+//! STATE/disks/.standby/ replicas of other nodes' VMs
 //! STATE/receiving/  what such a VM needs until it is here
 //! STATE/node/       blanketd's: keys, certificates, store, audit log
 //! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock
@@ -142,6 +143,11 @@ impl Home {
     /// Where disks are that came with VMs from other nodes: these are Blanket's.
     pub(crate) fn disks(&self) -> PathBuf {
         self.state.with_file_name("disks")
+    }
+
+    /// Where replicas of other nodes' VMs are. No VM is called so.
+    pub(crate) fn standby(&self) -> PathBuf {
+        self.disks().join(".standby")
     }
 
     /// What a VM that comes from another node needs until it is here.
@@ -287,6 +293,12 @@ impl VmDir {
         let id = random_text()?;
         self.set_identity(&id)?;
         Ok(id)
+    }
+
+    /// The same, if it has ever been asked for.
+    pub(crate) fn known_identity(&self) -> Option<String> {
+        let id = fs::read_to_string(self.state.join("identity")).ok()?;
+        Some(id.trim().to_owned())
     }
 
     /// Has it known by this.

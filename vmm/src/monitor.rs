@@ -81,6 +81,9 @@ pub enum Error {
     /// It is on its way to another monitor, or from one.
     #[error("the VM is being migrated: wait until it is, or cancel that")]
     Migrating,
+    /// A replica of its disks is kept.
+    #[error("a replica of the VM's disks is kept up to date: end blanket replicate first")]
+    Replicating,
     /// Its memory is on its way.
     #[error(
         "the memory of the VM is still on its way between two monitors, {} MiB of it: wait until all of it is there",
@@ -563,6 +566,7 @@ impl Vm {
     fn is_not_migrated(&self) -> Result<(), Error> {
         match self.migrator.following() {
             Some(left) => Err(Error::Following(left)),
+            None if self.migrator.is_replicating() => Err(Error::Replicating),
             None if self.migrator.is_busy() => Err(Error::Migrating),
             None => Ok(()),
         }

@@ -28,7 +28,7 @@ const STRETCH: u64 = 128 << 20;
 /// Rounds over what is written to the disks, before memory's turn comes.
 const DISK_ROUNDS: u32 = 8;
 /// So many bytes of disks are left for the rounds over memory.
-const LITTLE: u64 = 8 << 20;
+pub(super) const LITTLE: u64 = 8 << 20;
 
 /// What a round sends.
 pub(super) struct Load {

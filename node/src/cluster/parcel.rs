@@ -40,12 +40,24 @@ pub struct Parcel {
     pub name: String,
     /// What it is known by, whatever it is called: random.
     pub id: String,
-    /// It does not come: what is kept of its disks is to be removed.
-    pub discard: bool,
+    /// What is to be done.
+    pub wish: Wish,
     /// Files that come before it.
     pub files: Vec<Item>,
     /// Disks whose content comes with it.
     pub disks: Vec<Blank>,
+}
+
+/// What is to be done with what is in a parcel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wish {
+    /// The VM comes.
+    Come,
+    /// It does not: what is kept of its disks is to be removed.
+    Discard,
+    /// It does not: a replica of its disks is to be kept.
+    StandBy,
 }
 
 /// A file that comes before its VM.
@@ -188,10 +200,10 @@ mod tests {
         }
 
         #[test]
-        fn what_is_said_is_heard(name: String, discard: bool, index: usize, capacity: u64, used: u64, len: u64) {
+        fn what_is_said_is_heard(name: String, index: usize, capacity: u64, used: u64, len: u64) {
             let parcel = Parcel {
                 id: name.clone(),
-                discard,
+                wish: Wish::StandBy,
                 name,
                 files: vec![Item { what: What::Disk(index), len }],
                 disks: vec![Blank { index, capacity, used }],

@@ -35,6 +35,9 @@ pub struct Request {
     pub hand_over: bool,
     /// Find out how much there is to be moved, and move nothing.
     pub dry_run: bool,
+    /// Move nothing, but keep a replica of its disks up to date: a point every so
+    /// many milliseconds.
+    pub replicate_ms: Option<u64>,
 }
 
 /// What the engine wants of the main thread.

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blanket_devices::lifecycle::SavedState;
 use blanket_migration::wire::{decode, encode};
@@ -35,6 +35,18 @@ impl Monitor {
             return Err(Error::Saving);
         }
         vm.is_not_migrated()?;
+        if let Some(interval) = request.replicate_ms {
+            let departure = Departure {
+                listener,
+                machine: Vec::new(),
+                descriptors: Vec::new(),
+                disks: vm.devices.contents(),
+                options: request.options,
+            };
+            let interval = Duration::from_millis(interval);
+            vm.migrator.replicate(vm.memory(), departure, interval);
+            return Ok(vm.settled_config());
+        }
         let checked = vm.devices.check(request.hand_over);
         checked.map_err(Error::Unmovable)?;
         if let Ok(pager) = &vm.pager {

@@ -100,20 +100,25 @@ fn outputs(case: &TestCase) -> impl Iterator<Item = &str> {
     [&case.system_out, &case.system_err]
         .into_iter()
         .flatten()
-        .map(|text| text.as_str())
+        .map(quick_junit::XmlString::as_str)
 }
 
-/// Where a test panicked and the beginning of what it said, from its output.
+/// Where a test panicked and what it said, from its output: the beginning, and
+/// the end of what is long.
 fn panic_message(output: &str) -> Option<String> {
-    const LINES: usize = 6;
+    const FIRST: usize = 4;
+    const LAST: usize = 40;
     let at = " panicked at ";
     let told = &output[output.find(at)? + at.len()..];
-    let lines: Vec<_> = told
+    let ends = ["stack backtrace:", "Stack backtrace:", "note: "];
+    let mut lines: Vec<_> = told
         .lines()
-        .take_while(|line| !line.starts_with("stack backtrace:") && !line.starts_with("note: "))
-        .take(LINES)
+        .take_while(|line| !ends.iter().any(|end| line.starts_with(end)))
         .map(str::trim_end)
         .collect();
+    if lines.len() > FIRST + LAST {
+        lines.splice(FIRST..lines.len() - LAST, ["..."]);
+    }
     Some(lines.join("\n    "))
 }
 

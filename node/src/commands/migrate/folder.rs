@@ -161,6 +161,24 @@ fn content(folder: &Path) -> u64 {
     blocks.sum::<u64>() * 512
 }
 
+/// Whether there is room for so many bytes of disks.
+pub(crate) fn is_room_for(folder: &Path, needed: u64) -> Result<()> {
+    let space = rustix::fs::statvfs(folder).context("cannot tell how much room there is")?;
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    if free < needed.saturating_add(SPARE) {
+        return Err(failure(
+            format!(
+                "the VM's disks take {} MiB, and {} has {} MiB left there",
+                needed >> 20,
+                folder.display(),
+                free >> 20
+            ),
+            "make room there, or mount a larger volume at the directory above",
+        ));
+    }
+    Ok(())
+}
+
 /// The directory of the disks of a VM that comes.
 pub(super) struct Folder {
     path: PathBuf,
@@ -286,22 +304,7 @@ impl Folder {
     fn check_room(&self, disks: &[Blank], files: u64) -> Result<()> {
         let needed = disks.iter().map(|blank| blank.used.min(blank.capacity));
         let needed = needed.fold(files, u64::saturating_add);
-        let needed = needed.saturating_sub(content(&self.path));
-        let space =
-            rustix::fs::statvfs(&self.path).context("cannot tell how much room there is")?;
-        let free = space.f_bavail.saturating_mul(space.f_frsize);
-        if free < needed.saturating_add(SPARE) {
-            return Err(failure(
-                format!(
-                    "the VM's disks take {} MiB, and {} has {} MiB left there",
-                    needed >> 20,
-                    self.path.display(),
-                    free >> 20
-                ),
-                "make room there, or mount a larger volume at the directory above",
-            ));
-        }
-        Ok(())
+        is_room_for(&self.path, needed.saturating_sub(content(&self.path)))
     }
 
     /// Where the disk of this number is.

@@ -25,6 +25,7 @@ pub(super) fn migrate(
         options: args.options(),
         hand_over: true,
         dry_run: args.dry_run,
+        ..Request::default()
     };
     if args.dry_run {
         return forecast(source, &request, None, 0);

@@ -3,7 +3,7 @@
 pub(crate) mod folder;
 mod local;
 pub(crate) mod receive;
-mod remote;
+pub(crate) mod remote;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -512,12 +512,12 @@ fn has_ended(receiver: &VmDir) -> Result<State> {
 }
 
 /// The progress on the terminal.
-struct Shown {
+pub(crate) struct Shown {
     bar: Option<ProgressBar>,
 }
 
 impl Shown {
-    fn new(wanted: bool) -> Self {
+    pub(crate) fn new(wanted: bool) -> Self {
         // Hidden where the output is no terminal.
         let bar = wanted.then(|| {
             let style = ProgressStyle::with_template("{spinner} {msg}");
@@ -527,14 +527,14 @@ impl Shown {
         Self { bar }
     }
 
-    fn show(&mut self, status: &Status) {
+    pub(crate) fn show(&mut self, status: &Status) {
         if let Some(bar) = &self.bar {
             bar.set_message(line(status));
             bar.tick();
         }
     }
 
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -565,6 +565,19 @@ fn line(status: &Status) -> String {
                 mib(following.missing),
                 following.faults,
             );
+        }
+        Phase::Replicating => {
+            let all = status.replication.clone().unwrap_or_default();
+            return match all.waits {
+                Some(reason) => format!("no point can be made: {reason}"),
+                None => format!(
+                    "point {} of {:.1} s ago: {:.1} MiB, the guest stood still for {:.1} ms",
+                    all.points,
+                    all.age_ms as f64 / 1e3,
+                    mib(all.bytes),
+                    all.pause_us as f64 / 1e3,
+                ),
+            };
         }
         Phase::Copying => "copying memory",
         Phase::Switching | Phase::Handed => "switching over",

@@ -22,8 +22,9 @@ use super::folder::{self, Folder, Owner};
 use super::{INQUIRY, LOOK, has_ended, is_followed, resume_orphan};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{
-    Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, hear, say,
+    Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, Wish, hear, say,
 };
+use crate::commands::replicate::standby::stand_by;
 use crate::commands::run::{Start, settle};
 use crate::commands::store::choose_engine;
 use crate::failure::{failure, problem};
@@ -33,7 +34,7 @@ use crate::name::VmName;
 /// How long the other node may be silent before the guest has begun to move.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The largest kernel or initial RAM disk.
-const MAX_BOOT: u64 = 4 << 30;
+pub(crate) const MAX_BOOT: u64 = 4 << 30;
 /// Bytes of a file that are taken at once.
 const PIECE: usize = 256 << 10;
 
@@ -58,13 +59,19 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let parcel: Parcel = hear(&mut stream)?;
+    let hex = |id: &str| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    anyhow::ensure!(hex(&parcel.id), "the VM has no identity");
     let owner = Owner {
         id: parcel.id.clone(),
         from: args.from.clone(),
     };
-    if parcel.discard {
-        answer(&mut stream, || folder::discard(home, &owner))?;
-        return Ok(ExitCode::SUCCESS);
+    match parcel.wish {
+        Wish::Come => {}
+        Wish::Discard => {
+            answer(&mut stream, || folder::discard(home, &owner))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Wish::StandBy => return stand_by(home, &args.stage, &mut stream, &parcel, owner),
     }
     let mut arrival = answer(&mut stream, || {
         Arrival::prepare(home, &args.stage, &parcel, owner)
@@ -89,7 +96,7 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
 }
 
 /// Does a step and says how it went.
-fn answer<T>(stream: &mut UnixStream, work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn answer<T>(stream: &mut UnixStream, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let done = work();
     let answer = match &done {
         Ok(_) => Answer::Done,
@@ -97,6 +104,70 @@ fn answer<T>(stream: &mut UnixStream, work: impl FnOnce() -> Result<T>) -> Resul
     };
     say(stream, &answer)?;
     done
+}
+
+/// Takes a file's bytes; zeros need no room.
+pub(crate) fn take_bytes(
+    stream: &mut UnixStream,
+    file: &mut File,
+    path: &Path,
+    len: u64,
+) -> Result<()> {
+    let context = || format!("cannot write {}", path.display());
+    let mut hasher = Sha256::new();
+    let mut piece = vec![0; PIECE];
+    let mut left = len;
+    while left > 0 {
+        let n = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        let piece = &mut piece[..n];
+        stream
+            .read_exact(piece)
+            .context("the other node stopped sending")?;
+        hasher.update(&*piece);
+        if piece.iter().all(|byte| *byte == 0) {
+            file.seek(SeekFrom::Current(n as i64))
+                .with_context(context)?;
+        } else {
+            file.write_all(piece).with_context(context)?;
+        }
+        left -= n as u64;
+    }
+    file.set_len(len).with_context(context)?;
+    file.sync_data().with_context(context)?;
+    let mut sum = [0; 32];
+    stream.read_exact(&mut sum)?;
+    anyhow::ensure!(sum == *hasher.finalize(), "a file was changed on the way");
+    Ok(())
+}
+
+/// Another node's configuration with this one's places.
+pub(crate) fn localized(
+    home: &Home,
+    mut config: VmConfig,
+    [kernel, initrd]: [&Option<PathBuf>; 2],
+    disk_of: impl Fn(usize) -> PathBuf,
+) -> VmConfig {
+    config.kernel.clone_from(kernel);
+    config.initrd.clone_from(initrd);
+    for (index, disk) in config.disk.iter_mut().enumerate() {
+        disk.path = disk_of(index);
+        disk.format = Some(Format::Raw);
+        disk.backing = false;
+        disk.stripe.clear();
+        disk.direct = false;
+        disk.engine = Engine::Auto;
+        choose_engine(home, disk);
+    }
+    // Sockets and logs are where a new VM has them.
+    let own = |port: Option<CharConfig>| {
+        port.map(|port| CharConfig {
+            stdio: port.stdio || port.socket.is_some() || port.log.is_some(),
+            ..CharConfig::default()
+        })
+    };
+    config.serial = own(config.serial);
+    config.console = own(config.console);
+    config
 }
 
 /// A VM that comes.
@@ -168,30 +239,7 @@ impl Arrival {
         let boot = !matches!(item.what, What::Disk(_));
         anyhow::ensure!(!boot || item.len <= MAX_BOOT, "its kernel is too large");
         let (path, mut file) = self.make(item.what)?;
-        let context = || format!("cannot write {}", path.display());
-        let mut hasher = Sha256::new();
-        let mut piece = vec![0; PIECE];
-        let mut left = item.len;
-        while left > 0 {
-            let n = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
-            let piece = &mut piece[..n];
-            stream
-                .read_exact(piece)
-                .context("the other node stopped sending")?;
-            hasher.update(&*piece);
-            if piece.iter().all(|byte| *byte == 0) {
-                file.seek(SeekFrom::Current(n as i64))
-                    .with_context(context)?;
-            } else {
-                file.write_all(piece).with_context(context)?;
-            }
-            left -= n as u64;
-        }
-        file.set_len(item.len).with_context(context)?;
-        file.sync_data().with_context(context)?;
-        let mut sum = [0; 32];
-        stream.read_exact(&mut sum)?;
-        anyhow::ensure!(sum == *hasher.finalize(), "a file was changed on the way");
+        take_bytes(stream, &mut file, &path, item.len)?;
         match item.what {
             What::Kernel => self.kernel = Some(path),
             What::Initrd => self.initrd = Some(path),
@@ -202,7 +250,10 @@ impl Arrival {
 
     /// Starts the monitor.
     fn start(&mut self, home: &Home, go: Go) -> Result<()> {
-        let config = settle(self.here(home, go.config), &self.vm)?;
+        let folder = self.folder.as_ref();
+        let disk = |index| folder.map(|folder| folder.disk(index)).unwrap_or_default();
+        let config = localized(home, go.config, [&self.kernel, &self.initrd], disk);
+        let config = settle(config, &self.vm)?;
         // They are moved to the VM's directory once that is there.
         let mut kept = config.clone();
         kept.kernel = self.kernel.as_ref().map(|_| self.vm.kernel());
@@ -232,32 +283,6 @@ impl Arrival {
             receive: Some(&self.stage.join(MEMORY)),
         };
         start.claim_and_start(home, &self.vm.name).map(drop)
-    }
-
-    /// The other node's configuration with this one's places.
-    fn here(&self, home: &Home, mut config: VmConfig) -> VmConfig {
-        config.kernel.clone_from(&self.kernel);
-        config.initrd.clone_from(&self.initrd);
-        for (index, disk) in config.disk.iter_mut().enumerate() {
-            let folder = self.folder.as_ref();
-            disk.path = folder.map(|folder| folder.disk(index)).unwrap_or_default();
-            disk.format = Some(Format::Raw);
-            disk.backing = false;
-            disk.stripe.clear();
-            disk.direct = false;
-            disk.engine = Engine::Auto;
-            choose_engine(home, disk);
-        }
-        // Sockets and logs are where a new VM has them.
-        let own = |port: Option<CharConfig>| {
-            port.map(|port| CharConfig {
-                stdio: port.stdio || port.socket.is_some() || port.log.is_some(),
-                ..CharConfig::default()
-            })
-        };
-        config.serial = own(config.serial);
-        config.console = own(config.console);
-        config
     }
 
     /// Waits until it is decided who has the guest: the monitor here runs it, or

@@ -16,7 +16,9 @@ use sha2::{Digest, Sha256};
 
 use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate};
 use crate::cluster::names::NodeName;
-use crate::cluster::parcel::{Answer, Blank, Go, Item, Parcel, State, Verdict, What, hear, say};
+use crate::cluster::parcel::{
+    Answer, Blank, Go, Item, Parcel, State, Verdict, What, Wish, hear, say,
+};
 use crate::daemon::Carriage;
 use crate::daemon::local::{self, Hold, Migrate};
 use crate::failure::{answered, failure};
@@ -62,6 +64,7 @@ pub(super) fn migrate(
         options: args.options(),
         hand_over: false,
         dry_run: args.dry_run,
+        ..Request::default()
     };
     if args.dry_run {
         // The other node could take it. It forgets it when the stream ends.
@@ -93,7 +96,7 @@ pub(super) fn migrate(
 }
 
 /// Has another node come for a VM. It can as long as what is returned is held.
-fn call(
+pub(crate) fn call(
     home: &Home,
     source: &VmDir,
     node: &NodeName,
@@ -118,7 +121,7 @@ fn discard(home: &Home, source: &VmDir, node: &NodeName, args: &Args) -> Result<
     let parcel = Parcel {
         name: name.to_string(),
         id: source.identity()?,
-        discard: true,
+        wish: Wish::Discard,
         files: Vec::new(),
         disks: Vec::new(),
     };
@@ -127,7 +130,7 @@ fn discard(home: &Home, source: &VmDir, node: &NodeName, args: &Args) -> Result<
 }
 
 /// What the other node needs of a VM before it can come, and the files of it.
-fn pack(
+pub(crate) fn pack(
     source: &VmDir,
     new: &VmName,
     info: &VmInfo,
@@ -169,7 +172,7 @@ fn pack(
     let parcel = Parcel {
         name: new.to_string(),
         id: source.identity()?,
-        discard: false,
+        wish: Wish::Come,
         files: files.iter().map(|(_, item)| *item).collect(),
         disks,
     };
@@ -200,7 +203,7 @@ fn used(disk: &DiskConfig) -> u64 {
 
 /// The same with the serials that disks have by their files' names: those are
 /// others there.
-fn with_serials(mut config: VmConfig) -> VmConfig {
+pub(crate) fn with_serials(mut config: VmConfig) -> VmConfig {
     for disk in &mut config.disk {
         let serial = default_serial(&disk.path);
         disk.serial = disk
@@ -288,12 +291,12 @@ impl Drop for Socket {
 }
 
 /// Says something and waits until it is done there.
-fn step(stream: &mut UnixStream, what: &impl serde::Serialize) -> Result<()> {
+pub(crate) fn step(stream: &mut UnixStream, what: &impl serde::Serialize) -> Result<()> {
     say(stream, what)?;
     heard(stream)
 }
 
-fn heard(stream: &mut UnixStream) -> Result<()> {
+pub(crate) fn heard(stream: &mut UnixStream) -> Result<()> {
     match hear(stream)? {
         Answer::Done => Ok(()),
         Answer::Refused(problem) => Err(answered(problem)),
@@ -301,7 +304,7 @@ fn heard(stream: &mut UnixStream) -> Result<()> {
 }
 
 /// Sends `len` bytes of a file, and what they hash to.
-fn send_file(stream: &mut UnixStream, path: &Path, len: u64) -> Result<()> {
+pub(crate) fn send_file(stream: &mut UnixStream, path: &Path, len: u64) -> Result<()> {
     let mut file = File::open(path)?.take(len);
     let mut hasher = Sha256::new();
     let mut piece = vec![0; PIECE];
