@@ -85,6 +85,10 @@ impl Source {
                 }
             }
         }
+        if self.blank.iter().any(|blank| !blank) {
+            // What it had may not be durable there, and nothing else be sent.
+            self.flush()?;
+        }
         let left = disk::written(&disks);
         self.thin_out(guest, left, LITTLE, how)
     }

@@ -7,7 +7,10 @@ const DISK: u64 = SECTORS * SECTOR as u64;
 
 /// A guest whose disks are full of what cannot be packed, and that hardly writes.
 fn full() -> Counter {
-    let guest = Counter::new(Duration::from_millis(5));
+    filled(Counter::new(Duration::from_millis(5)))
+}
+
+fn filled(guest: Counter) -> Counter {
     for (number, disk) in guest.disks.iter().enumerate() {
         for sector in 0..SECTORS {
             let mut bytes = [0; SECTOR];
@@ -41,6 +44,21 @@ fn what_has_come_before_a_break_is_not_sent_again() {
     assert!(status.disks_same > DISK, "{status:?}");
     let sent: u64 = status.rounds.iter().map(|round| round.disk).sum();
     assert!(sent < DISK, "{status:?}");
+}
+
+#[test]
+fn what_is_there_already_is_durable_there_though_nothing_is_sent() {
+    // It never writes to its disks.
+    let mut guest = filled(Counter::new(Duration::from_secs(3600)));
+    let own = guest.disks.clone().map(|disk| {
+        let copy = Ram::new();
+        copy.store(0, &disk.bytes.lock().unwrap());
+        copy
+    });
+    let outcome = migrate_onto(&mut guest, own, [true, false], &options(), Fault::None);
+    outcome.moved.unwrap();
+    let status = outcome.status;
+    assert_eq!((status.disks_same, status.disks_sent), (2 * DISK, 0));
 }
 
 #[test]
