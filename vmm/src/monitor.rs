@@ -223,8 +223,10 @@ impl Monitor {
             return Err(Error::Exists);
         }
         config.validate()?;
+        let shared = given.shared;
         let parts = Parts::open(&config, given)?;
-        let devices = parts.hand_over().map_err(Error::Jail)?;
+        let mut devices = parts.hand_over().map_err(Error::Jail)?;
+        devices.share(shared);
         let touched = Touched::open();
         let uffd = Uffd::open();
         self.timeline.mark("resources opened");
@@ -367,6 +369,8 @@ impl Monitor {
             Action::Resume => {
                 vm.expect(&[VmState::Paused, VmState::Suspended], "be resumed")?;
                 vm.is_not_saved()?;
+                // Of a guest that came when its old monitor was dead.
+                vm.devices.lock_shared();
                 vm.machine.resume()?;
                 vm.state = VmState::Running;
             }

@@ -20,6 +20,7 @@
 //! ```
 
 use std::io::{self, Read, Write};
+use std::path::PathBuf;
 
 use blanket_vmm::api::types::Problem;
 use blanket_vmm::config::VmConfig;
@@ -46,6 +47,24 @@ pub struct Parcel {
     pub files: Vec<Item>,
     /// Disks whose content comes with it.
     pub disks: Vec<Blank>,
+    /// Disks that are on storage which both nodes have.
+    pub shared: Vec<Shared>,
+}
+
+/// A disk that is on storage which both nodes have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shared {
+    /// Its number among the VM's.
+    pub index: usize,
+    /// Where it is on both nodes.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub len: u64,
+    /// The name of a file beside it.
+    pub marker: String,
+    /// What is in that file: random.
+    pub nonce: String,
 }
 
 /// What is to be done with what is in a parcel.
@@ -207,6 +226,7 @@ mod tests {
                 name,
                 files: vec![Item { what: What::Disk(index), len }],
                 disks: vec![Blank { index, capacity, used }],
+                shared: vec![],
             };
             let mut bytes = Vec::new();
             say(&mut bytes, &parcel).unwrap();

@@ -105,6 +105,9 @@ impl Node {
         let from = peer.name.clone();
         command.arg("receive").arg(&stage.path).stdin(Stdio::null());
         command.arg("--from").arg(from.to_string());
+        for folder in &self.shared {
+            command.arg("--shared").arg(folder);
+        }
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;

@@ -64,8 +64,14 @@ impl<'a> Member<'a> {
 
     /// Starts its daemon.
     pub fn start(&self) {
+        self.start_with("");
+    }
+
+    /// The same with these options.
+    pub fn start_with(&self, flags: &str) {
         let (n, home) = (self.number, &self.home);
-        let run = format!("echo $$ > {home}.pid; exec ip netns exec n{n} blanketd --home {home}");
+        let run =
+            format!("echo $$ > {home}.pid; exec ip netns exec n{n} blanketd --home {home} {flags}");
         self.host.sh(run).spawn(format!("{home}.log")).unwrap();
         let ready = format!("until [ -S {home}/blanketd.sock ]; do sleep 0.1; done");
         self.host.sh(ready).timeout(GUEST_LIMIT).text().unwrap();

@@ -137,3 +137,82 @@ fn what_is_kept_of_a_disk_is_discarded_when_that_is_asked_for() {
         },
     );
 }
+
+#[test]
+fn a_guest_moves_between_nodes_that_have_the_same_storage_and_its_disk_stays_where_it_is() {
+    natively(
+        || Member::nodes("shared").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            host.sh("mkdir /var/tmp/shared").text().unwrap();
+            let disk = "/var/tmp/shared/own";
+            host.sh(format!("head -c 16M /dev/urandom > {disk}"))
+                .text()
+                .unwrap();
+            let run = |node: &Member, name: &str| {
+                node.run(&format!(
+                    "run {name} --machine pv --kernel /payload/guest/vmlinuz \
+                     --initrd /payload/guest/initrd.cpio \
+                     --cmdline 'console=hvc0 quiet loglevel=1 panic=-1' --memory 256M \
+                     --disk {disk}"
+                ))
+            };
+            let started = run(&a, "web");
+            assert!(started.status.success(), "{started}");
+            let mut guest = a.vm("web").guest().unwrap();
+            let said = a.refuses("migrate web b --shared-disks");
+            assert!(said.contains("blanketd --shared DIR"), "{said}");
+            let shares = |node: &Member| {
+                node.kill();
+                node.start_with("--shared /var/tmp/shared");
+            };
+            shares(&b);
+            // The lock is where the guest is, also when it stays.
+            let is_locked = |node: &Member| {
+                let refused = run(node, "thief");
+                let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+                assert!(
+                    !refused.status.success() && said.contains("in use"),
+                    "{refused}"
+                );
+            };
+            let cancelled = format!(
+                "{} migrate web b --shared-disks --bandwidth 4M & sleep 2; kill -INT $!; ! wait $!",
+                a.command()
+            );
+            host.sh(cancelled).timeout(LONG).text().unwrap();
+            writes(&guest, 1);
+            is_locked(&b);
+            shares(&a);
+            for (from, to, name) in [(&a, &b, "b"), (&b, &a, "a")] {
+                writes(&guest, 3);
+                guest
+                    .sh("dd if=/dev/urandom of=/dev/xvda bs=1M count=2 seek=9 conv=notrunc; sync")
+                    .text()
+                    .unwrap();
+                let was = content(&guest);
+                let flags = "--shared-disks --json --downtime 1000";
+                let report = from.json(&format!("migrate web {name} {flags}"));
+                println!("{report}");
+                assert_eq!(
+                    (&report["disks"], sent(&report)),
+                    (&0.into(), 0),
+                    "{report}"
+                );
+                drop(guest);
+                guest = to.vm("web").guest().unwrap();
+                assert_eq!(content(&guest), was);
+                writes(&guest, 7);
+                is_locked(from);
+                let sums = host.sh(format!("sha256sum < {disk}")).text().unwrap();
+                assert_eq!(sums, content(&guest));
+                assert_eq!(host.sh("ls -A /var/tmp/shared").text().unwrap(), "own\n");
+            }
+            drop(guest);
+            a.says("rm --force web");
+            let started = run(&b, "web");
+            assert!(started.status.success(), "{started}");
+            b.says("rm --force web");
+        },
+    );
+}

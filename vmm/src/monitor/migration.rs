@@ -47,7 +47,8 @@ impl Monitor {
             vm.migrator.replicate(vm.memory(), departure, interval);
             return Ok(vm.settled_config());
         }
-        let checked = vm.devices.check(request.hand_over);
+        let files = request.hand_over || request.shared_disks;
+        let checked = vm.devices.check(files);
         checked.map_err(Error::Unmovable)?;
         if let Ok(pager) = &vm.pager {
             let complete = pager.complete();
@@ -55,7 +56,7 @@ impl Monitor {
         }
         let config = vm.settled_config();
         if request.dry_run {
-            let disks = match request.hand_over {
+            let disks = match files {
                 true => Arc::new([]) as Arc<Disks>,
                 false => vm.devices.contents(),
             };
@@ -63,15 +64,17 @@ impl Monitor {
             return Ok(config);
         }
         let likeness = vm.machine.likeness()?;
+        vm.devices.share(request.shared_disks);
         let devices = request.hand_over.then_some(&vm.devices);
-        let offered = Offered::new(config.clone(), likeness, devices);
+        let shared = request.shared_disks;
+        let offered = Offered::new(config.clone(), likeness, devices, shared);
         let departure = Departure {
             listener,
             machine: encode(&offered).map_err(|error| Error::Unmovable(error.to_string()))?,
             descriptors: devices.map(HandOver::descriptors).unwrap_or_default(),
-            disks: match devices {
-                Some(_) => Arc::new([]),
-                None => vm.devices.contents(),
+            disks: match files {
+                true => Arc::new([]),
+                false => vm.devices.contents(),
             },
             options: request.options,
         };
@@ -148,6 +151,8 @@ impl Vm {
                 self.state = VmState::Paused;
                 let saved = self.machine.save().map_err(Error::from);
                 let encoded = saved.and_then(|state| {
+                    let flushed = self.devices.flush_shared();
+                    flushed.map_err(|error| Error::Unmovable(format!("a disk: {error}")))?;
                     encode(&state).map_err(|error| Error::Unmovable(error.to_string()))
                 });
                 if encoded.is_err() {
@@ -161,6 +166,7 @@ impl Vm {
                 self.state = VmState::Running;
             }
             What::Run => {
+                self.devices.lock_shared();
                 self.machine.resume()?;
                 self.state = VmState::Running;
                 self.devices.announce();
@@ -168,6 +174,7 @@ impl Vm {
             // Its devices are another's, too: nothing is flushed or let go.
             What::GiveUp => {
                 self.moved = true;
+                self.devices.unlock_shared();
                 self.state = VmState::Stopped;
             }
             What::Restore(bytes) => {

@@ -79,6 +79,7 @@ impl Receiver for Here<'_> {
             eager: false,
             prepare: None,
             receive: Some(&self.source.migration_socket()),
+            shared_disks: false,
         };
         let name: &VmName = &self.vm.name;
         start.claim_and_start(self.home, name).map(drop)

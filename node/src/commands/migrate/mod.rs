@@ -4,6 +4,7 @@ pub(crate) mod folder;
 mod local;
 pub(crate) mod receive;
 pub(crate) mod remote;
+mod shared;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -85,6 +86,11 @@ pub(crate) struct Args {
     /// with it from a node are deleted anyway, block devices never.)
     #[arg(long, requires = "node")]
     delete_disks: bool,
+
+    /// The disks are files on storage that both nodes have, at the same paths: copy nothing. The
+    /// other node's blanketd has to have been started with --shared DIR.
+    #[arg(long, requires = "node", conflicts_with_all = ["delete_disks", "discard"])]
+    shared_disks: bool,
 
     /// Only tell what it would be like: how much would be sent, how long it would take, and how
     /// long the VM would stand still. Another node is asked whether it has a place for it.

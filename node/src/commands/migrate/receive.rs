@@ -19,6 +19,7 @@ use blanket_vmm::config::{CharConfig, VmConfig};
 use sha2::{Digest, Sha256};
 
 use super::folder::{self, Folder, Owner};
+use super::shared;
 use super::{INQUIRY, LOOK, has_ended, is_followed, resume_orphan};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{
@@ -46,6 +47,10 @@ pub(crate) struct Args {
     /// The other node.
     #[arg(long)]
     from: NodeName,
+
+    /// Where disks may be that both nodes have.
+    #[arg(long)]
+    shared: Vec<PathBuf>,
 }
 
 /// The socket that leads to `blanket migrate`.
@@ -73,9 +78,7 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
         }
         Wish::StandBy => return stand_by(home, &args.stage, &mut stream, &parcel, owner),
     }
-    let mut arrival = answer(&mut stream, || {
-        Arrival::prepare(home, &args.stage, &parcel, owner)
-    })?;
+    let mut arrival = answer(&mut stream, || Arrival::prepare(home, args, &parcel, owner))?;
     for item in &parcel.files {
         let taken = arrival.take_file(&mut stream, item);
         answer(&mut stream, || taken)?;
@@ -178,13 +181,15 @@ struct Arrival {
     stage: PathBuf,
     /// The directory of its disks, if it has any.
     folder: Option<Folder>,
+    /// Disks that both nodes have.
+    shared: Vec<(usize, PathBuf)>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
 }
 
 impl Arrival {
     /// Checks that the VM can come, and makes its disks.
-    fn prepare(home: &Home, stage: &Path, parcel: &Parcel, owner: Owner) -> Result<Self> {
+    fn prepare(home: &Home, args: &Args, parcel: &Parcel, owner: Owner) -> Result<Self> {
         let name: VmName = parcel.name.parse().map_err(anyhow::Error::msg)?;
         let vm = home.vm(&name);
         if home.existing(&name).is_ok() {
@@ -208,7 +213,8 @@ impl Arrival {
         Ok(Self {
             vm,
             id: parcel.id.clone(),
-            stage: stage.to_owned(),
+            stage: args.stage.clone(),
+            shared: shared::find(&parcel.shared, &args.shared)?,
             folder,
             kernel: None,
             initrd: None,
@@ -251,8 +257,19 @@ impl Arrival {
     /// Starts the monitor.
     fn start(&mut self, home: &Home, go: Go) -> Result<()> {
         let folder = self.folder.as_ref();
-        let disk = |index| folder.map(|folder| folder.disk(index)).unwrap_or_default();
-        let config = localized(home, go.config, [&self.kernel, &self.initrd], disk);
+        let shared = &self.shared;
+        let disk = |index| match shared.iter().find(|(it, _)| *it == index) {
+            Some((_, path)) => path.clone(),
+            None => folder.map(|folder| folder.disk(index)).unwrap_or_default(),
+        };
+        let direct: Vec<_> = go.config.disk.iter().map(|disk| disk.direct).collect();
+        let mut config = localized(home, go.config, [&self.kernel, &self.initrd], disk);
+        // Where it is the same storage, it can what it could.
+        for (index, _) in shared {
+            if let (Some(disk), Some(direct)) = (config.disk.get_mut(*index), direct.get(*index)) {
+                disk.direct = *direct;
+            }
+        }
         let config = settle(config, &self.vm)?;
         // They are moved to the VM's directory once that is there.
         let mut kept = config.clone();
@@ -281,6 +298,7 @@ impl Arrival {
             eager: false,
             prepare: Some(&prepare),
             receive: Some(&self.stage.join(MEMORY)),
+            shared_disks: !self.shared.is_empty(),
         };
         start.claim_and_start(home, &self.vm.name).map(drop)
     }

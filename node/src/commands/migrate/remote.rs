@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use blanket_drivers::store::default_serial;
 use blanket_vmm::api::types::{VmInfo, VmState};
+use blanket_vmm::client::Client;
 use blanket_vmm::config::{DiskConfig, VmConfig};
 use blanket_vmm::migrate::Request;
 use sha2::{Digest, Sha256};
 
-use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate};
+use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate, shared};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{
     Answer, Blank, Go, Item, Parcel, State, Verdict, What, Wish, hear, say,
@@ -44,26 +45,31 @@ pub(super) fn migrate(
         return discard(home, source, &node, &args);
     }
     let client = source.live_client()?;
-    let info = client.info()?;
-    if info.state != VmState::Running {
-        return Err(failure(
-            format!("'{}' is {}: it cannot be migrated", source.name, info.state),
-            "only VMs that run can; blanket resume it first",
-        ));
-    }
+    let info = running(source, &client, "migrated")?;
     let new = args.new.clone().unwrap_or_else(|| source.name.clone());
     let config = info.config.clone().overlaid(args.vm.clone());
-    let (parcel, files) = pack(source, &new, &info, &config)?;
+    // Disks that both nodes have stay where they are.
+    let unshared = match args.shared_disks {
+        true => without_disks(&config),
+        false => config.clone(),
+    };
+    let (mut parcel, files) = pack(source, &new, &info, &unshared)?;
+    let mut markers = Vec::new();
+    if args.shared_disks {
+        (parcel.shared, markers) = shared::mark(&config)?;
+    }
     let carriage = match args.plain {
         true => Carriage::Plain,
         false => Carriage::Tls,
     };
     let (_way, mut stream) = call(home, source, &node, carriage)?;
     step(&mut stream, &parcel)?;
+    drop(markers);
     let request = Request {
         options: args.options(),
         hand_over: false,
         dry_run: args.dry_run,
+        shared_disks: args.shared_disks,
         ..Request::default()
     };
     if args.dry_run {
@@ -71,11 +77,7 @@ pub(super) fn migrate(
         let used = parcel.disks.iter().map(|disk| disk.used).sum();
         return forecast(source, &request, Some(node), used);
     }
-    for (path, item) in &files {
-        send_file(&mut stream, path, item.len)
-            .with_context(|| format!("cannot send {}", path.display()))?;
-        heard(&mut stream)?;
-    }
+    send_files(&mut stream, &files)?;
     let settled = client.migrate(&request)?.overlaid(args.vm);
     let mut receiver = There {
         stream,
@@ -90,7 +92,7 @@ pub(super) fn migrate(
     Ok(Outcome::Moved(Box::new(Report {
         name: new,
         node: Some(node),
-        left: dispose(home, &config, args.delete_disks),
+        left: dispose(home, &unshared, args.delete_disks),
         status,
     })))
 }
@@ -124,6 +126,7 @@ fn discard(home: &Home, source: &VmDir, node: &NodeName, args: &Args) -> Result<
         wish: Wish::Discard,
         files: Vec::new(),
         disks: Vec::new(),
+        shared: Vec::new(),
     };
     step(&mut stream, &parcel)?;
     Ok(Outcome::Discarded)
@@ -175,8 +178,29 @@ pub(crate) fn pack(
         wish: Wish::Come,
         files: files.iter().map(|(_, item)| *item).collect(),
         disks,
+        shared: Vec::new(),
     };
     Ok((parcel, files))
+}
+
+/// What there is of a VM that runs, and is to be `moved`.
+pub(crate) fn running(source: &VmDir, client: &Client, moved: &str) -> Result<VmInfo> {
+    let info = client.info()?;
+    if info.state == VmState::Running {
+        return Ok(info);
+    }
+    Err(failure(
+        format!("'{}' is {}: it cannot be {moved}", source.name, info.state),
+        "only VMs that run can; blanket resume it first",
+    ))
+}
+
+/// The same without disks.
+fn without_disks(config: &VmConfig) -> VmConfig {
+    VmConfig {
+        disk: Vec::new(),
+        ..config.clone()
+    }
 }
 
 /// Whether its file's bytes are the disk's.
@@ -296,15 +320,25 @@ pub(crate) fn step(stream: &mut UnixStream, what: &impl serde::Serialize) -> Res
     heard(stream)
 }
 
-pub(crate) fn heard(stream: &mut UnixStream) -> Result<()> {
+fn heard(stream: &mut UnixStream) -> Result<()> {
     match hear(stream)? {
         Answer::Done => Ok(()),
         Answer::Refused(problem) => Err(answered(problem)),
     }
 }
 
+/// Sends all files, one after the other.
+pub(crate) fn send_files(stream: &mut UnixStream, files: &[(PathBuf, Item)]) -> Result<()> {
+    for (path, item) in files {
+        send_file(stream, path, item.len)
+            .with_context(|| format!("cannot send {}", path.display()))?;
+        heard(stream)?;
+    }
+    Ok(())
+}
+
 /// Sends `len` bytes of a file, and what they hash to.
-pub(crate) fn send_file(stream: &mut UnixStream, path: &Path, len: u64) -> Result<()> {
+fn send_file(stream: &mut UnixStream, path: &Path, len: u64) -> Result<()> {
     let mut file = File::open(path)?.take(len);
     let mut hasher = Sha256::new();
     let mut piece = vec![0; PIECE];

@@ -15,19 +15,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use blanket_migration::{Options, Phase, Status};
-use blanket_vmm::api::types::VmState;
 use blanket_vmm::client::Client;
 use blanket_vmm::config::ByteSize;
 use blanket_vmm::migrate::Request;
 use serde_json::json;
 
 use super::migrate::Shown;
-use super::migrate::remote::{call, heard, pack, send_file, step, with_serials};
+use super::migrate::remote::{call, pack, running, send_files, step, with_serials};
 use super::print;
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{Go, Wish};
 use crate::daemon::Carriage;
-use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
 
@@ -158,16 +156,7 @@ impl Replication<'_> {
 
     /// Sends points until it is to end.
     fn connection(&mut self, client: &Client) -> Result<(), Broken> {
-        let info = client.info()?;
-        if info.state != VmState::Running {
-            return Err(Broken::Failed(failure(
-                format!(
-                    "'{}' is {}: it cannot be replicated",
-                    self.vm.name, info.state
-                ),
-                "only VMs that run can; blanket resume it first",
-            )));
-        }
+        let info = running(self.vm, client, "replicated")?;
         let (mut parcel, files) = pack(self.vm, &self.vm.name, &info, &info.config)?;
         parcel.wish = Wish::StandBy;
         let carriage = match self.args.plain {
@@ -177,11 +166,7 @@ impl Replication<'_> {
         let (_way, mut stream) = call(self.home, self.vm, &self.args.node, carriage)?;
         stream.set_read_timeout(Some(COPY))?;
         step(&mut stream, &parcel).map_err(Broken::Refused)?;
-        for (path, item) in &files {
-            send_file(&mut stream, path, item.len)
-                .with_context(|| format!("cannot send {}", path.display()))?;
-            heard(&mut stream)?;
-        }
+        send_files(&mut stream, &files)?;
         let settled = client.migrate(&Request {
             options: Options {
                 streams: self.args.streams.unwrap_or(0),

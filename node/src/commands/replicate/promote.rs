@@ -194,6 +194,7 @@ impl Promoted<'_> {
             eager: false,
             prepare: Some(&prepare),
             receive: None,
+            shared_disks: false,
         };
         start.claim_and_start(self.home, &self.vm.name).map(drop)
     }
