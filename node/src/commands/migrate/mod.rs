@@ -351,9 +351,13 @@ fn relocate(
         Ok(status) => {
             let removed = receiver.stayed();
             let reason = status.error.unwrap_or_default();
+            let kept = match status.disks_sent {
+                0 => "",
+                _ => "; what has come of its disks is kept there for the next time",
+            };
             let stays = failure(
                 format!("'{}' was not migrated: {reason}", source.name),
-                "it is where it was: see blanket ps",
+                format!("it is where it was: see blanket ps{kept}"),
             );
             Err(match removed {
                 Ok(()) => stays,
