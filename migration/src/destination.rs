@@ -1,5 +1,7 @@
 //! The end that gets the guest.
 
+pub(crate) mod standby;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -11,6 +13,7 @@ use blanket_memory::GuestRam;
 use blanket_memory::dirty::{PAGE, Pages};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::compare::{Compare, Unanswered};
 use crate::descriptors;
 use crate::disk::{self, Disks};
 use crate::follow::{Follower, Lost, Remote, SPARES};
@@ -49,8 +52,8 @@ pub enum Error {
     /// The disks here are not the guest's.
     #[error("the guest's disks have other sizes; configure this machine like the guest's")]
     Disks,
-    /// A disk here cannot be written.
-    #[error("a disk cannot be written: {0}")]
+    /// A disk here fails.
+    #[error("a disk cannot be read or written: {0}")]
     Disk(io::Error),
     /// A write was lost on the way.
     #[error("the memory or a disk that arrived is not the guest's")]
@@ -76,6 +79,15 @@ pub enum Error {
 impl From<io::Error> for Error {
     fn from(error: io::Error) -> Self {
         Self::Wire(error.into())
+    }
+}
+
+impl From<Unanswered> for Error {
+    fn from(error: Unanswered) -> Self {
+        match error {
+            Unanswered::Wire(error) => Self::Wire(error),
+            Unanswered::Disk(error) => Self::Disk(error),
+        }
     }
 }
 
@@ -315,6 +327,10 @@ impl Destination {
         loop {
             match wire::receive(&mut self.control, &mut payload)? {
                 Kind::State => return Ok(payload),
+                Kind::Compare => {
+                    let hashes = Compare::from_bytes(&payload)?.answer(disks)?;
+                    wire::send(&mut self.control, Kind::Hashes, &hashes)?;
+                }
                 Kind::Flush => {
                     let mut all = disks.iter();
                     all.try_for_each(|disk| disk.flush()).map_err(Error::Disk)?;

@@ -14,6 +14,8 @@
 //!   │ ◀──────── join (each data stream) ────  │
 //!   │ ◀────────────── accept ───────────────  │  nothing has been stopped yet
 //!   │                                         │
+//!   │ ── compare (a stretch of a disk) ─────▶ │  where the destination has
+//!   │ ◀───────────────────────────── hashes ─ │  something of a disk already
 //!   │ ══ blocks, holes (data streams) ══════▶ │  the disks, if they move
 //!   │ ══ sync ══════════════════════════════▶ │  along, and what the guest
 //!   │ ◀═══════════════════════════════ sync ═ │  writes to them meanwhile
@@ -110,6 +112,7 @@
 //! a source that could not send it knows that nobody has it.
 
 mod batch;
+mod compare;
 mod delta;
 mod descriptors;
 mod destination;
@@ -117,6 +120,7 @@ mod disk;
 mod follow;
 mod forecast;
 mod frames;
+mod journal;
 mod keep;
 mod source;
 mod squeeze;
@@ -125,14 +129,17 @@ mod throttle;
 pub mod way;
 pub mod wire;
 
+pub use destination::standby::Replica;
 pub use destination::{Destination, Error as DestinationError, Machine, place, store};
 pub use disk::{Disk, Disks};
 pub use follow::{Lost, MEMORY_LOST, Remote};
 pub use forecast::{Forecast, measure};
 pub use frames::Place;
+pub use journal::{Journal, Point, replay};
 pub use source::{Error, Guest, Source, Terms};
 pub use status::{
-    Compress, Following, MOST_STREAMS, Mode, Options, Packed, Phase, Progress, Round, Status, Step,
+    Compress, Following, MOST_STREAMS, Mode, Options, Packed, Phase, Progress, Replication, Round,
+    Status, Step,
 };
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The end that has the guest.
 
+mod compare;
+mod points;
 mod rounds;
 
 use std::io;
@@ -146,6 +148,18 @@ pub(crate) struct How<'a> {
     pub(crate) progress: &'a Arc<Progress>,
     /// Where the destination comes.
     pub(crate) listener: &'a UnixListener,
+}
+
+impl<'a> How<'a> {
+    fn new(options: &'a Options, progress: &'a Arc<Progress>, listener: &'a UnixListener) -> Self {
+        Self {
+            options,
+            pace: Arc::new(Pace::new(options.bandwidth)),
+            squeeze: Arc::new(Squeeze::new(options)),
+            progress,
+            listener,
+        }
+    }
 }
 
 /// A destination that has accepted the guest.
@@ -334,13 +348,7 @@ impl Source {
         listener: &UnixListener,
     ) -> Result<(), Error> {
         let start = Instant::now();
-        let how = How {
-            options,
-            pace: Arc::new(Pace::new(options.bandwidth)),
-            squeeze: Arc::new(Squeeze::new(options)),
-            progress,
-            listener,
-        };
+        let how = How::new(options, progress, listener);
         let moved = self.copy_and_switch(guest, &how);
         guest.end();
         throttle::release(guest, progress);

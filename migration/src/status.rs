@@ -112,6 +112,8 @@ pub enum Phase {
     Following,
     /// The guest runs at the destination, which has all of it.
     Moved,
+    /// A replica of its disks is kept up to date.
+    Replicating,
     /// It was cancelled or has failed: the guest is here.
     Failed,
     /// Nothing was moved: it is known how much there is and how fast it changes.
@@ -176,6 +178,24 @@ pub struct Following {
     pub us: u64,
 }
 
+/// How a replica is kept up to date.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Replication {
+    /// Points that the replica has got.
+    pub points: u64,
+    /// Milliseconds since the moment of the last one.
+    pub age_ms: u64,
+    /// Bytes that were sent for it.
+    pub bytes: u64,
+    /// Microseconds for which the guest stood still for it.
+    pub pause_us: u64,
+    /// The most of these so far.
+    pub most_pause_us: u64,
+    /// Why no point can be made now.
+    pub waits: Option<String>,
+}
+
 /// A step of the pause.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
@@ -201,6 +221,9 @@ pub struct Status {
     /// Bytes of disks that have been sent, with those that were written anew.
     #[serde(default)]
     pub disks_sent: u64,
+    /// Bytes of disks that the destination had already.
+    #[serde(default)]
+    pub disks_same: u64,
     /// Bytes of memory that are other than zeros, where nothing but that was
     /// measured.
     #[serde(default)]
@@ -237,6 +260,9 @@ pub struct Status {
     /// The memory that follows the guest, if some does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub following: Option<Following>,
+    /// The replica, where one is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replication: Option<Replication>,
     /// Why no memory follows, where that was wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unable: Option<String>,
@@ -249,6 +275,8 @@ pub struct Status {
 pub struct Progress {
     status: Mutex<Status>,
     cancelled: AtomicBool,
+    /// The moment of the last point.
+    point: Mutex<Option<Instant>>,
     /// Bytes sent.
     bytes: AtomicU64,
     /// Bytes of this round that were looked at.
@@ -263,12 +291,21 @@ impl Progress {
         status.bytes = self.bytes.load(Ordering::Relaxed);
         let seen = self.seen.load(Ordering::Relaxed);
         status.left = status.left.saturating_sub(seen);
+        let point = *self.point.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(replication), Some(point)) = (&mut status.replication, point) {
+            replication.age_ms = micros(point.elapsed()) / 1000;
+        }
         status
     }
 
     /// Asks for its end. It has none left once the guest is handed over.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// The replica has the point of this moment.
+    pub(crate) fn point(&self, moment: Instant) {
+        *self.point.lock().unwrap_or_else(PoisonError::into_inner) = Some(moment);
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

@@ -19,6 +19,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
+mod disks;
+mod points;
+
 const HIGH: u64 = 1 << 32;
 const PAGES: u64 = 1500;
 
@@ -494,15 +497,25 @@ fn migrate_to(
     options: &Options,
     fault: Fault,
 ) -> Outcome {
+    let own = [Ram::new(), Ram::new()];
+    // One that is not blank: what is there has to go.
+    own[1].store(512, &[0x55; SECTOR]);
+    migrate_onto(guest, own, [takes, follows], options, fault)
+}
+
+fn migrate_onto(
+    guest: &mut Counter,
+    own: [Arc<Ram>; 2],
+    [takes, follows]: [bool; 2],
+    options: &Options,
+    fault: Fault,
+) -> Outcome {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("source");
     let near = folder.path().join("near");
     let listener = UnixListener::bind(&path).unwrap();
     let runs: Arc<AtomicBool> = Arc::default();
     relay(&near, path, fault, &runs);
-    let own = [Ram::new(), Ram::new()];
-    // One that is not blank: what is there has to go.
-    own[1].store(512, &[0x55; SECTOR]);
     let other = Arc::new(Other {
         ram: ram(),
         disks: own.clone().map(|disk| disk as Arc<dyn Disk>),

@@ -60,8 +60,16 @@ pub enum Kind {
     Blocks,
     /// Ranges of disks that are all zeros: triples of disk, offset and length.
     Holes,
+    /// Which stripes of a disk's the destination is asked for: its number, an
+    /// offset and a length.
+    Compare,
+    /// Their BLAKE3 hashes.
+    Hashes,
     /// The destination makes durable what it has of the disks, and sends it back.
     Flush,
+    /// What a replica has got of the disks is whole: [`crate::Point`]. It sends
+    /// it back, empty, when that is durable, and a flush when it can go on.
+    Point,
     /// The end of a round on this stream: its number. The destination sends it
     /// back when everything before it is in place.
     Sync,
@@ -91,7 +99,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 25] = [
+    const ALL: [(Self, [u8; 4]); 28] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -104,7 +112,10 @@ impl Kind {
         (Self::Zeros, *b"zero"),
         (Self::Blocks, *b"blok"),
         (Self::Holes, *b"hole"),
+        (Self::Compare, *b"cmpr"),
+        (Self::Hashes, *b"hash"),
         (Self::Flush, *b"flsh"),
+        (Self::Point, *b"poin"),
         (Self::Sync, *b"sync"),
         (Self::Verify, *b"same"),
         (Self::Missing, *b"miss"),

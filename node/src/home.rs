@@ -1,13 +1,15 @@
 //! Where VMs are kept on this node.
 //!
 //! ```text
-//! STATE/vms/NAME/   config.toml, record.json, exit.json, *.log
+//! STATE/vms/NAME/   config.toml, record.json, exit.json, identity, *.log
 //! STATE/uplinks/    the self-test of each interface
 //! STATE/evacuated/  guests that were saved, all at once
 //! STATE/notices.json  the provider's notices for which that was done
 //! STATE/up.json     what `blanket up` has changed
 //! STATE/stores/     the self-test of each volume
-//! STATE/disks/NAME/ disks that came with a VM from another node
+//! STATE/disks/NAME/ disks that came with a VM from another node; with an arrival.json,
+//!                   what has come of them
+//! STATE/disks/.standby/ replicas of other nodes' VMs
 //! STATE/receiving/  what such a VM needs until it is here
 //! STATE/node/       blanketd's: keys, certificates, store, audit log
 //! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock
@@ -31,6 +33,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::daemon::random_text;
 use crate::failure::failure;
 use crate::name::VmName;
 
@@ -140,6 +143,11 @@ impl Home {
     /// Where disks are that came with VMs from other nodes: these are Blanket's.
     pub(crate) fn disks(&self) -> PathBuf {
         self.state.with_file_name("disks")
+    }
+
+    /// Where replicas of other nodes' VMs are. No VM is called so.
+    pub(crate) fn standby(&self) -> PathBuf {
+        self.disks().join(".standby")
     }
 
     /// What a VM that comes from another node needs until it is here.
@@ -272,6 +280,32 @@ impl VmDir {
     pub(crate) fn initrd(&self) -> PathBuf {
         self.state.join("initrd")
     }
+    /// What the VM is known by on other nodes, whatever it is called: random.
+    pub(crate) fn identity(&self) -> Result<String> {
+        let path = self.state.join("identity");
+        match fs::read_to_string(&path) {
+            Ok(id) => return Ok(id.trim().to_owned()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read {}", path.display()));
+            }
+        }
+        let id = random_text()?;
+        self.set_identity(&id)?;
+        Ok(id)
+    }
+
+    /// The same, if it has ever been asked for.
+    pub(crate) fn known_identity(&self) -> Option<String> {
+        let id = fs::read_to_string(self.state.join("identity")).ok()?;
+        Some(id.trim().to_owned())
+    }
+
+    /// Has it known by this.
+    pub(crate) fn set_identity(&self, id: &str) -> Result<()> {
+        self.write(&self.state.join("identity"), id.as_bytes())
+    }
+
     pub(crate) fn api_socket(&self) -> PathBuf {
         self.run.join("api.sock")
     }

@@ -22,7 +22,8 @@ use clap::{Parser, Subcommand};
 
 use commands::{
     ca, clone, console, doctor, evacuate as evacuation, info, life, logs, migrate, node as nodes,
-    provider, ps, restore, run, set, snapshot, stop, store, supervise, up as node, uplink,
+    provider, ps, replicate, restore, run, set, snapshot, stop, store, supervise, up as node,
+    uplink,
 };
 
 /// Virtual machines on this node.
@@ -78,6 +79,12 @@ enum Command {
     /// Move a running VM to another node, or to a fresh monitor here, without its guest taking
     /// notice.
     Migrate(Box<migrate::Args>),
+    /// Keep a replica of a running VM's disks on another node up to date.
+    Replicate(replicate::Args),
+    /// Start a VM from its replica on this node, at its last point.
+    Promote(Box<replicate::PromoteArgs>),
+    /// List the replicas on this node.
+    Replicas(replicate::ListArgs),
     /// Save all guests to a directory and end them, now or when the provider is about to take this
     /// machine away. `blanket restore --evacuated` brings them back.
     Evacuate(evacuation::Args),
@@ -134,6 +141,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Restore(args) => restore::restore(&home, *args, cli.home.as_deref()),
         Command::Clone(args) => clone::clone(&home, &args, cli.home.as_deref()),
         Command::Migrate(args) => migrate::migrate(&home, *args, cli.home.as_deref()),
+        Command::Replicate(args) => replicate::replicate(&home, &args),
+        Command::Promote(args) => replicate::promote(&home, *args, cli.home.as_deref()),
+        Command::Replicas(args) => replicate::replicas(&home, &args),
         Command::Reset(args) => life::act(&home, &args, Action::Reset),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Uplink(args) => uplink::uplink(&home, &args),

@@ -64,6 +64,11 @@ struct Arguments {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["restore", "no_boot"])]
     receive: Option<PathBuf>,
 
+    /// The disks are on storage that both nodes have: they are the other
+    /// monitor's until the guest comes.
+    #[arg(long, requires = "receive")]
+    shared_disks: bool,
+
     /// Build the VM but leave its start to the API.
     #[arg(long, requires = "api_socket")]
     no_boot: bool,
@@ -153,7 +158,7 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         let _exit = arguments.migration_socket.map(SocketFile);
         monitor.timeline().mark("API ready");
         if let Some(guest) = guest.take() {
-            receive(&mut monitor, config, guest)?;
+            receive(&mut monitor, config, guest, arguments.shared_disks)?;
         } else if config.kernel.is_some() {
             let given = match &snapshot {
                 Some(_) => Given::guest(),
@@ -196,8 +201,18 @@ fn meet(path: &Path) -> anyhow::Result<Guest> {
 }
 
 /// Builds a machine for the guest, whose source hears of it if there is none.
-fn receive(monitor: &mut Monitor, config: VmConfig, guest: Guest) -> anyhow::Result<()> {
-    match monitor.create_with(config, guest.given) {
+fn receive(
+    monitor: &mut Monitor,
+    config: VmConfig,
+    guest: Guest,
+    shared: bool,
+) -> anyhow::Result<()> {
+    if shared && guest.offered.copies {
+        const WHY: &str = "the disks are shared, and not to be copied";
+        guest.source.refuse(WHY);
+        anyhow::bail!(WHY);
+    }
+    match monitor.create_with(config, guest.given.with_shared_disks(shared)) {
         Ok(()) => Ok(monitor.arrive(guest.source, &guest.offered)?),
         Err(error) => {
             guest.source.refuse(&error.to_string());

@@ -81,6 +81,9 @@ pub enum Error {
     /// It is on its way to another monitor, or from one.
     #[error("the VM is being migrated: wait until it is, or cancel that")]
     Migrating,
+    /// A replica of its disks is kept.
+    #[error("a replica of the VM's disks is kept up to date: end blanket replicate first")]
+    Replicating,
     /// Its memory is on its way.
     #[error(
         "the memory of the VM is still on its way between two monitors, {} MiB of it: wait until all of it is there",
@@ -155,8 +158,8 @@ struct Vm {
     pager: Result<Arc<Pager>, String>,
     migrator: Migrator,
     devices: HandOver,
-    /// Its taps are not those that it had before.
-    fresh_taps: bool,
+    /// Its taps are not those that its guest had where it came from.
+    own_taps: bool,
     /// It is another monitor's.
     moved: bool,
 }
@@ -222,8 +225,10 @@ impl Monitor {
             return Err(Error::Exists);
         }
         config.validate()?;
+        let shared = given.shared;
         let parts = Parts::open(&config, given)?;
-        let devices = parts.hand_over().map_err(Error::Jail)?;
+        let mut devices = parts.hand_over().map_err(Error::Jail)?;
+        devices.share(shared);
         let touched = Touched::open();
         let uffd = Uffd::open();
         self.timeline.mark("resources opened");
@@ -252,7 +257,7 @@ impl Monitor {
             pager,
             migrator,
             devices,
-            fresh_taps: false,
+            own_taps: false,
             moved: false,
         });
         Ok(())
@@ -367,6 +372,8 @@ impl Monitor {
             Action::Resume => {
                 vm.expect(&[VmState::Paused, VmState::Suspended], "be resumed")?;
                 vm.is_not_saved()?;
+                // Of a guest that came when its old monitor was dead.
+                vm.devices.lock_shared();
                 vm.machine.resume()?;
                 vm.state = VmState::Running;
             }
@@ -566,6 +573,7 @@ impl Vm {
     fn is_not_migrated(&self) -> Result<(), Error> {
         match self.migrator.following() {
             Some(left) => Err(Error::Following(left)),
+            None if self.migrator.is_replicating() => Err(Error::Replicating),
             None if self.migrator.is_busy() => Err(Error::Migrating),
             None => Ok(()),
         }

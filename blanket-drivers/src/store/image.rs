@@ -192,6 +192,17 @@ impl Image {
         Self::open_file(spec, file)
     }
 
+    /// Opens a raw image that another node's process has open and locked: it is
+    /// not to be used before that one has let it go, and this one has taken its
+    /// lock ([`super::lock_file`]).
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn open_unlocked(spec: &Spec) -> Result<Self, Error> {
+        let file = open_file(&spec.path, spec.readonly);
+        Self::open_file(spec, file.map_err(|source| open_error(&spec.path, source))?)
+    }
+
     /// Opens an image whose file another process has opened, locked, and hands
     /// over: the lock comes with it. Both may have the image open, if only one
     /// uses it, because nothing of a raw image is kept in memory.

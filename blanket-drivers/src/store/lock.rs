@@ -37,12 +37,23 @@ pub(super) fn patiently<T>(
 ///
 /// # Errors
 /// The file system has no locks, or the file is not open for it.
-pub(super) fn take(file: &File, write: bool) -> io::Result<bool> {
+pub fn take(file: &File, write: bool) -> io::Result<bool> {
     patiently(|| Ok(take_now(file, write)?.then_some(()))).map(|taken| taken.is_some())
 }
 
+/// Lets others lock `file`.
+///
+/// # Errors
+/// The file system has no locks.
+pub fn release(file: &File) -> io::Result<()> {
+    set(file, libc::F_UNLCK).map(drop)
+}
+
 fn take_now(file: &File, write: bool) -> io::Result<bool> {
-    let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
+    set(file, if write { libc::F_WRLCK } else { libc::F_RDLCK })
+}
+
+fn set(file: &File, kind: libc::c_int) -> io::Result<bool> {
     // The whole file, however long it gets: start 0, length 0.
     let lock = libc::flock {
         l_type: kind as libc::c_short,

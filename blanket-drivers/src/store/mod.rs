@@ -27,6 +27,7 @@ mod transfer;
 
 pub use access::Access;
 pub use image::{Error, Image, Spec, default_serial};
+pub use lock::{release as unlock_file, take as lock_file};
 pub use qcow2::create_overlay;
 pub use selftest::{Figures, Measured, Report, measure};
 

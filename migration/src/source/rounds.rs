@@ -32,7 +32,7 @@ const STRETCH: u64 = 128 << 20;
 /// Rounds over what is written to the disks, before memory's turn comes.
 const DISK_ROUNDS: u32 = 8;
 /// So many bytes of disks are left for the rounds over memory.
-const LITTLE: u64 = 8 << 20;
+pub(super) const LITTLE: u64 = 8 << 20;
 
 /// Of what the destination has nothing but zeros yet: those are not sent.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -89,9 +89,19 @@ impl Source {
                 if extents.is_empty() {
                     break;
                 }
-                let fresh = if blank { Fresh::Disks } else { Fresh::Nothing };
-                self.disk_round(guest, extents, fresh, how)?;
+                let extents = match blank {
+                    true => extents,
+                    false => self.differing(&**disk, &extents, how)?,
+                };
+                if !extents.is_empty() {
+                    let fresh = if blank { Fresh::Disks } else { Fresh::Nothing };
+                    self.disk_round(guest, extents, fresh, how)?;
+                }
             }
+        }
+        if self.blank.iter().any(|blank| !blank) {
+            // What it had may not be durable there, and nothing else be sent.
+            self.flush()?;
         }
         let left = disk::written(&disks);
         self.thin_out(guest, left, LITTLE, how)

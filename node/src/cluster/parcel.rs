@@ -20,6 +20,7 @@
 //! ```
 
 use std::io::{self, Read, Write};
+use std::path::PathBuf;
 
 use blanket_vmm::api::types::Problem;
 use blanket_vmm::config::VmConfig;
@@ -38,10 +39,44 @@ pub const MAX_ITEMS: usize = 256;
 pub struct Parcel {
     /// What it is called here.
     pub name: String,
+    /// What it is known by, whatever it is called: random.
+    pub id: String,
+    /// What is to be done.
+    pub wish: Wish,
     /// Files that come before it.
     pub files: Vec<Item>,
     /// Disks whose content comes with it.
     pub disks: Vec<Blank>,
+    /// Disks that are on storage which both nodes have.
+    pub shared: Vec<Shared>,
+}
+
+/// A disk that is on storage which both nodes have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shared {
+    /// Its number among the VM's.
+    pub index: usize,
+    /// Where it is on both nodes.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub len: u64,
+    /// The name of a file beside it.
+    pub marker: String,
+    /// What is in that file: random.
+    pub nonce: String,
+}
+
+/// What is to be done with what is in a parcel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wish {
+    /// The VM comes.
+    Come,
+    /// It does not: what is kept of its disks is to be removed.
+    Discard,
+    /// It does not: a replica of its disks is to be kept.
+    StandBy,
 }
 
 /// A file that comes before its VM.
@@ -186,9 +221,12 @@ mod tests {
         #[test]
         fn what_is_said_is_heard(name: String, index: usize, capacity: u64, used: u64, len: u64) {
             let parcel = Parcel {
+                id: name.clone(),
+                wish: Wish::StandBy,
                 name,
                 files: vec![Item { what: What::Disk(index), len }],
                 disks: vec![Blank { index, capacity, used }],
+                shared: vec![],
             };
             let mut bytes = Vec::new();
             say(&mut bytes, &parcel).unwrap();

@@ -236,6 +236,7 @@ impl Source {
             eager: false,
             prepare: Some(&|vm| self.make_disks(vm)),
             receive: None,
+            shared_disks: false,
         };
         start.claim_and_start(home, name).map(drop)
     }

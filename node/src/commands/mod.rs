@@ -12,6 +12,7 @@ pub(crate) mod migrate;
 pub(crate) mod node;
 pub(crate) mod provider;
 pub(crate) mod ps;
+pub(crate) mod replicate;
 pub(crate) mod restore;
 pub(crate) mod run;
 pub(crate) mod set;

@@ -128,6 +128,7 @@ impl Restore<'_> {
             eager: self.eager,
             prepare: None,
             receive: None,
+            shared_disks: false,
         };
         start.claim_and_start(home, &name)?;
         Ok(name)

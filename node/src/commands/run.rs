@@ -83,6 +83,7 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         eager: false,
         prepare: None,
         receive: None,
+        shared_disks: false,
     };
     let (vm, stream) = start.claim_and_start(home, &args.name)?;
     if let Some(why) = why {
@@ -215,6 +216,8 @@ pub(super) struct Start<'a> {
     /// The migration socket of the monitor whose guest it gets. Its machine is
     /// ready then, and no more.
     pub(super) receive: Option<&'a Path>,
+    /// Its disks are that one's, too, until the guest comes.
+    pub(super) shared_disks: bool,
 }
 
 impl Start<'_> {
@@ -304,6 +307,9 @@ impl Launch<'_> {
         }
         if let Some(source) = self.how.receive {
             command.arg("--receive").arg(source);
+            if self.how.shared_disks {
+                command.arg("--shared-disks");
+            }
         }
         Ok(command)
     }

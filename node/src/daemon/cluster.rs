@@ -93,7 +93,8 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 }
 
 /// 128 random bits as text.
-pub(super) fn random_text() -> Result<String> {
+/// 128 random bits, as text.
+pub(crate) fn random_text() -> Result<String> {
     Ok(data_encoding::HEXLOWER.encode(&random::<16>()?))
 }
 

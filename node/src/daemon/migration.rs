@@ -12,6 +12,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hyper::Method;
@@ -25,12 +26,17 @@ use super::local::Migrate;
 use super::stream::{self, Carriage, Forward, Offer, Opened};
 use crate::cluster::identity::Peer;
 use crate::cluster::names::{NodeName, ServiceName};
+use crate::commands::migrate::folder;
 use crate::commands::migrate::receive::{CONTROL, MEMORY};
 use crate::failure::failure;
+use crate::home::Home;
 use crate::up::{DAEMON, System, has_program};
 
 /// So many VMs can come at a time.
 pub(super) const MAX_ARRIVALS: usize = 16;
+
+/// How often it is looked for what is kept of VMs that have not come.
+const PRUNE: Duration = Duration::from_secs(3600);
 
 /// `POST /migrations`: come for a VM.
 #[derive(Debug, Serialize, Deserialize)]
@@ -96,8 +102,12 @@ impl Node {
         if let Some(home) = self.home.flag() {
             command.arg("--home").arg(home);
         }
-        command.arg("receive").arg(&stage.path).stdin(Stdio::null());
         let from = peer.name.clone();
+        command.arg("receive").arg(&stage.path).stdin(Stdio::null());
+        command.arg("--from").arg(from.to_string());
+        for folder in &self.shared {
+            command.arg("--shared").arg(folder);
+        }
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
@@ -129,6 +139,15 @@ impl Node {
             lead(CONTROL, control, Opened::AtOnce)?,
             lead(MEMORY, memory, Opened::WhenUsed)?,
         ])
+    }
+}
+
+/// Removes what is kept of VMs that have not come, when its time is over; for ever.
+pub(super) async fn prune(home: &Home) {
+    loop {
+        let home = home.clone();
+        let _ = tokio::task::spawn_blocking(move || folder::prune(&home)).await;
+        tokio::time::sleep(PRUNE).await;
     }
 }
 

@@ -16,6 +16,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cluster::random_text;
 pub(crate) use peer::Report;
 pub(crate) use stream::Carriage;
 
@@ -61,6 +62,16 @@ pub(crate) struct Args {
     /// Listen for other nodes here.
     #[arg(long, value_name = "ADDRESS:PORT", default_value_t = SocketAddr::from(([0; 8], PORT)))]
     listen: SocketAddr,
+
+    /// Let VMs come here whose disks are files in this directory, which is on storage that other
+    /// nodes have, too (blanket migrate --shared-disks). Several times for several.
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "BLANKET_SHARED",
+        value_delimiter = ':'
+    )]
+    shared: Vec<PathBuf>,
 }
 
 /// Who this node is, and how it therefore talks.
@@ -95,6 +106,8 @@ pub(crate) struct Node {
     files: Files,
     store: Box<dyn Store>,
     listen: SocketAddr,
+    /// Where disks may be that other nodes have, too.
+    shared: Vec<PathBuf>,
     /// Where it listens, once it does.
     bound: tokio::sync::Mutex<Option<listen::Bound>>,
     trust: RwLock<Option<Arc<Trust>>>,
@@ -116,7 +129,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Node {
     /// Takes up what was left.
-    pub(crate) fn open(home: Home, listen: SocketAddr) -> Result<Arc<Self>> {
+    pub(crate) fn open(home: Home, listen: SocketAddr, shared: &[PathBuf]) -> Result<Arc<Self>> {
         let files = Files::make(home.node())?;
         // What an earlier daemon led to other nodes leads nowhere any more.
         let _ = std::fs::remove_dir_all(home.receiving());
@@ -132,6 +145,7 @@ impl Node {
             files,
             store: Box::new(store),
             listen,
+            shared: shared.to_vec(),
             bound: tokio::sync::Mutex::new(None),
             trust: RwLock::new(trust),
             membership: watch::Sender::new(membership.map(Arc::new)),
@@ -220,7 +234,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start")?;
-    let node = Node::open(home, args.listen)?;
+    let node = Node::open(home, args.listen, &args.shared)?;
     runtime.block_on(async {
         use tokio::signal::unix::{SignalKind, signal};
         let mut terminate = signal(SignalKind::terminate())?;
@@ -233,6 +247,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         tokio::select! {
             () = local.serve(&node) => (),
             () = cluster::keep_up(&node) => (),
+            () = migration::prune(&node.home) => (),
             _ = terminate.recv() => (),
             _ = interrupt.recv() => (),
         }

@@ -40,7 +40,7 @@ struct Place {
 
 fn open(dir: &Path, port: u16) -> Arc<Node> {
     let home = Home::locate(Some(dir)).unwrap();
-    Node::open(home, SocketAddr::from(([127, 0, 0, 1], port))).unwrap()
+    Node::open(home, SocketAddr::from(([127, 0, 0, 1], port)), &[]).unwrap()
 }
 
 impl Place {

@@ -1,9 +1,10 @@
 //! Nodes of a cluster, all on this machine.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
-use blanket_testbed::{Client, Output};
+use anyhow::Result;
+use blanket_testbed::{Client, Host, HostBuilder, Output};
 
-use crate::{GUEST_LIMIT, Vm};
+use crate::{GUEST_LIMIT, Vm, native, program};
 
 /// A network namespace `nN` with a `blanketd` and a home of its own.
 pub struct Member<'a> {
@@ -31,10 +32,46 @@ impl<'a> Member<'a> {
         }
     }
 
+    /// This machine with what its nodes need.
+    ///
+    /// # Errors
+    /// Not run by `cargo xtask test`, or an image cannot be built.
+    pub fn nodes(name: &str) -> Result<HostBuilder> {
+        Ok(native(name)?.inject(program("blanketd")?, "/usr/bin/blanketd"))
+    }
+
+    /// Two nodes of one cluster, `a` and `b`, in `/run/h1` and `/run/h2`, on whose network their
+    /// guests are, too.
+    #[must_use]
+    pub fn two(host: &'a Host) -> [Self; 2] {
+        host.sh(Member::NETWORK).text().unwrap();
+        let nodes = [(1, "h1"), (2, "h2")].map(|(n, home)| Member::new(host, n, home));
+        for (n, node) in (1..).zip(&nodes) {
+            let bridge = format!(
+                "ip -n n{n} link add guests type bridge && ip -n n{n} link set guests up && \
+                 ip -n n{n} link set eth0 master guests && ip -n n{n} addr flush dev eth0 && \
+                 ip -n n{n} addr add 10.7.0.{n}/24 dev guests"
+            );
+            host.sh(bridge).text().unwrap();
+            node.start();
+        }
+        host.sh("ip addr add 10.7.0.100/24 dev br0").text().unwrap();
+        let [a, b] = &nodes;
+        a.says("ca init --name a");
+        b.says(&format!("{} --name b", a.lets_join()));
+        nodes
+    }
+
     /// Starts its daemon.
     pub fn start(&self) {
+        self.start_with("");
+    }
+
+    /// The same with these options.
+    pub fn start_with(&self, flags: &str) {
         let (n, home) = (self.number, &self.home);
-        let run = format!("echo $$ > {home}.pid; exec ip netns exec n{n} blanketd --home {home}");
+        let run =
+            format!("echo $$ > {home}.pid; exec ip netns exec n{n} blanketd --home {home} {flags}");
         self.host.sh(run).spawn(format!("{home}.log")).unwrap();
         let ready = format!("until [ -S {home}/blanketd.sock ]; do sleep 0.1; done");
         self.host.sh(ready).timeout(GUEST_LIMIT).text().unwrap();

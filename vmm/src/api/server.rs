@@ -82,7 +82,8 @@ fn refused(error: &Error) -> Response {
         | Error::Saving
         | Error::NotLive(_)
         | Error::Following(_)
-        | Error::Migrating => StatusCode::CONFLICT,
+        | Error::Migrating
+        | Error::Replicating => StatusCode::CONFLICT,
         Error::Config(_)
         | Error::Build(_)
         | Error::Target(_)

@@ -58,11 +58,19 @@ pub struct Given {
     /// A guest that runs already, or has: its kernel is not needed before its
     /// next reset.
     pub(crate) guest: bool,
+    /// The disks are another node's until the guest comes.
+    pub(crate) shared: bool,
     pub(crate) disks: VecDeque<File>,
     pub(crate) taps: VecDeque<Tap>,
 }
 
 impl Given {
+    /// The same, but the disks are another node's until the guest comes.
+    #[must_use]
+    pub fn with_shared_disks(self, shared: bool) -> Self {
+        Self { shared, ..self }
+    }
+
     /// A guest's state comes, and all else is to be opened here.
     #[must_use]
     pub fn guest() -> Self {
@@ -89,6 +97,7 @@ pub(crate) fn open_disk(
     };
     let image = match given.disks.pop_front() {
         Some(file) => Image::adopt(&spec, file)?,
+        None if given.shared => Image::open_unlocked(&spec)?,
         None => Image::open(&spec)?,
     };
     Ok(Disk {

@@ -11,7 +11,7 @@ use blanket_migration::Place;
 const LONGEST: usize = 65550 + tap::HEADER_LEN + 1;
 
 /// The taps of a guest, at the node that it leaves or at the one that it gets to.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Frames {
     /// Each interface's queues and address.
     taps: Vec<(Vec<Arc<TapQueue>>, MacAddress)>,

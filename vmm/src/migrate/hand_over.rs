@@ -7,11 +7,12 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use blanket_devices::lifecycle::SavedState;
 use blanket_devices::vhost_user::Logger;
 use blanket_drivers::mac::MacAddress;
-use blanket_drivers::store::Access;
+use blanket_drivers::store::{self, Access};
 use blanket_drivers::tap::{self, Tap, TapQueue};
 use blanket_migration::Disks;
 use serde::{Deserialize, Serialize};
@@ -21,10 +22,17 @@ use crate::config::VmConfig;
 use crate::machine::Given;
 use crate::machine::open::{Attachment, Disk, Interface};
 
+/// How long another node may take to let shared disks go when the guest has left it.
+const LET_GO: Duration = Duration::from_secs(10);
+
 /// A machine's disks and interfaces, open.
 #[derive(Default)]
 pub struct HandOver {
     disks: Vec<File>,
+    /// Which of them can be written.
+    writable: Vec<bool>,
+    /// Another node's monitor has the same disks, or gets them.
+    shared: bool,
     /// The content of those that can be written.
     contents: Vec<Arc<dyn blanket_migration::Disk>>,
     taps: Vec<(tap::Description, Vec<Arc<TapQueue>>)>,
@@ -50,7 +58,10 @@ impl HandOver {
                 all.contents.push(Arc::new(Content(disk.image.access())));
             }
             match disk.image.hand_over()? {
-                Some(file) => all.disks.push(file),
+                Some(file) => {
+                    all.disks.push(file);
+                    all.writable.push(!disk.image.readonly());
+                }
                 None => {
                     all.obstacle = Some(format!(
                         "the disk {} is no raw image in one piece, and only those can be handed over while they are in use: convert it with `qemu-img convert -O raw`",
@@ -96,6 +107,56 @@ impl HandOver {
         match self.unable.iter().chain(obstacle).next() {
             Some(reason) => Err(reason.clone()),
             None => Ok(()),
+        }
+    }
+
+    /// Another node's monitor has the same disks, or gets them.
+    pub(crate) fn share(&mut self, shared: bool) {
+        self.shared = shared;
+    }
+
+    /// Makes durable what is on shared disks: another node will read it.
+    ///
+    /// # Errors
+    /// A disk fails.
+    pub(crate) fn flush_shared(&self) -> io::Result<()> {
+        let contents = self.contents.iter().filter(|_| self.shared);
+        contents.into_iter().try_for_each(|disk| disk.flush())
+    }
+
+    /// Takes the locks of shared disks, which the other node's monitor has just
+    /// let go. To lock a file of a network file system is also what has it read
+    /// anew.
+    pub(crate) fn lock_shared(&mut self) {
+        if !std::mem::take(&mut self.shared) {
+            return;
+        }
+        let end = Instant::now() + LET_GO;
+        for (file, writable) in self.disks.iter().zip(&self.writable) {
+            loop {
+                match store::lock_file(file, *writable) {
+                    Ok(true) => break,
+                    Ok(false) if Instant::now() < end => {}
+                    // The guest is this monitor's: nobody else may use them.
+                    Ok(false) => {
+                        tracing::error!("somebody else has locked a disk of this guest");
+                        break;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "a disk cannot be locked");
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets shared disks go: they are another node's.
+    pub(crate) fn unlock_shared(&self) {
+        for file in self.disks.iter().filter(|_| self.shared) {
+            if let Err(error) = store::unlock_file(file) {
+                tracing::warn!(%error, "a disk is not let go before this monitor ends");
+            }
         }
     }
 
@@ -185,19 +246,28 @@ pub struct Offered {
     pub likeness: SavedState,
     /// Whether the content of its disks comes, instead of the disks.
     pub copies: bool,
+    /// Whether the other machine has taps of its own.
+    pub own_taps: bool,
     /// Disks whose files it hands over.
     disks: u32,
     taps: Vec<tap::Description>,
 }
 
 impl Offered {
-    /// Of a machine that hands `devices` over, if there are some.
+    /// Of a machine that hands `devices` over, if there are some; else the other
+    /// one gets the content of its disks, or has the same ones (`shared`).
     #[must_use]
-    pub fn new(config: VmConfig, likeness: SavedState, devices: Option<&HandOver>) -> Self {
+    pub fn new(
+        config: VmConfig,
+        likeness: SavedState,
+        devices: Option<&HandOver>,
+        shared: bool,
+    ) -> Self {
         Self {
             config,
             likeness,
-            copies: devices.is_none(),
+            copies: devices.is_none() && !shared,
+            own_taps: devices.is_none(),
             disks: devices.map_or(0, |devices| devices.disks.len() as u32),
             taps: devices.map(HandOver::taps).unwrap_or_default(),
         }
@@ -220,6 +290,7 @@ impl Offered {
         }
         Ok(Given {
             guest: true,
+            shared: false,
             disks,
             taps,
         })

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use blanket_devices::worker::STACK;
 use blanket_migration::{
-    Destination, DestinationError, Disks, Options, Phase, Progress, Source, Terms,
+    Destination, DestinationError, Disks, Mode, Options, Phase, Progress, Source, Terms,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -36,6 +36,8 @@ pub struct Migrator {
     streams: u32,
     /// The job at work has it, too.
     busy: Arc<()>,
+    /// That job keeps a replica.
+    replicating: bool,
 }
 
 /// What a guest leaves with.
@@ -76,12 +78,18 @@ impl Migrator {
             progress: Arc::default(),
             streams: Options::default().streams(),
             busy: Arc::default(),
+            replicating: false,
         })
     }
 
     /// Whether it is at work.
     pub(crate) fn is_busy(&self) -> bool {
         Arc::strong_count(&self.busy) > 1
+    }
+
+    /// Whether it keeps a replica up to date.
+    pub(crate) fn is_replicating(&self) -> bool {
+        self.replicating && self.is_busy()
     }
 
     /// Bytes of memory that have not followed the guest yet, from or to another
@@ -99,6 +107,30 @@ impl Migrator {
         &self.progress
     }
 
+    /// Keeps a replica of the guest's disks up to date, for a destination that
+    /// comes, until that is cancelled.
+    pub(crate) fn replicate(&mut self, memory: Tracked, mut how: Departure, interval: Duration) {
+        how.options.mode = Mode::PreCopy;
+        if how.options.streams == 0 {
+            how.options.streams = self.streams;
+        }
+        self.progress = Arc::default();
+        self.replicating = true;
+        let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
+        self.start(move || {
+            let ended = meet(memory, &how, &progress, &orders).and_then(|(source, mut guest)| {
+                let listener = &how.listener;
+                source
+                    .replicate(&mut guest, interval, &how.options, &progress, listener)
+                    .map_err(|error| error.to_string())
+            });
+            if let Err(error) = ended {
+                tracing::warn!(%error, "the replica is not kept up to date any more");
+                progress.fail(error);
+            }
+        });
+    }
+
     fn start(&self, job: impl FnOnce() + Send + 'static) {
         let busy = Arc::clone(&self.busy);
         // The thread ends with the process only.
@@ -111,6 +143,7 @@ impl Migrator {
     /// Finds out how much there is to be moved, and how fast the guest writes.
     pub(crate) fn measure(&mut self, memory: Tracked, disks: Arc<Disks>) {
         self.progress = Arc::default();
+        self.replicating = false;
         let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
         self.start(move || {
             let mut guest = Leaving {
@@ -133,9 +166,10 @@ impl Migrator {
             how.options.streams = self.streams;
         }
         self.progress = Arc::default();
+        self.replicating = false;
         let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
         self.start(move || {
-            let moved = depart(memory, how, &progress, &orders);
+            let moved = depart(memory, &how, &progress, &orders);
             match moved {
                 Ok(()) => {
                     std::thread::sleep(LINGER);
@@ -186,33 +220,41 @@ impl Migrator {
 
 fn depart(
     memory: Tracked,
-    how: Departure,
+    how: &Departure,
     progress: &Arc<Progress>,
     orders: &UnboundedSender<Order>,
 ) -> Result<(), String> {
+    let (source, mut guest) = meet(memory, how, progress, orders)?;
+    source
+        .run(&mut guest, &how.options, progress, &how.listener)
+        .map_err(|error| error.to_string())
+}
+
+/// Waits for the destination; what it meets.
+fn meet(
+    memory: Tracked,
+    how: &Departure,
+    progress: &Progress,
+    orders: &UnboundedSender<Order>,
+) -> Result<(Source, Leaving), String> {
     let terms = Terms {
         session: random()?,
         machine: how.machine.clone(),
         disks: how.disks.iter().map(|disk| disk.capacity()).collect(),
         descriptors: &how.descriptors,
     };
-    let mut guest = Leaving {
+    let guest = Leaving {
         memory,
         disks: Arc::clone(&how.disks),
-        frames: how.frames,
+        frames: how.frames.clone(),
         orders: orders.clone(),
         brakes: Arc::clone(&how.brakes),
         slowed: None,
     };
-    Source::meet(
-        &how.listener,
-        terms,
-        &guest.memory.ram,
-        &how.options,
-        progress,
-    )
-    .and_then(|source| source.run(&mut guest, &how.options, progress, &how.listener))
-    .map_err(|error| error.to_string())
+    let ram = &guest.memory.ram;
+    let met = Source::meet(&how.listener, terms, ram, &how.options, progress);
+    let source = met.map_err(|error| error.to_string())?;
+    Ok((source, guest))
 }
 
 fn random() -> Result<[u8; 16], String> {

@@ -37,8 +37,13 @@ pub struct Request {
     /// Hand disks and taps over: the destination is on this node and connects
     /// without anything in between.
     pub hand_over: bool,
+    /// The destination has the same disks, on storage that both nodes have.
+    pub shared_disks: bool,
     /// Find out how much there is to be moved, and move nothing.
     pub dry_run: bool,
+    /// Move nothing, but keep a replica of its disks up to date: a point every so
+    /// many milliseconds.
+    pub replicate_ms: Option<u64>,
 }
 
 /// What the engine wants of the main thread.

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blanket_devices::lifecycle::SavedState;
 use blanket_migration::wire::{decode, encode};
@@ -35,7 +35,22 @@ impl Monitor {
             return Err(Error::Saving);
         }
         vm.is_not_migrated()?;
-        let checked = vm.devices.check(request.hand_over);
+        if let Some(interval) = request.replicate_ms {
+            let departure = Departure {
+                listener,
+                machine: Vec::new(),
+                descriptors: Vec::new(),
+                disks: vm.devices.contents(),
+                frames: Frames::default(),
+                brakes: Arc::new([]),
+                options: request.options,
+            };
+            let interval = Duration::from_millis(interval);
+            vm.migrator.replicate(vm.memory(), departure, interval);
+            return Ok(vm.settled_config());
+        }
+        let files = request.hand_over || request.shared_disks;
+        let checked = vm.devices.check(files);
         checked.map_err(Error::Unmovable)?;
         if let Ok(pager) = &vm.pager {
             let complete = pager.complete();
@@ -43,7 +58,7 @@ impl Monitor {
         }
         let config = vm.settled_config();
         if request.dry_run {
-            let disks = match request.hand_over {
+            let disks = match files {
                 true => Arc::new([]) as Arc<Disks>,
                 false => vm.devices.contents(),
             };
@@ -51,15 +66,17 @@ impl Monitor {
             return Ok(config);
         }
         let likeness = vm.machine.likeness()?;
+        vm.devices.share(request.shared_disks);
         let devices = request.hand_over.then_some(&vm.devices);
-        let offered = Offered::new(config.clone(), likeness, devices);
+        let shared = request.shared_disks;
+        let offered = Offered::new(config.clone(), likeness, devices, shared);
         let departure = Departure {
             listener,
             machine: encode(&offered).map_err(|error| Error::Unmovable(error.to_string()))?,
             descriptors: devices.map(HandOver::descriptors).unwrap_or_default(),
-            disks: match devices {
-                Some(_) => Arc::new([]),
-                None => vm.devices.contents(),
+            disks: match files {
+                true => Arc::new([]),
+                false => vm.devices.contents(),
             },
             frames: match devices {
                 // The taps go along.
@@ -101,15 +118,19 @@ impl Monitor {
             source.refuse(&error.to_string());
             return Err(error.into());
         }
-        let (disks, frames) = match offered.copies {
-            true => (vm.devices.contents(), vm.devices.frames()),
-            false => (Arc::new([]) as Arc<Disks>, Frames::default()),
+        let disks = match offered.copies {
+            true => vm.devices.contents(),
+            false => Arc::new([]),
+        };
+        let frames = match offered.own_taps {
+            true => vm.devices.frames(),
+            false => Frames::default(),
         };
         if let Err(error) = frames.hold() {
             source.refuse(&error.to_string());
             return Err(Error::Unmovable(error.to_string()));
         }
-        vm.fresh_taps = offered.copies;
+        vm.own_taps = offered.own_taps;
         let (memory, pager) = (vm.memory(), vm.pager.clone());
         vm.migrator.arrive(memory, disks, pager, frames, source);
         Ok(())
@@ -149,6 +170,8 @@ impl Vm {
                 self.state = VmState::Paused;
                 let saved = self.machine.save().map_err(Error::from);
                 let encoded = saved.and_then(|state| {
+                    let flushed = self.devices.flush_shared();
+                    flushed.map_err(|error| Error::Unmovable(format!("a disk: {error}")))?;
                     encode(&state).map_err(|error| Error::Unmovable(error.to_string()))
                 });
                 if encoded.is_err() {
@@ -162,9 +185,10 @@ impl Vm {
                 self.state = VmState::Running;
             }
             What::Run => {
+                self.devices.lock_shared();
                 self.machine.resume()?;
                 self.state = VmState::Running;
-                if self.fresh_taps {
+                if self.own_taps {
                     self.devices.frames().forget();
                 }
                 self.devices.announce();
@@ -172,6 +196,7 @@ impl Vm {
             // Its devices are another's, too: nothing is flushed or let go.
             What::GiveUp => {
                 self.moved = true;
+                self.devices.unlock_shared();
                 self.state = VmState::Stopped;
             }
             What::Restore(bytes) => {

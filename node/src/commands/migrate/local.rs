@@ -31,6 +31,7 @@ pub(super) fn migrate(
         options,
         hand_over: true,
         dry_run: args.dry_run,
+        ..Request::default()
     };
     if args.dry_run {
         return forecast(source, &request, None, 0);
@@ -84,6 +85,7 @@ impl Receiver for Here<'_> {
             eager: false,
             prepare: None,
             receive: Some(&self.source.migration_socket()),
+            shared_disks: false,
         };
         let name: &VmName = &self.vm.name;
         start.claim_and_start(self.home, name).map(drop)

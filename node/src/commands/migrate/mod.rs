@@ -1,8 +1,10 @@
 //! `blanket migrate`.
 
+pub(crate) mod folder;
 mod local;
 pub(crate) mod receive;
-mod remote;
+pub(crate) mod remote;
+mod shared;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -99,10 +101,20 @@ pub(crate) struct Args {
     #[arg(long, requires = "node")]
     delete_disks: bool,
 
+    /// The disks are files on storage that both nodes have, at the same paths: copy nothing. The
+    /// other node's blanketd has to have been started with --shared DIR.
+    #[arg(long, requires = "node", conflicts_with_all = ["delete_disks", "discard"])]
+    shared_disks: bool,
+
     /// Only tell what it would be like: how much would be sent, how long it would take, and how
     /// long the VM would stand still. Another node is asked whether it has a place for it.
     #[arg(long)]
     dry_run: bool,
+
+    /// Move nothing, but have the other node remove what it has kept of the VM's disks since a
+    /// migration that was cancelled or has failed.
+    #[arg(long, requires = "node", conflicts_with = "dry_run")]
+    discard: bool,
 
     /// Compare all memory and disks at both ends while the VM stands still: for tests.
     #[arg(long, hide = true)]
@@ -194,6 +206,7 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
         Outcome::Moved(report) => print(&text(&report))?,
         Outcome::Foreseen(foreseen) if json => print_json(&foreseen)?,
         Outcome::Foreseen(foreseen) => print(&foreseen.text())?,
+        Outcome::Discarded => {}
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -202,6 +215,8 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
 enum Outcome {
     Moved(Box<Report>),
     Foreseen(Foreseen),
+    /// Nothing is kept of it any more on the other node.
+    Discarded,
 }
 
 /// What a migration would be like.
@@ -369,9 +384,13 @@ fn relocate(
         Ok(status) => {
             let removed = receiver.stayed();
             let reason = status.error.unwrap_or_default();
+            let kept = match status.disks_sent {
+                0 => "",
+                _ => "; what has come of its disks is kept there for the next time",
+            };
             let stays = failure(
                 format!("'{}' was not migrated: {reason}", source.name),
-                "it is where it was: see blanket ps",
+                format!("it is where it was: see blanket ps{kept}"),
             );
             Err(match removed {
                 Ok(()) => stays,
@@ -536,12 +555,12 @@ fn has_ended(receiver: &VmDir) -> Result<State> {
 }
 
 /// The progress on the terminal.
-struct Shown {
+pub(crate) struct Shown {
     bar: Option<ProgressBar>,
 }
 
 impl Shown {
-    fn new(wanted: bool) -> Self {
+    pub(crate) fn new(wanted: bool) -> Self {
         // Hidden where the output is no terminal.
         let bar = wanted.then(|| {
             let style = ProgressStyle::with_template("{spinner} {msg}");
@@ -551,14 +570,14 @@ impl Shown {
         Self { bar }
     }
 
-    fn show(&mut self, status: &Status) {
+    pub(crate) fn show(&mut self, status: &Status) {
         if let Some(bar) = &self.bar {
             bar.set_message(line(status));
             bar.tick();
         }
     }
 
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -575,7 +594,7 @@ fn line(status: &Status) -> String {
         Phase::Disks => {
             return format!(
                 "copying disks: {:.0} of {:.0} MiB looked at, {:.0} MiB sent; the guest writes {:.0} MiB/s",
-                mib(status.disks_sent),
+                mib(status.disks_sent + status.disks_same),
                 mib(status.disks),
                 mib(status.bytes),
                 mib(status.dirty_rate),
@@ -589,6 +608,19 @@ fn line(status: &Status) -> String {
                 mib(following.missing),
                 following.faults,
             );
+        }
+        Phase::Replicating => {
+            let all = status.replication.clone().unwrap_or_default();
+            return match all.waits {
+                Some(reason) => format!("no point can be made: {reason}"),
+                None => format!(
+                    "point {} of {:.1} s ago: {:.1} MiB, the guest stood still for {:.1} ms",
+                    all.points,
+                    all.age_ms as f64 / 1e3,
+                    mib(all.bytes),
+                    all.pause_us as f64 / 1e3,
+                ),
+            };
         }
         Phase::Copying => "copying memory",
         Phase::Switching | Phase::Handed => "switching over",
@@ -629,6 +661,12 @@ fn text(report: &Report) -> String {
     );
     for step in &status.pause {
         text += &format!("  {:<16}{:>8.2} ms\n", step.step, ms(step.us));
+    }
+    if status.disks_same > 0 {
+        text += &format!(
+            "{:.0} MiB of its disks were there already\n",
+            mib(status.disks_same)
+        );
     }
     if let Some(following) = &status.following {
         text += &format!(

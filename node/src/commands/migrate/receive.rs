@@ -4,9 +4,9 @@
 //!
 //! What comes is another node's word: no path in it is used.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,10 +18,14 @@ use blanket_vmm::api::types::VmState;
 use blanket_vmm::config::{CharConfig, VmConfig};
 use sha2::{Digest, Sha256};
 
+use super::folder::{self, Folder, Owner};
+use super::shared;
 use super::{INQUIRY, LOOK, has_ended, is_followed, resume_orphan};
+use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{
-    Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, hear, say,
+    Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, Wish, hear, say,
 };
+use crate::commands::replicate::standby::stand_by;
 use crate::commands::run::{Start, settle};
 use crate::commands::store::choose_engine;
 use crate::failure::{failure, problem};
@@ -31,16 +35,22 @@ use crate::name::VmName;
 /// How long the other node may be silent before the guest has begun to move.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The largest kernel or initial RAM disk.
-const MAX_BOOT: u64 = 4 << 30;
+pub(crate) const MAX_BOOT: u64 = 4 << 30;
 /// Bytes of a file that are taken at once.
 const PIECE: usize = 256 << 10;
-/// So much of the node's disk is left free.
-const SPARE: u64 = 64 << 20;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The directory with the sockets that lead to the other node.
     stage: PathBuf,
+
+    /// The other node.
+    #[arg(long)]
+    from: NodeName,
+
+    /// Where disks may be that both nodes have.
+    #[arg(long)]
+    shared: Vec<PathBuf>,
 }
 
 /// The socket that leads to `blanket migrate`.
@@ -54,7 +64,21 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let parcel: Parcel = hear(&mut stream)?;
-    let mut arrival = answer(&mut stream, || Arrival::prepare(home, &args.stage, &parcel))?;
+    let hex = |id: &str| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    anyhow::ensure!(hex(&parcel.id), "the VM has no identity");
+    let owner = Owner {
+        id: parcel.id.clone(),
+        from: args.from.clone(),
+    };
+    match parcel.wish {
+        Wish::Come => {}
+        Wish::Discard => {
+            answer(&mut stream, || folder::discard(home, &owner))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Wish::StandBy => return stand_by(home, &args.stage, &mut stream, &parcel, owner),
+    }
+    let mut arrival = answer(&mut stream, || Arrival::prepare(home, args, &parcel, owner))?;
     for item in &parcel.files {
         let taken = arrival.take_file(&mut stream, item);
         answer(&mut stream, || taken)?;
@@ -69,17 +93,13 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
         // Nobody is there to be told: the guest's monitors know.
         Err(_) => arrival.settle()?,
     };
-    if state == State::Gone {
-        arrival.discard();
-    } else {
-        arrival.made.clear();
-    }
+    arrival.end(state)?;
     let _ = say(&mut stream, &state);
     Ok(ExitCode::SUCCESS)
 }
 
 /// Does a step and says how it went.
-fn answer<T>(stream: &mut UnixStream, work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn answer<T>(stream: &mut UnixStream, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let done = work();
     let answer = match &done {
         Ok(_) => Answer::Done,
@@ -89,27 +109,87 @@ fn answer<T>(stream: &mut UnixStream, work: impl FnOnce() -> Result<T>) -> Resul
     done
 }
 
+/// Takes a file's bytes; zeros need no room.
+pub(crate) fn take_bytes(
+    stream: &mut UnixStream,
+    file: &mut File,
+    path: &Path,
+    len: u64,
+) -> Result<()> {
+    let context = || format!("cannot write {}", path.display());
+    let mut hasher = Sha256::new();
+    let mut piece = vec![0; PIECE];
+    let mut left = len;
+    while left > 0 {
+        let n = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        let piece = &mut piece[..n];
+        stream
+            .read_exact(piece)
+            .context("the other node stopped sending")?;
+        hasher.update(&*piece);
+        if piece.iter().all(|byte| *byte == 0) {
+            file.seek(SeekFrom::Current(n as i64))
+                .with_context(context)?;
+        } else {
+            file.write_all(piece).with_context(context)?;
+        }
+        left -= n as u64;
+    }
+    file.set_len(len).with_context(context)?;
+    file.sync_data().with_context(context)?;
+    let mut sum = [0; 32];
+    stream.read_exact(&mut sum)?;
+    anyhow::ensure!(sum == *hasher.finalize(), "a file was changed on the way");
+    Ok(())
+}
+
+/// Another node's configuration with this one's places.
+pub(crate) fn localized(
+    home: &Home,
+    mut config: VmConfig,
+    [kernel, initrd]: [&Option<PathBuf>; 2],
+    disk_of: impl Fn(usize) -> PathBuf,
+) -> VmConfig {
+    config.kernel.clone_from(kernel);
+    config.initrd.clone_from(initrd);
+    for (index, disk) in config.disk.iter_mut().enumerate() {
+        disk.path = disk_of(index);
+        disk.format = Some(Format::Raw);
+        disk.backing = false;
+        disk.stripe.clear();
+        disk.direct = false;
+        disk.engine = Engine::Auto;
+        choose_engine(home, disk);
+    }
+    // Sockets and logs are where a new VM has them.
+    let own = |port: Option<CharConfig>| {
+        port.map(|port| CharConfig {
+            stdio: port.stdio || port.socket.is_some() || port.log.is_some(),
+            ..CharConfig::default()
+        })
+    };
+    config.serial = own(config.serial);
+    config.console = own(config.console);
+    config
+}
+
 /// A VM that comes.
 struct Arrival {
     vm: VmDir,
+    /// What it is known by.
+    id: String,
     stage: PathBuf,
-    /// The directory of its disks.
-    disks: PathBuf,
-    /// What has been made for it, to be unmade if it does not come.
-    made: Vec<PathBuf>,
+    /// The directory of its disks, if it has any.
+    folder: Option<Folder>,
+    /// Disks that both nodes have.
+    shared: Vec<(usize, PathBuf)>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
 }
 
-impl Drop for Arrival {
-    fn drop(&mut self) {
-        self.discard();
-    }
-}
-
 impl Arrival {
     /// Checks that the VM can come, and makes its disks.
-    fn prepare(home: &Home, stage: &Path, parcel: &Parcel) -> Result<Self> {
+    fn prepare(home: &Home, args: &Args, parcel: &Parcel, owner: Owner) -> Result<Self> {
         let name: VmName = parcel.name.parse().map_err(anyhow::Error::msg)?;
         let vm = home.vm(&name);
         if home.existing(&name).is_ok() {
@@ -122,90 +202,41 @@ impl Arrival {
             parcel.files.len() <= MAX_ITEMS && parcel.disks.len() <= MAX_ITEMS,
             "the VM has too many disks"
         );
-        let mut arrival = Self {
+        let is_disk = |item: &&Item| matches!(item.what, What::Disk(_));
+        let files = parcel.files.iter().filter(is_disk).map(|item| item.len);
+        let files = files.fold(0, u64::saturating_add);
+        let folder = if files > 0 || !parcel.disks.is_empty() {
+            Some(Folder::open(home, &name, owner, &parcel.disks, files)?)
+        } else {
+            None
+        };
+        Ok(Self {
             vm,
-            stage: stage.to_owned(),
-            disks: home.disks().join(name.as_str()),
-            made: Vec::new(),
+            id: parcel.id.clone(),
+            stage: args.stage.clone(),
+            shared: shared::find(&parcel.shared, &args.shared)?,
+            folder,
             kernel: None,
             initrd: None,
-        };
-        let is_disk = |item: &&Item| matches!(item.what, What::Disk(_));
-        let files: u64 = parcel
-            .files
-            .iter()
-            .filter(is_disk)
-            .map(|item| item.len)
-            .sum();
-        let blanks = parcel
-            .disks
-            .iter()
-            .map(|blank| blank.used.min(blank.capacity));
-        let needed = blanks.fold(files, u64::saturating_add);
-        if needed > 0 || !parcel.disks.is_empty() {
-            arrival.make_folder(needed)?;
-        }
-        for blank in &parcel.disks {
-            let (path, file) = arrival.make_disk(blank.index)?;
-            file.set_len(blank.capacity)
-                .with_context(|| format!("cannot make {}", path.display()))?;
-        }
-        Ok(arrival)
+        })
     }
 
-    fn make_folder(&mut self, needed: u64) -> Result<()> {
-        let folder = self.disks.clone();
-        let context = || format!("cannot make {}", folder.display());
-        if let Some(above) = folder.parent() {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(above)
-                .with_context(context)?;
-        }
-        match DirBuilder::new().mode(0o700).create(&folder) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                return Err(failure(
-                    format!(
-                        "there are disks of an earlier VM of that name in {} there",
-                        folder.display()
-                    ),
-                    "take another name with --as, or delete them if nobody needs them",
-                ));
+    /// A file that comes, and its place.
+    fn make(&mut self, what: What) -> Result<(PathBuf, File)> {
+        let path = match (what, &mut self.folder) {
+            (What::Kernel, _) => self.stage.join("kernel"),
+            (What::Initrd, _) => self.stage.join("initrd"),
+            (What::Disk(index), Some(folder)) => {
+                let path = folder.disk(index);
+                folder.not_kept(path.clone());
+                path
             }
-            made => made.with_context(context)?,
-        }
-        self.made.push(folder.clone());
-        let space = rustix::fs::statvfs(&folder).with_context(context)?;
-        let free = space.f_bavail.saturating_mul(space.f_frsize);
-        if free < needed.saturating_add(SPARE) {
-            return Err(failure(
-                format!(
-                    "the VM's disks take {} MiB, and {} has {} MiB left there",
-                    needed >> 20,
-                    folder.display(),
-                    free >> 20
-                ),
-                "make room there, or mount a larger volume at the directory above",
-            ));
-        }
-        Ok(())
-    }
-
-    fn disk(&self, index: usize) -> PathBuf {
-        self.disks.join(format!("{index}.img"))
-    }
-
-    fn make_disk(&mut self, index: usize) -> Result<(PathBuf, File)> {
-        self.make(self.disk(index))
-    }
-
-    fn make(&mut self, path: PathBuf) -> Result<(PathBuf, File)> {
+            (What::Disk(_), None) => anyhow::bail!("there is no place for a disk"),
+        };
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(&path);
         let file = file.with_context(|| format!("cannot make {}", path.display()))?;
-        self.made.push(path.clone());
         Ok((path, file))
     }
 
@@ -213,35 +244,8 @@ impl Arrival {
     fn take_file(&mut self, stream: &mut UnixStream, item: &Item) -> Result<()> {
         let boot = !matches!(item.what, What::Disk(_));
         anyhow::ensure!(!boot || item.len <= MAX_BOOT, "its kernel is too large");
-        let (path, mut file) = match item.what {
-            What::Disk(index) => self.make_disk(index)?,
-            What::Kernel => self.make(self.stage.join("kernel"))?,
-            What::Initrd => self.make(self.stage.join("initrd"))?,
-        };
-        let context = || format!("cannot write {}", path.display());
-        let mut hasher = Sha256::new();
-        let mut piece = vec![0; PIECE];
-        let mut left = item.len;
-        while left > 0 {
-            let n = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
-            let piece = &mut piece[..n];
-            stream
-                .read_exact(piece)
-                .context("the other node stopped sending")?;
-            hasher.update(&*piece);
-            if piece.iter().all(|byte| *byte == 0) {
-                file.seek(SeekFrom::Current(n as i64))
-                    .with_context(context)?;
-            } else {
-                file.write_all(piece).with_context(context)?;
-            }
-            left -= n as u64;
-        }
-        file.set_len(item.len).with_context(context)?;
-        file.sync_data().with_context(context)?;
-        let mut sum = [0; 32];
-        stream.read_exact(&mut sum)?;
-        anyhow::ensure!(sum == *hasher.finalize(), "a file was changed on the way");
+        let (path, mut file) = self.make(item.what)?;
+        take_bytes(stream, &mut file, &path, item.len)?;
         match item.what {
             What::Kernel => self.kernel = Some(path),
             What::Initrd => self.initrd = Some(path),
@@ -252,12 +256,30 @@ impl Arrival {
 
     /// Starts the monitor.
     fn start(&mut self, home: &Home, go: Go) -> Result<()> {
-        let config = settle(self.here(home, go.config), &self.vm)?;
+        let folder = self.folder.as_ref();
+        let shared = &self.shared;
+        let disk = |index| match shared.iter().find(|(it, _)| *it == index) {
+            Some((_, path)) => path.clone(),
+            None => folder.map(|folder| folder.disk(index)).unwrap_or_default(),
+        };
+        let direct: Vec<_> = go.config.disk.iter().map(|disk| disk.direct).collect();
+        let mut config = localized(home, go.config, [&self.kernel, &self.initrd], disk);
+        // Where it is the same storage, it can what it could.
+        for (index, _) in shared {
+            if let (Some(disk), Some(direct)) = (config.disk.get_mut(*index), direct.get(*index)) {
+                disk.direct = *direct;
+            }
+        }
+        let config = settle(config, &self.vm)?;
         // They are moved to the VM's directory once that is there.
         let mut kept = config.clone();
         kept.kernel = self.kernel.as_ref().map(|_| self.vm.kernel());
         kept.initrd = self.initrd.as_ref().map(|_| self.vm.initrd());
+        if let Some(folder) = &mut self.folder {
+            folder.begin()?;
+        }
         let prepare = |vm: &VmDir| {
+            vm.set_identity(&self.id)?;
             let pairs = [(&self.kernel, vm.kernel()), (&self.initrd, vm.initrd())];
             for (from, to) in pairs {
                 if let Some(from) = from {
@@ -276,33 +298,9 @@ impl Arrival {
             eager: false,
             prepare: Some(&prepare),
             receive: Some(&self.stage.join(MEMORY)),
+            shared_disks: !self.shared.is_empty(),
         };
         start.claim_and_start(home, &self.vm.name).map(drop)
-    }
-
-    /// The other node's configuration with this one's places.
-    fn here(&self, home: &Home, mut config: VmConfig) -> VmConfig {
-        config.kernel.clone_from(&self.kernel);
-        config.initrd.clone_from(&self.initrd);
-        for (index, disk) in config.disk.iter_mut().enumerate() {
-            disk.path = self.disk(index);
-            disk.format = Some(Format::Raw);
-            disk.backing = false;
-            disk.stripe.clear();
-            disk.direct = false;
-            disk.engine = Engine::Auto;
-            choose_engine(home, disk);
-        }
-        // Sockets and logs are where a new VM has them.
-        let own = |port: Option<CharConfig>| {
-            port.map(|port| CharConfig {
-                stdio: port.stdio || port.socket.is_some() || port.log.is_some(),
-                ..CharConfig::default()
-            })
-        };
-        config.serial = own(config.serial);
-        config.console = own(config.console);
-        config
     }
 
     /// Waits until it is decided who has the guest: the monitor here runs it, or
@@ -333,13 +331,11 @@ impl Arrival {
         }
     }
 
-    fn discard(&mut self) {
-        for path in self.made.drain(..).rev() {
-            let _ = if path.is_dir() {
-                fs::remove_dir(&path)
-            } else {
-                fs::remove_file(&path)
-            };
+    /// What has come of its disks is the VM's, or is kept for the next time.
+    fn end(&mut self, state: State) -> Result<()> {
+        match self.folder.take() {
+            Some(folder) if state != State::Gone => folder.settle(),
+            _ => Ok(()),
         }
     }
 }

@@ -10,15 +10,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use blanket_drivers::store::default_serial;
 use blanket_vmm::api::types::{VmInfo, VmState};
+use blanket_vmm::client::Client;
 use blanket_vmm::config::{DiskConfig, VmConfig};
 use blanket_vmm::migrate::Request;
 use sha2::{Digest, Sha256};
 
-use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate};
+use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate, shared};
 use crate::cluster::names::NodeName;
-use crate::cluster::parcel::{Answer, Blank, Go, Item, Parcel, State, Verdict, What, hear, say};
+use crate::cluster::parcel::{
+    Answer, Blank, Go, Item, Parcel, State, Verdict, What, Wish, hear, say,
+};
 use crate::daemon::Carriage;
-use crate::daemon::local::{self, Migrate};
+use crate::daemon::local::{self, Hold, Migrate};
 use crate::failure::{answered, failure};
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
@@ -38,47 +41,43 @@ pub(super) fn migrate(
     args: Args,
     shown: &mut Shown,
 ) -> Result<Outcome> {
-    let client = source.live_client()?;
-    let info = client.info()?;
-    if info.state != VmState::Running {
-        return Err(failure(
-            format!("'{}' is {}: it cannot be migrated", source.name, info.state),
-            "only VMs that run can; blanket resume it first",
-        ));
+    if args.discard {
+        return discard(home, source, &node, &args);
     }
+    let client = source.live_client()?;
+    let info = running(source, &client, "migrated")?;
     let new = args.new.clone().unwrap_or_else(|| source.name.clone());
     let config = info.config.clone().overlaid(args.vm.clone());
-    let (parcel, files) = pack(&new, &info, &config)?;
-    let socket = Socket::bind(source)?;
-    let wanted = Migrate {
-        node: node.clone(),
-        control: socket.path.clone(),
-        memory: source.migration_socket(),
-        carriage: if args.plain {
-            Carriage::Plain
-        } else {
-            Carriage::Tls
-        },
+    // Disks that both nodes have stay where they are.
+    let unshared = match args.shared_disks {
+        true => without_disks(&config),
+        false => config.clone(),
     };
-    // For as long as this is held, the other node can come here.
-    let _way = local::hold(home, "/cluster/migrations", &wanted)?;
-    let mut stream = socket.accept(&node)?;
+    let (mut parcel, files) = pack(source, &new, &info, &unshared)?;
+    let mut markers = Vec::new();
+    if args.shared_disks {
+        (parcel.shared, markers) = shared::mark(&config)?;
+    }
+    let carriage = match args.plain {
+        true => Carriage::Plain,
+        false => Carriage::Tls,
+    };
+    let (_way, mut stream) = call(home, source, &node, carriage)?;
     step(&mut stream, &parcel)?;
+    drop(markers);
     let request = Request {
         options: args.options(),
         hand_over: false,
         dry_run: args.dry_run,
+        shared_disks: args.shared_disks,
+        ..Request::default()
     };
     if args.dry_run {
         // The other node could take it. It forgets it when the stream ends.
         let used = parcel.disks.iter().map(|disk| disk.used).sum();
         return forecast(source, &request, Some(node), used);
     }
-    for (path, item) in &files {
-        send_file(&mut stream, path, item.len)
-            .with_context(|| format!("cannot send {}", path.display()))?;
-        heard(&mut stream)?;
-    }
+    send_files(&mut stream, &files)?;
     let settled = client.migrate(&request)?.overlaid(args.vm);
     let mut receiver = There {
         stream,
@@ -93,13 +92,53 @@ pub(super) fn migrate(
     Ok(Outcome::Moved(Box::new(Report {
         name: new,
         node: Some(node),
-        left: dispose(home, &config, args.delete_disks),
+        left: dispose(home, &unshared, args.delete_disks),
         status,
     })))
 }
 
+/// Has another node come for a VM. It can as long as what is returned is held.
+pub(crate) fn call(
+    home: &Home,
+    source: &VmDir,
+    node: &NodeName,
+    carriage: Carriage,
+) -> Result<(Hold, UnixStream)> {
+    let socket = Socket::bind(source)?;
+    let wanted = Migrate {
+        node: node.clone(),
+        control: socket.path.clone(),
+        memory: source.migration_socket(),
+        carriage,
+    };
+    let way = local::hold(home, "/cluster/migrations", &wanted)?;
+    let stream = socket.accept(node)?;
+    Ok((way, stream))
+}
+
+/// Has another node remove what it has kept of a VM's disks.
+fn discard(home: &Home, source: &VmDir, node: &NodeName, args: &Args) -> Result<Outcome> {
+    let (_way, mut stream) = call(home, source, node, Carriage::Tls)?;
+    let name = args.new.as_ref().unwrap_or(&source.name);
+    let parcel = Parcel {
+        name: name.to_string(),
+        id: source.identity()?,
+        wish: Wish::Discard,
+        files: Vec::new(),
+        disks: Vec::new(),
+        shared: Vec::new(),
+    };
+    step(&mut stream, &parcel)?;
+    Ok(Outcome::Discarded)
+}
+
 /// What the other node needs of a VM before it can come, and the files of it.
-fn pack(new: &VmName, info: &VmInfo, config: &VmConfig) -> Result<(Parcel, Vec<(PathBuf, Item)>)> {
+pub(crate) fn pack(
+    source: &VmDir,
+    new: &VmName,
+    info: &VmInfo,
+    config: &VmConfig,
+) -> Result<(Parcel, Vec<(PathBuf, Item)>)> {
     let mut files = Vec::new();
     let mut add = |what, path: &Path| -> Result<()> {
         let meta = fs::metadata(path);
@@ -135,10 +174,33 @@ fn pack(new: &VmName, info: &VmInfo, config: &VmConfig) -> Result<(Parcel, Vec<(
     }
     let parcel = Parcel {
         name: new.to_string(),
+        id: source.identity()?,
+        wish: Wish::Come,
         files: files.iter().map(|(_, item)| *item).collect(),
         disks,
+        shared: Vec::new(),
     };
     Ok((parcel, files))
+}
+
+/// What there is of a VM that runs, and is to be `moved`.
+pub(crate) fn running(source: &VmDir, client: &Client, moved: &str) -> Result<VmInfo> {
+    let info = client.info()?;
+    if info.state == VmState::Running {
+        return Ok(info);
+    }
+    Err(failure(
+        format!("'{}' is {}: it cannot be {moved}", source.name, info.state),
+        "only VMs that run can; blanket resume it first",
+    ))
+}
+
+/// The same without disks.
+fn without_disks(config: &VmConfig) -> VmConfig {
+    VmConfig {
+        disk: Vec::new(),
+        ..config.clone()
+    }
 }
 
 /// Whether its file's bytes are the disk's.
@@ -165,7 +227,7 @@ fn used(disk: &DiskConfig) -> u64 {
 
 /// The same with the serials that disks have by their files' names: those are
 /// others there.
-fn with_serials(mut config: VmConfig) -> VmConfig {
+pub(crate) fn with_serials(mut config: VmConfig) -> VmConfig {
     for disk in &mut config.disk {
         let serial = default_serial(&disk.path);
         disk.serial = disk
@@ -253,7 +315,7 @@ impl Drop for Socket {
 }
 
 /// Says something and waits until it is done there.
-fn step(stream: &mut UnixStream, what: &impl serde::Serialize) -> Result<()> {
+pub(crate) fn step(stream: &mut UnixStream, what: &impl serde::Serialize) -> Result<()> {
     say(stream, what)?;
     heard(stream)
 }
@@ -263,6 +325,16 @@ fn heard(stream: &mut UnixStream) -> Result<()> {
         Answer::Done => Ok(()),
         Answer::Refused(problem) => Err(answered(problem)),
     }
+}
+
+/// Sends all files, one after the other.
+pub(crate) fn send_files(stream: &mut UnixStream, files: &[(PathBuf, Item)]) -> Result<()> {
+    for (path, item) in files {
+        send_file(stream, path, item.len)
+            .with_context(|| format!("cannot send {}", path.display()))?;
+        heard(stream)?;
+    }
+    Ok(())
 }
 
 /// Sends `len` bytes of a file, and what they hash to.
