@@ -80,9 +80,9 @@ impl Report {
 
 fn status(case: &TestCase) -> Status {
     match &case.status {
-        TestCaseStatus::NonSuccess { .. } => Status::Failed(
-            outputs(case).find_map(panic_message).unwrap_or_default(),
-        ),
+        TestCaseStatus::NonSuccess { .. } => {
+            Status::Failed(outputs(case).find_map(panic_message).unwrap_or_default())
+        }
         TestCaseStatus::Skipped { message, .. } => Status::Skipped(
             message
                 .as_ref()
