@@ -401,14 +401,7 @@ impl Source {
         let How {
             options, progress, ..
         } = how;
-        let mode = match (options.mode, self.unable.take()) {
-            (Mode::PreCopy, _) => Mode::PreCopy,
-            (_, Some(reason)) => {
-                progress.lock().unable = Some(reason);
-                Mode::PreCopy
-            }
-            (mode, None) => mode,
-        };
+        let mode = self.mode(how);
         let extents = self.copy_disks(guest, how)?;
         progress.lock().phase = Phase::Copying;
         let mut load = Load {
@@ -425,11 +418,7 @@ impl Source {
             Mode::PostCopy => 0,
         };
         for number in 0..rounds {
-            let fresh = match number {
-                0 => Fresh::Memory,
-                _ => Fresh::Nothing,
-            };
-            let mut round = self.round(guest, &load, fresh, how)?;
+            let mut round = self.round(guest, &load, Fresh::in_round(number), how)?;
             if !load.extents.is_empty() {
                 self.flush()?;
             }

@@ -14,7 +14,7 @@ use super::{Error, Guest, How, Source};
 use crate::batch::Batch;
 use crate::disk::{self, Disks, Extent, Whole};
 use crate::squeeze::{Packer, Squeeze};
-use crate::status::{Pace, Phase, Progress, Round, micros};
+use crate::status::{Mode, Pace, Phase, Progress, Round, micros};
 use crate::wire::{self, Kind, MOST_MEMORY};
 
 /// Bytes that are sent at once.
@@ -43,6 +43,16 @@ pub(super) enum Fresh {
     Disks,
 }
 
+impl Fresh {
+    /// In this round over memory.
+    pub(super) fn in_round(number: u32) -> Self {
+        match number {
+            0 => Self::Memory,
+            _ => Self::Nothing,
+        }
+    }
+}
+
 /// What a round sends.
 pub(super) struct Load {
     pub(super) pages: Pages,
@@ -64,6 +74,18 @@ impl Load {
 }
 
 impl Source {
+    /// When the guest changes hands, as far as the destination can have it so.
+    pub(super) fn mode(&mut self, how: &How<'_>) -> Mode {
+        match (how.options.mode, self.unable.take()) {
+            (Mode::PreCopy, _) => Mode::PreCopy,
+            (_, Some(reason)) => {
+                how.progress.lock().unable = Some(reason);
+                Mode::PreCopy
+            }
+            (mode, None) => mode,
+        }
+    }
+
     /// Sends the disks' content, until little is written to them meanwhile;
     /// what is left.
     pub(super) fn copy_disks(
