@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use blanket_fuzz::guest::{RAM, ram};
+use blanket_memory::GuestRam;
 use blanket_migration::wire::{self, Frames, Kind, Offer};
 use blanket_migration::{Disk, Disks, place, store};
 use libfuzzer_sys::fuzz_target;
@@ -25,6 +26,23 @@ enum Input {
         zeros: bool,
         change: Option<(u16, u8)>,
     },
+    /// Compressed memory; or another length, or other bytes.
+    Compressed {
+        page: u32,
+        pages: u8,
+        value: u8,
+        len: Option<u32>,
+        block: Option<Vec<u8>>,
+    },
+    /// Bytes of a page that are others now; or any change, and any checksum.
+    Change {
+        page: u32,
+        was: u8,
+        from: u16,
+        count: u16,
+        change: Option<Vec<u8>>,
+        sum: Option<u32>,
+    },
 }
 
 fn pages(page: u64, count: u64, value: u8, zeros: bool) -> (Kind, Vec<u8>) {
@@ -35,6 +53,65 @@ fn pages(page: u64, count: u64, value: u8, zeros: bool) -> (Kind, Vec<u8>) {
     } else {
         payload.resize(8 + count as usize * 4096, value);
         (Kind::Pages, payload)
+    }
+}
+
+/// Carries out a frame of compressed memory.
+fn compressed(
+    memory: &GuestRam,
+    (page, count): (u64, u64),
+    value: u8,
+    len: Option<u32>,
+    block: Option<&[u8]>,
+) {
+    let pages = vec![value; count as usize * 4096];
+    let own = lz4_flex::block::compress(&pages);
+    let mut payload = (page * 4096).to_le_bytes().to_vec();
+    payload.extend(len.unwrap_or(pages.len() as u32).to_le_bytes());
+    payload.extend(block.unwrap_or(&own));
+    let placed = place(Kind::Lz4, &payload, memory);
+    if len.is_none() && block.is_none() {
+        let fits = (page + count) * 4096 <= RAM;
+        assert!(placed.is_ok() == fits || count == 0, "{placed:?}");
+        if fits && count > 0 {
+            let last = GuestAddress((page + count) * 4096 - 1);
+            let found: u8 = memory.read_obj(last).expect("memory");
+            assert_eq!(found, value);
+        }
+    }
+}
+
+/// Carries out a frame with one change of a page that is full of `was`.
+fn changed(
+    memory: &GuestRam,
+    page: u64,
+    was: u8,
+    (from, count): (usize, usize),
+    change: Option<&[u8]>,
+    sum: Option<u32>,
+) {
+    let at = GuestAddress(page * 4096);
+    let old = [was; 4096];
+    let fits = memory.write_slice(&old, at).is_ok();
+    let mut new = old;
+    let end = (from + count).min(4096);
+    new[from..end].fill(!was);
+    let number = |n: usize| [n as u8 | 0x80, (n >> 7) as u8];
+    let own = [&number(from)[..], &number(end - from), &new[from..end]].concat();
+    let bytes = change.unwrap_or(&own);
+    let mut payload = at.0.to_le_bytes().to_vec();
+    payload.extend(sum.unwrap_or(crc32fast::hash(&new)).to_le_bytes());
+    payload.extend((bytes.len() as u16).to_le_bytes());
+    payload.extend(bytes);
+    let placed = place(Kind::Change, &payload, memory);
+    let mut found = [0; 4096];
+    if fits {
+        memory.read_slice(&mut found, at).expect("memory");
+    }
+    match placed {
+        // It is what the checksum says, or there was nothing to change.
+        Ok(()) => assert!(fits && (sum.is_some() || found == new)),
+        Err(_) => assert!(!fits || (change.or(sum.map(|_| &[][..])).is_some() && found == old)),
     }
 }
 
@@ -92,12 +169,33 @@ fuzz_target!(|inputs: Vec<Input>| {
                 while let Ok(kind) = wire::receive(&mut rest, &mut payload) {
                     let _ = place(kind, &payload, &memory);
                 }
-                for kind in [Kind::Pages, Kind::Zeros] {
+                for kind in [Kind::Pages, Kind::Zeros, Kind::Lz4, Kind::Change] {
                     let _ = place(kind, &bytes, &memory);
                 }
                 for kind in [Kind::Blocks, Kind::Holes] {
                     let _ = store(kind, &bytes, &disks);
                 }
+            }
+            Input::Compressed {
+                page,
+                pages: count,
+                value,
+                len,
+                block,
+            } => {
+                let place = (u64::from(page), u64::from(count % 65));
+                compressed(&memory, place, value, len, block.as_deref());
+            }
+            Input::Change {
+                page,
+                was,
+                from,
+                count,
+                change,
+                sum,
+            } => {
+                let range = (usize::from(from) % 4096, usize::from(count));
+                changed(&memory, page.into(), was, range, change.as_deref(), sum);
             }
             Input::Memory {
                 page,

@@ -8,6 +8,7 @@ pub mod dirty;
 pub mod iovec;
 pub mod layout;
 mod map;
+pub mod shared_log;
 pub mod uffd;
 
 pub use iovec::IoVec;

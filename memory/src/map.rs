@@ -1,5 +1,6 @@
 //! Mapping guest memory.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -142,20 +143,25 @@ fn enough(spec: &Spec) -> Result<(), Error> {
 }
 
 fn memfd(spec: &Spec) -> Result<File, Error> {
-    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    if let Backing::Hugetlb { shift } = spec.backing {
-        flags |= libc::MFD_HUGETLB | (shift << libc::MFD_HUGE_SHIFT);
-    }
+    let flags = match spec.backing {
+        Backing::Hugetlb { shift } => libc::MFD_HUGETLB | (shift << libc::MFD_HUGE_SHIFT),
+        _ => 0,
+    };
+    sealed(c"guest-memory", spec.size, flags).map_err(|error| spec.map_error(error))
+}
+
+/// Memory of `len` bytes that can be shared. Its size is fixed: whoever shares it
+/// cannot make us fault.
+pub(crate) fn sealed(name: &CStr, len: u64, flags: libc::c_uint) -> io::Result<File> {
+    let flags = flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a C string; the flags are valid.
-    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), flags) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {
-        return Err(spec.map_error(io::Error::last_os_error()));
+        return Err(io::Error::last_os_error());
     }
     // SAFETY: the descriptor is new and nobody else's.
     let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(spec.size)
-        .map_err(|error| spec.map_error(error))?;
-    // Its size is fixed from here on: whoever shares it cannot make us fault.
+    file.set_len(len)?;
     // SAFETY: fcntl on our own descriptor.
     let sealed = unsafe {
         libc::fcntl(
@@ -165,7 +171,7 @@ fn memfd(spec: &Spec) -> Result<File, Error> {
         )
     };
     if sealed < 0 {
-        return Err(spec.map_error(io::Error::last_os_error()));
+        return Err(io::Error::last_os_error());
     }
     Ok(file)
 }

@@ -31,10 +31,26 @@ impl Batch {
         }
     }
 
+    /// Forgets which memory is zeros.
+    pub(crate) fn forget_zeros(&mut self) {
+        self.zeros.clear();
+    }
+
+    /// Forgets where there are zeros on disks.
+    pub(crate) fn forget_holes(&mut self) {
+        self.holes.clear();
+    }
+
     pub(crate) fn clear(&mut self) {
         self.frames.clear();
         self.zeros.clear();
         self.holes.clear();
+    }
+
+    /// Memory from `at` on is zeros.
+    pub(crate) fn add_zero(&mut self, at: u64, len: u64) {
+        self.zeros.extend(at.to_le_bytes());
+        self.zeros.extend(len.to_le_bytes());
     }
 
     /// Packs the pages of `bytes`, which are at `at` of a disk or of memory:
@@ -69,7 +85,7 @@ impl Batch {
     }
 }
 
-fn is_zero(page: &[u8]) -> bool {
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     let (words, rest) = page.as_chunks::<16>();
     words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
 }

@@ -17,7 +17,10 @@ use crate::compare::{Compare, Unanswered};
 use crate::descriptors;
 use crate::disk::{self, Disks};
 use crate::follow::{Follower, Lost, Remote, SPARES};
+use crate::frames::{self, Place};
+use crate::squeeze;
 use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
+use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
 
 /// How long a destination that could run the guest asks whether it may, when
@@ -120,6 +123,13 @@ pub trait Machine: Sync {
     /// # Errors
     /// A device does not go on.
     fn run(&self) -> Result<(), String>;
+
+    /// Has the guest, which runs, receive a frame before all that its networks
+    /// send here.
+    fn frame(&self, place: Place, frame: &[u8]);
+
+    /// Lets what its networks send here to the guest.
+    fn release(&self);
 }
 
 /// A source that has been met.
@@ -142,8 +152,7 @@ impl Destination {
     /// # Errors
     /// Nobody is there, or it speaks another protocol.
     pub fn meet(path: &Path) -> Result<(Self, Vec<OwnedFd>), Error> {
-        let mut control = UnixStream::connect(path)?;
-        control.set_read_timeout(Some(PATIENCE))?;
+        let mut control = connect(path)?;
         let hello = Hello {
             version: wire::VERSION,
         };
@@ -156,10 +165,11 @@ impl Destination {
         }
         let descriptors = descriptors::receive(&control, offer.descriptors)?;
         let data = (0..offer.streams.min(MOST_STREAMS))
-            .map(|index| join(path, offer.session, index))
+            .map(|index| join(way::ask(connect(path)?)?, offer.session, index))
             .collect::<Result<_, _>>()?;
         // After the data streams.
-        let spare = join(path, offer.session, offer.streams.min(MOST_STREAMS))?;
+        let spare = connect(path)?;
+        let spare = join(spare, offer.session, offer.streams.min(MOST_STREAMS))?;
         // Last, as the source hears nothing of them for now.
         let spares = (0..if offer.follows { SPARES } else { 0 })
             .map(|_| UnixStream::connect(path))
@@ -245,7 +255,14 @@ impl Destination {
         };
         // It runs, whether or not the source hears of it.
         let control = other.as_mut().unwrap_or(&mut self.control);
-        let _ = wire::send_value(control, Kind::Running, &running);
+        let told = wire::send_value(control, Kind::Running, &running);
+        // A source that is gone sends no frames on.
+        if other.is_none()
+            && let Err(error) = told.and_then(|()| frames::take(machine, &mut self.control))
+        {
+            tracing::warn!(%error, "frames to the guest's old place may be lost");
+        }
+        machine.release();
         Ok(())
     }
 
@@ -403,8 +420,15 @@ impl Destination {
     }
 }
 
-fn join(path: &Path, session: [u8; 16], index: u32) -> Result<UnixStream, Error> {
-    let mut stream = UnixStream::connect(path)?;
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Says what a stream is for.
+fn join(mut stream: UnixStream, session: [u8; 16], index: u32) -> Result<UnixStream, Error> {
+    stream.set_read_timeout(None)?;
     wire::send_value(&mut stream, Kind::Join, &Join { session, index })?;
     Ok(stream)
 }
@@ -432,7 +456,7 @@ fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam, disks: &Disks) -> Re
         };
         match kind {
             Kind::Sync => wire::send(&mut stream, Kind::Sync, &payload)?,
-            Kind::Pages | Kind::Zeros => place(kind, &payload, ram)?,
+            Kind::Pages | Kind::Lz4 | Kind::Change | Kind::Zeros => place(kind, &payload, ram)?,
             Kind::Blocks | Kind::Holes => store(kind, &payload, disks)?,
             _ => return Err(wire::Error::Damaged("memory is not what came").into()),
         }
@@ -485,6 +509,15 @@ pub fn place(kind: Kind, payload: &[u8], ram: &GuestRam) -> Result<(), Error> {
     let whole = |at: u64, len: usize| at.is_multiple_of(PAGE as u64) && len.is_multiple_of(PAGE);
     let (head, rest) = payload.as_chunks::<8>();
     match kind {
+        Kind::Lz4 => {
+            let (at, pages) = squeeze::unpack(payload)?;
+            if !whole(at, pages.len()) {
+                return Err(wire::Error::Damaged("a part of a page").into());
+            }
+            let placed = ram.write_slice(&pages, GuestAddress(at));
+            placed.map_err(|_| Error::Memory)
+        }
+        Kind::Change => Ok(squeeze::change(payload, ram)?),
         Kind::Pages => {
             let (at, bytes) = payload
                 .split_first_chunk()

@@ -12,7 +12,8 @@ use blanket_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::batch::Batch;
-use crate::source::is_readable;
+use crate::source::{How, is_readable};
+use crate::squeeze::{Packer, Squeeze};
 use crate::status::{Pace, Progress, micros};
 use crate::wire::{self, Completed, FOLLOWS, Join, Kind, Want};
 
@@ -33,6 +34,7 @@ struct Shared {
     ram: GuestRam,
     session: [u8; 16],
     pace: Arc<Pace>,
+    squeeze: Arc<Squeeze>,
     progress: Arc<Progress>,
     /// From when on it is counted how long memory takes.
     began: Instant,
@@ -51,26 +53,25 @@ impl Keeper {
     /// # Errors
     /// There is no thread to be had.
     pub(crate) fn spawn(
-        listener: &UnixListener,
+        how: &How<'_>,
         first: Vec<UnixStream>,
         ram: &GuestRam,
         session: [u8; 16],
-        pace: &Arc<Pace>,
-        progress: &Arc<Progress>,
         began: Instant,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             ram: ram.clone(),
             session,
-            pace: Arc::clone(pace),
-            progress: Arc::clone(progress),
+            pace: Arc::clone(&how.pace),
+            squeeze: Arc::clone(&how.squeeze),
+            progress: Arc::clone(how.progress),
             began,
             over: AtomicBool::new(false),
             complete: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
             asked: Mutex::default(),
         });
-        let listener = listener.try_clone()?;
+        let listener = how.listener.try_clone()?;
         listener.set_nonblocking(true)?;
         let all = Arc::clone(&shared);
         let acceptor = std::thread::Builder::new()
@@ -180,7 +181,7 @@ impl Shared {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         let mut payload = Vec::new();
-        let mut answer = Answer::default();
+        let mut answer = Answer::new(&self.squeeze);
         while !self.is_over() {
             if !is_readable(&stream, LOOK) {
                 continue;
@@ -219,6 +220,7 @@ impl Shared {
 
     fn note(&self, left: u64, faults: u64) {
         let mut status = self.progress.lock();
+        status.packed = self.squeeze.packed();
         if let Some(following) = &mut status.following {
             following.left = left.min(following.left);
             following.faults = faults.max(following.faults);
@@ -231,18 +233,31 @@ impl Shared {
         stream: &mut UnixStream,
         want: Want,
         urgent: bool,
-        answer: &mut Answer,
+        answer: &mut Answer<'_>,
     ) -> Result<(), wire::Error> {
-        let Answer { batch, memory } = answer;
+        let Answer {
+            batch,
+            memory,
+            packer,
+            last,
+        } = answer;
+        // Who asks has asked for more than one: what it takes until the next one
+        // comes, the link takes.
+        let waited = last.map_or(Duration::ZERO, |last| last.elapsed());
         memory.resize(want.len as usize, 0);
         self.ram
             .read_slice(memory, GuestAddress(want.at))
             .map_err(|_| wire::Error::Damaged("a wish is for what is no memory"))?;
-        batch.pack(None, want.at, memory);
+        if urgent {
+            batch.pack(None, want.at, memory);
+        } else {
+            packer.pack(want.at, memory, batch);
+        }
         batch.add_zeros();
         batch.frames.begin();
         batch.frames.end(Kind::Sync);
         let bytes = batch.frames.bytes();
+        let began = Instant::now();
         if urgent {
             self.pace.take(bytes.len());
         } else {
@@ -250,14 +265,31 @@ impl Shared {
         }
         stream.write_all(bytes)?;
         self.progress.sent(bytes.len() as u64);
+        if !urgent {
+            packer.sent(bytes.len(), waited + began.elapsed());
+            *last = Some(Instant::now());
+        }
         batch.clear();
         Ok(())
     }
 }
 
-/// Room for answers.
-#[derive(Default)]
-struct Answer {
+/// What answers are made with.
+struct Answer<'a> {
     batch: Batch,
     memory: Vec<u8>,
+    packer: Packer<'a>,
+    /// When one had been sent that nobody waits for.
+    last: Option<Instant>,
+}
+
+impl<'a> Answer<'a> {
+    fn new(squeeze: &'a Squeeze) -> Self {
+        Self {
+            batch: Batch::default(),
+            memory: Vec::new(),
+            packer: squeeze.packer(None),
+            last: None,
+        }
+    }
 }

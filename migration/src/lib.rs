@@ -4,7 +4,8 @@
 //! destination connects: once for the control stream, once for each of the data
 //! streams that the source asks for, and once to be able to ask, whatever
 //! happens, who has the guest. Neither knows whether the other end is
-//! on the same machine, or what carries the bytes there.
+//! on the same machine, or what carries the bytes there; that may hand over a
+//! [shorter way](way) for the data streams.
 //!
 //! ```text
 //! source                                   destination
@@ -22,6 +23,8 @@
 //!   │ ◀─────────────────────────────── flush ─ │  all of it is durable
 //!   │                                         │
 //!   │ ══ pages, zeros, blocks, holes ═══════▶ │  round after round: what the
+//!   │    (pages: as a whole, as LZ4, or as    │
+//!   │    what has changed in them)            │
 //!   │ ══ sync ══════════════════════════════▶ │  guest and its devices wrote
 //!   │ ◀═══════════════════════════════ sync ═ │  in the last one
 //!   │                                         │
@@ -32,7 +35,9 @@
 //!   │ ── state ─────────────────────────────▶ │  restores it, does not run it
 //!   │ ◀─────────────── ready ───────────────  │
 //!   │ ── commit ────────────────────────────▶ │  THE GUEST CHANGES HANDS
-//!   │ ◀────────────── running ──────────────  │
+//!   │ ◀────────────── running ──────────────  │  it is announced to its networks
+//!   │ ── frame (each that comes here) ──────▶ │
+//!   │ ── quiet (so is the announcement) ────▶ │  lets frames of its own in
 //!   ends                                      goes on
 //! ```
 //!
@@ -108,15 +113,20 @@
 
 mod batch;
 mod compare;
+mod delta;
 mod descriptors;
 mod destination;
 mod disk;
 mod follow;
 mod forecast;
+mod frames;
 mod journal;
 mod keep;
 mod source;
+mod squeeze;
 mod status;
+mod throttle;
+pub mod way;
 pub mod wire;
 
 pub use destination::standby::Replica;
@@ -124,10 +134,12 @@ pub use destination::{Destination, Error as DestinationError, Machine, place, st
 pub use disk::{Disk, Disks};
 pub use follow::{Lost, MEMORY_LOST, Remote};
 pub use forecast::{Forecast, measure};
+pub use frames::Place;
 pub use journal::{Journal, Point, replay};
 pub use source::{Error, Guest, Source, Terms};
 pub use status::{
-    Following, MOST_STREAMS, Mode, Options, Phase, Progress, Replication, Round, Status, Step,
+    Compress, Following, MOST_STREAMS, Mode, Options, Packed, Phase, Progress, Replication, Round,
+    Status, Step,
 };
 
 #[cfg(test)]

@@ -17,11 +17,15 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::descriptors;
 use crate::destination::sum;
 use crate::disk::{self, Disks};
+use crate::frames::{self, Place};
 use crate::keep::Keeper;
+use crate::squeeze::Squeeze;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
+use crate::throttle;
+use crate::way;
 use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
 
-use rounds::{Load, note};
+use rounds::{Fresh, Load, note};
 
 /// How long the other end may take for a step of its own.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
@@ -57,13 +61,17 @@ pub enum Error {
     },
     /// The guest writes faster than memory can be sent.
     #[error(
-        "the guest writes memory faster than it can be sent: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, or give it more --bandwidth"
+        "the guest writes memory faster than it can be sent{}: it would stand still for {expected_ms} ms, {target_ms} ms are allowed; allow more with --downtime, {}",
+        if *.throttle > 0 { ", slowed down as it is" } else { "" },
+        if *.throttle > 0 { "or give it more --bandwidth" } else { "give it more --bandwidth, or slow it down with --auto-converge" },
     )]
     Diverges {
         /// Expected milliseconds.
         expected_ms: u64,
         /// Allowed milliseconds.
         target_ms: u64,
+        /// Percent by which it was slowed down.
+        throttle: u8,
     },
     /// The guest's machine failed a step.
     #[error("{0}")]
@@ -102,6 +110,13 @@ pub trait Guest {
     /// Notes no more.
     fn end(&mut self);
 
+    /// Has its processors run so many percent of the time less than they would,
+    /// 0 to 99; 0 until it is said.
+    ///
+    /// # Errors
+    /// It cannot be slowed down, and runs as it did.
+    fn throttle(&mut self, percent: u8) -> Result<(), String>;
+
     /// Stops the guest and its devices; their state.
     ///
     /// # Errors
@@ -116,15 +131,23 @@ pub trait Guest {
 
     /// It is another's now and must never run here again.
     fn give_up(&mut self);
+
+    /// The next frame that its networks have sent here since it was stopped, if
+    /// there is one. Only once it is another's.
+    fn frame(&mut self, into: &mut Vec<u8>) -> Option<Place>;
+
+    /// Whether all its networks know where it is now.
+    fn is_found(&self) -> bool;
 }
 
 /// How a guest is moved.
-struct How<'a> {
+pub(crate) struct How<'a> {
     options: &'a Options,
-    pace: Arc<Pace>,
-    progress: &'a Arc<Progress>,
+    pub(crate) pace: Arc<Pace>,
+    pub(crate) squeeze: Arc<Squeeze>,
+    pub(crate) progress: &'a Arc<Progress>,
     /// Where the destination comes.
-    listener: &'a UnixListener,
+    pub(crate) listener: &'a UnixListener,
 }
 
 /// A destination that has accepted the guest.
@@ -174,14 +197,16 @@ fn accept(
         }
         let speaks = |stream: &UnixStream| is_readable(stream, Duration::ZERO);
         if let Some(index) = silent.iter().position(speaks) {
-            return Ok(Some(silent.swap_remove(index)));
+            let mut stream = silent.swap_remove(index);
+            match way::answer(&mut stream)? {
+                Some(stream) => silent.push(patient(stream)?),
+                None => return Ok(Some(stream)),
+            }
+            continue;
         }
         match listener.accept() {
             Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                stream.set_write_timeout(Some(PATIENCE))?;
-                silent.push(stream);
+                silent.push(patient(stream)?);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if control.is_some_and(speaks) {
@@ -193,6 +218,13 @@ fn accept(
         }
     }
     Err(Error::Silent("connect"))
+}
+
+fn patient(stream: UnixStream) -> io::Result<UnixStream> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 /// Whether there is something to read, or to accept, or the end, within a time.
@@ -307,15 +339,17 @@ impl Source {
         let how = How {
             options,
             pace: Arc::new(Pace::new(options.bandwidth)),
+            squeeze: Arc::new(Squeeze::new(options)),
             progress,
             listener,
         };
         let moved = self.copy_and_switch(guest, &how);
         guest.end();
+        throttle::release(guest, progress);
         guest.disks().iter().for_each(|disk| disk.unwatch());
         let done = match moved {
             Ok(pause) => {
-                self.confirm(guest.ram(), pause, &how);
+                self.confirm(guest, pause, &how);
                 Ok(())
             }
             Err(error) => {
@@ -351,16 +385,7 @@ impl Source {
             Some(keeper) => keeper,
             None => {
                 let spares = std::mem::take(&mut self.spares);
-                let (pace, progress) = (&how.pace, how.progress);
-                Keeper::spawn(
-                    how.listener,
-                    spares,
-                    ram,
-                    self.session,
-                    pace,
-                    progress,
-                    began,
-                )?
+                Keeper::spawn(how, spares, ram, self.session, began)?
             }
         };
         Ok(self.keeper.insert(keeper))
@@ -394,7 +419,11 @@ impl Source {
             Mode::PostCopy => 0,
         };
         for number in 0..rounds {
-            let mut round = self.round(guest, &load, number == 0, how)?;
+            let fresh = match number {
+                0 => Fresh::Memory,
+                _ => Fresh::Nothing,
+            };
+            let mut round = self.round(guest, &load, fresh, how)?;
             if !load.extents.is_empty() {
                 self.flush()?;
             }
@@ -407,8 +436,12 @@ impl Source {
             }
             let shorter = expected <= last / 4 * 3;
             last = expected;
-            if mode == Mode::Hybrid && !shorter {
-                break;
+            match mode {
+                Mode::Hybrid if !shorter => break,
+                Mode::PreCopy if !shorter && options.auto_converge => {
+                    throttle::tighten(guest, progress);
+                }
+                _ => {}
             }
         }
         if mode != Mode::PreCopy {
@@ -417,9 +450,11 @@ impl Source {
             load.extents = self.thin_out(guest, load.extents, little, how)?;
             return self.switch(guest, load, true, how);
         }
+        let status = progress.lock();
         Err(Error::Diverges {
-            expected_ms: progress.lock().expected_downtime_us.div_ceil(1000),
+            expected_ms: status.expected_downtime_us.div_ceil(1000),
             target_ms: options.downtime_ms,
+            throttle: status.throttle,
         })
     }
 
@@ -473,7 +508,7 @@ impl Source {
             let none = Pages::none(guest.ram());
             std::mem::replace(&mut load.pages, none)
         });
-        let round = self.round(guest, &load, false, how)?;
+        let round = self.round(guest, &load, Fresh::Nothing, how)?;
         progress.lock().rounds.push(round);
         pause.mark("last memory", 0);
         if !load.extents.is_empty() {
@@ -526,24 +561,31 @@ impl Source {
 
     /// Waits for the word that the guest runs; or for a destination that has
     /// lost the connection and asks whether it may. Then until it has all memory.
-    fn confirm(&mut self, ram: &GuestRam, mut pause: Pause, how: &How<'_>) {
+    fn confirm(&mut self, guest: &mut dyn Guest, mut pause: Pause, how: &How<'_>) {
         let progress = how.progress;
         progress.lock().phase = Phase::Handed;
         let mut word = wire::expect(&mut self.control, Kind::Running);
+        let here = word.is_ok();
         let end = Instant::now() + INQUIRY;
         while word.is_err()
-            && let Some(mut stream) = self.asked(ram, end, how)
+            && let Some(mut stream) = self.asked(guest.ram(), end, how)
         {
             if wire::send(&mut stream, Kind::Commit, &self.session).is_ok() {
                 word = wire::expect(&mut stream, Kind::Running);
             }
         }
         let running = word.and_then(|word| wire::decode::<Running>(&word));
+        if let Ok(running) = &running {
+            pause.mark("commit", running.resume_us);
+            pause.add("resume", running.resume_us);
+        }
+        if here {
+            let forwarded = frames::forward(guest, &mut self.control);
+            progress.lock().forwarded = forwarded.unwrap_or_default();
+        }
         let mut status = progress.lock();
         match running {
-            Ok(running) => {
-                pause.mark("commit", running.resume_us);
-                pause.add("resume", running.resume_us);
+            Ok(_) => {
                 pause.end(&mut status);
                 status.phase = match status.following {
                     Some(_) => Phase::Following,

@@ -23,6 +23,19 @@ pub enum Mode {
     Hybrid,
 }
 
+/// Whether memory is sent as less than it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// Where that is quicker.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always, in blocks of LZ4 and as changes.
+    Lz4,
+}
+
 /// What is wanted of a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -39,6 +52,13 @@ pub struct Options {
     pub bandwidth: u64,
     /// Rounds after which it is given up.
     pub rounds: u32,
+    /// Whether a guest that would stay because it writes too fast is slowed down.
+    pub auto_converge: bool,
+    /// Whether memory is compressed.
+    pub compress: Compress,
+    /// Most bytes of pages that are remembered as they were sent, so that only
+    /// changes of them are sent later; 0 for none.
+    pub delta_cache: u64,
     /// Whether both ends compare all memory while the guest stands still: for
     /// tests, as it takes its time.
     pub verify: bool,
@@ -52,6 +72,9 @@ impl Default for Options {
             mode: Mode::default(),
             bandwidth: 0,
             rounds: 30,
+            auto_converge: false,
+            compress: Compress::default(),
+            delta_cache: 64 << 20,
             verify: false,
         }
     }
@@ -107,6 +130,9 @@ pub struct Round {
     pub disk: u64,
     /// Bytes that were sent.
     pub bytes: u64,
+    /// Bytes of memory that were not sent, as it was sent as less.
+    #[serde(default)]
+    pub saved: u64,
     /// Microseconds that it took.
     pub us: u64,
     /// Pages that the guest wrote meanwhile.
@@ -114,6 +140,29 @@ pub struct Round {
     /// Bytes that it wrote to disks meanwhile.
     #[serde(default)]
     pub dirty_disk: u64,
+    /// Percent of its time by which it was slowed down.
+    #[serde(default)]
+    pub throttle: u8,
+}
+
+/// Memory that was sent as less than it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Packed {
+    /// Bytes that were compressed.
+    pub compressed: u64,
+    /// What they became.
+    pub compressed_to: u64,
+    /// Bytes of pages of which what had changed was sent.
+    pub changed: u64,
+    /// What that was.
+    pub changed_to: u64,
+}
+
+impl Packed {
+    /// Bytes that were not sent.
+    pub(crate) fn saved(&self) -> u64 {
+        (self.compressed + self.changed).saturating_sub(self.compressed_to + self.changed_to)
+    }
 }
 
 /// Memory that follows the guest.
@@ -185,8 +234,15 @@ pub struct Status {
     pub left: u64,
     /// Bytes per second that are sent.
     pub rate: u64,
+    /// Bytes per second of memory that get across with these.
+    #[serde(default)]
+    pub memory_rate: u64,
     /// Bytes per second that the guest writes anew, to memory and disks.
     pub dirty_rate: u64,
+    /// Percent of the time of the guest's processors that is taken from them, so
+    /// that it writes less; in the end, what it took.
+    #[serde(default)]
+    pub throttle: u8,
     /// Microseconds that the guest would stand still if it were stopped now.
     pub expected_downtime_us: u64,
     /// The rounds that are over.
@@ -198,6 +254,9 @@ pub struct Status {
     pub downtime_us: u64,
     /// What they were spent on.
     pub pause: Vec<Step>,
+    /// What was sent as less than it is.
+    #[serde(default)]
+    pub packed: Packed,
     /// The memory that follows the guest, if some does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub following: Option<Following>,
@@ -207,6 +266,8 @@ pub struct Status {
     /// Why no memory follows, where that was wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unable: Option<String>,
+    /// Frames that came to the guest's old place, and were sent on.
+    pub forwarded: u64,
 }
 
 /// What the engine and those who watch it share.

@@ -1,5 +1,6 @@
 //! Both ends at once, over connections that fail.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::ops::Range;
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blanket_memory::dirty::{self, PAGE, Pages, WriteLog};
 use blanket_memory::uffd::Uffd;
@@ -45,6 +46,9 @@ const SECTOR: usize = 512;
 struct Ram {
     bytes: Mutex<Vec<u8>>,
     log: WriteLog,
+    /// The guest makes zeros of a sector when it is looked for the first time what it
+    /// has written.
+    clears: AtomicBool,
     /// What was written since the last flush is lost.
     flushed: Mutex<Vec<u8>>,
 }
@@ -53,6 +57,7 @@ impl Ram {
     fn new() -> Arc<Self> {
         let bytes = vec![0; SECTORS as usize * SECTOR];
         Arc::new(Self {
+            clears: AtomicBool::new(false),
             flushed: Mutex::new(bytes.clone()),
             log: WriteLog::new(bytes.len()),
             bytes: Mutex::new(bytes),
@@ -90,6 +95,10 @@ impl Disk for Ram {
     }
 
     fn written(&self, most: usize) -> Vec<(u64, usize)> {
+        if self.clears.swap(false, Ordering::SeqCst) {
+            self.store(0, &[0; SECTOR]);
+            self.log.mark_dirty(0, SECTOR);
+        }
         self.log.take_runs(most)
     }
 
@@ -130,8 +139,11 @@ struct Counter {
     runs: Arc<AtomicBool>,
     resting: Arc<Mutex<()>>,
     over: Arc<AtomicBool>,
-    /// Bytes that it writes in a row.
+    /// Percent.
+    slowed: Arc<AtomicU64>,
     given_up: bool,
+    /// Frames that have come for it.
+    frames: VecDeque<Place>,
 }
 
 impl Counter {
@@ -142,7 +154,9 @@ impl Counter {
             runs: Arc::new(AtomicBool::new(true)),
             resting: Arc::default(),
             over: Arc::default(),
+            slowed: Arc::default(),
             given_up: false,
+            frames: waiting(),
         };
         for page in 0..PAGES / 2 {
             let at = GuestAddress(page * 2 * PAGE as u64);
@@ -153,14 +167,15 @@ impl Counter {
             this.disks[0].store(sector * SECTOR as u64, &[sector as u8 | 1; SECTOR]);
         }
         let disks = this.disks.clone();
-        let (ram, runs, resting, over) = (
+        let (ram, slowed, runs, resting, over) = (
             this.ram.clone(),
+            Arc::clone(&this.slowed),
             Arc::clone(&this.runs),
             Arc::clone(&this.resting),
             Arc::clone(&this.over),
         );
         thread::spawn(move || {
-            let mut i = 0u64;
+            let (mut i, mut next) = (0u64, Instant::now());
             while !over.load(Ordering::SeqCst) {
                 {
                     let _busy = resting.lock().unwrap();
@@ -179,7 +194,14 @@ impl Counter {
                     }
                 }
                 if !pause.is_zero() {
-                    thread::sleep(pause);
+                    let share = 100 - slowed.load(Ordering::SeqCst) as u32;
+                    next += pause * 100 / share;
+                    // Where processors are busy it is late, and catches up.
+                    let now = Instant::now();
+                    next = next.max(now - Duration::from_millis(100));
+                    if next > now + Duration::from_millis(1) {
+                        thread::sleep(next - now);
+                    }
                 }
             }
         });
@@ -224,6 +246,11 @@ impl Guest for Counter {
         dirty::stop(&self.ram);
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), String> {
+        self.slowed.store(percent.into(), Ordering::SeqCst);
+        Ok(())
+    }
+
     fn stop(&mut self) -> Result<Vec<u8>, String> {
         self.runs.store(false, Ordering::SeqCst);
         let _at_rest = self.resting.lock().unwrap();
@@ -238,6 +265,17 @@ impl Guest for Counter {
 
     fn give_up(&mut self) {
         self.given_up = true;
+    }
+
+    fn frame(&mut self, into: &mut Vec<u8>) -> Option<Place> {
+        assert!(self.given_up);
+        let place = self.frames.pop_front()?;
+        *into = [place.interface, place.queue].map(|n| n as u8).to_vec();
+        Some(place)
+    }
+
+    fn is_found(&self) -> bool {
+        true
     }
 }
 
@@ -254,6 +292,9 @@ struct Other {
     over: Arc<AtomicBool>,
     /// The guest has found other memory there.
     wrong: Arc<AtomicBool>,
+    /// Frames that were sent on, before those of its own.
+    frames: Mutex<Vec<Place>>,
+    released: AtomicBool,
 }
 
 impl Drop for Other {
@@ -316,6 +357,23 @@ impl Machine for Other {
         }
         Ok(())
     }
+
+    fn frame(&self, place: Place, frame: &[u8]) {
+        assert!(self.runs.load(Ordering::SeqCst) && !self.released.load(Ordering::SeqCst));
+        assert_eq!(frame, [place.interface as u8, place.queue as u8]);
+        self.frames.lock().unwrap().push(place);
+    }
+
+    fn release(&self) {
+        self.released.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Frames for the guest, in this order.
+fn waiting() -> VecDeque<Place> {
+    let places = [(0, 0), (1, 3), (0, 1), (0, 0)];
+    let place = |(interface, queue)| Place { interface, queue };
+    places.map(place).into()
 }
 
 /// What becomes of the bytes between the two.
@@ -468,6 +526,8 @@ fn migrate_onto(
         was: guest.ram.clone(),
         over: Arc::default(),
         wrong: Arc::default(),
+        frames: Mutex::default(),
+        released: AtomicBool::default(),
     });
     let there = Arc::clone(&other);
     let destination = thread::spawn(move || {
@@ -494,7 +554,17 @@ fn migrate_onto(
             assert!(*here.bytes.lock().unwrap() == *there.flushed.lock().unwrap());
         }
     }
+    if arrived.is_ok() {
+        assert!(other.released.load(Ordering::SeqCst));
+    }
     if moved.is_ok() && arrived.is_ok() {
+        // In their order; a cut connection may have ended them.
+        let sent_on = other.frames.lock().unwrap();
+        assert!(waiting().make_contiguous().starts_with(&sent_on));
+        if fault == Fault::None {
+            assert_eq!(sent_on.len(), waiting().len());
+            assert_eq!(progress.status().forwarded, 4);
+        }
         assert!(!other.wrong.load(Ordering::SeqCst));
         let mut pages = [[0u8; PAGE]; 2];
         for at in (0..PAGES * PAGE as u64).step_by(PAGE) {
@@ -554,6 +624,16 @@ fn a_guest_arrives_over_connections_that_come_late() {
 }
 
 #[test]
+fn what_a_guest_clears_on_a_disk_that_has_been_copied_is_cleared_there() {
+    let mut guest = Counter::new(Duration::from_millis(10));
+    guest.disks[0].clears.store(true, Ordering::SeqCst);
+    let outcome = migrate(&mut guest, true, &options(), Fault::None);
+    outcome.moved.unwrap();
+    outcome.arrived.unwrap();
+    assert!(outcome.there && !outcome.here);
+}
+
+#[test]
 fn a_guest_whose_state_is_refused_runs_on() {
     let mut guest = Counter::new(Duration::from_micros(100));
     let outcome = migrate(&mut guest, false, &options(), Fault::None);
@@ -585,6 +665,122 @@ fn a_guest_that_writes_too_fast_stays() {
         assert!(outcome.here && !outcome.there);
         assert_eq!(outcome.status.unable.as_deref(), Some("it cannot"));
     }
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_moves_when_it_is_slowed_down() {
+    let options = Options {
+        mode: Mode::PreCopy,
+        bandwidth: 20 << 20,
+        downtime_ms: 100,
+        ..options()
+    };
+    let options = Options {
+        compress: Compress::Off,
+        ..options
+    };
+    let pause = Duration::from_micros(75);
+    let stays = Options {
+        rounds: 5,
+        ..options.clone()
+    };
+    let mut guest = Counter::new(pause);
+    let outcome = migrate(&mut guest, true, &stays, Fault::None);
+    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
+    assert_eq!(outcome.status.throttle, 0);
+
+    let slows = |rounds| Options {
+        auto_converge: true,
+        rounds,
+        ..options.clone()
+    };
+    // It ends before it is slow enough: it is as fast as before.
+    let outcome = migrate(&mut guest, true, &slows(3), Fault::None);
+    let error = outcome.moved.unwrap_err().to_string();
+    assert!(error.contains("slowed down as it is"), "{error}");
+    assert!(outcome.here && outcome.status.throttle > 0);
+    assert_eq!(guest.slowed.load(Ordering::SeqCst), 0);
+
+    let outcome = migrate(&mut guest, true, &slows(30), Fault::None);
+    outcome.moved.unwrap();
+    outcome.arrived.unwrap();
+    assert!(outcome.there && !outcome.here);
+    let status = outcome.status;
+    assert!(status.throttle >= 20, "{status:?}");
+    let steps = status.rounds.iter().map(|round| round.throttle);
+    assert!(steps.is_sorted(), "{status:?}");
+    assert_eq!(guest.slowed.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_moves_when_little_is_sent_of_what_it_writes() {
+    let options = |compress| Options {
+        compress,
+        mode: Mode::PreCopy,
+        bandwidth: 20 << 20,
+        downtime_ms: 30,
+        rounds: 30,
+        ..options()
+    };
+    let mut guest = Counter::new(Duration::from_micros(75));
+    let off = Options {
+        rounds: 5,
+        ..options(Compress::Off)
+    };
+    let outcome = migrate(&mut guest, true, &off, Fault::None);
+    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
+    assert_eq!(outcome.status.packed, Packed::default());
+    // The link is slow: it is found out that it is worth it.
+    let outcome = migrate(&mut guest, true, &options(Compress::Auto), Fault::None);
+    outcome.moved.unwrap();
+    outcome.arrived.unwrap();
+    let status = outcome.status;
+    let packed = status.packed;
+    assert!(packed.compressed > 1 << 20, "{status:?}");
+    assert!(packed.compressed_to < packed.compressed / 2, "{status:?}");
+    assert!(packed.changed > 100_000, "{status:?}");
+    assert!(packed.changed_to < packed.changed / 10, "{status:?}");
+    let saved: u64 = status.rounds.iter().map(|round| round.saved).sum();
+    assert_eq!(saved, packed.saved());
+}
+
+#[test]
+fn memory_that_is_always_made_less_arrives_over_any_number_of_streams() {
+    let mut changed = 0;
+    for (streams, delta_cache) in [(1, 64 << 20), (2, 1 << 20), (5, 64 << 20), (5, 0)] {
+        let mut guest = Counter::new(Duration::from_micros(75));
+        let options = Options {
+            streams,
+            delta_cache,
+            compress: Compress::Lz4,
+            // Several rounds.
+            mode: Mode::PreCopy,
+            bandwidth: 20 << 20,
+            downtime_ms: 30,
+            ..options()
+        };
+        let outcome = migrate(&mut guest, true, &options, Fault::None);
+        outcome.moved.unwrap();
+        outcome.arrived.unwrap();
+        let packed = outcome.status.packed;
+        assert!(packed.compressed_to < packed.compressed, "{packed:?}");
+        assert!(packed.changed == 0 || delta_cache > 0, "{packed:?}");
+        changed += packed.changed;
+    }
+    assert!(changed > 0);
+}
+
+#[test]
+fn wherever_a_bit_changes_in_memory_that_was_made_less_exactly_one_end_runs_the_guest() {
+    let options = Options {
+        compress: Compress::Lz4,
+        ..options()
+    };
+    wherever(8, &options, |to_destination, at| Fault::Flip {
+        to_destination,
+        // It is about half as much.
+        at: at / 2,
+    });
 }
 
 /// Too slow for a guest that writes all the time.

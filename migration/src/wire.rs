@@ -48,6 +48,12 @@ pub enum Kind {
     Abort,
     /// A guest-physical address, and the memory from there on.
     Pages,
+    /// A guest-physical address, a length (4 bytes), and the memory from there on
+    /// as a block of LZ4.
+    Lz4,
+    /// What has changed in pages: for each, its guest-physical address, the CRC-32
+    /// of what it is now, the bytes of the change (2), and these: see `delta.rs`.
+    Change,
     /// Ranges that are all zeros: pairs of address and length.
     Zeros,
     /// The number of a disk, an offset, and its bytes from there on.
@@ -85,10 +91,15 @@ pub enum Kind {
     Commit,
     /// The guest runs there: [`Running`].
     Running,
+    /// A network's frame that has come to the guest's old place: its interface and
+    /// its queue in two bytes each, and the frame.
+    Frame,
+    /// No more of them come.
+    Quiet,
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 24] = [
+    const ALL: [(Self, [u8; 4]); 28] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -96,6 +107,8 @@ impl Kind {
         (Self::Accept, *b"acpt"),
         (Self::Abort, *b"abrt"),
         (Self::Pages, *b"page"),
+        (Self::Lz4, *b"lz4p"),
+        (Self::Change, *b"chng"),
         (Self::Zeros, *b"zero"),
         (Self::Blocks, *b"blok"),
         (Self::Holes, *b"hole"),
@@ -113,6 +126,8 @@ impl Kind {
         (Self::Ready, *b"redy"),
         (Self::Commit, *b"comm"),
         (Self::Running, *b"runs"),
+        (Self::Frame, *b"fram"),
+        (Self::Quiet, *b"quie"),
     ];
 
     fn bytes(self) -> [u8; 4] {
@@ -128,10 +143,12 @@ impl Kind {
 
     fn longest(self) -> u64 {
         match self {
-            Self::Pages => (PLACE + MOST_MEMORY) as u64,
+            Self::Pages | Self::Lz4 | Self::Change => (PLACE + MOST_MEMORY) as u64,
             Self::Blocks => (BLOCK_PLACE + MOST_MEMORY) as u64,
             Self::Zeros | Self::Holes => MOST_MEMORY as u64,
             Self::State | Self::Offer | Self::Missing => MOST_OTHER,
+            // The longest frame, with its header.
+            Self::Frame => 66 << 10,
             _ => 64 << 10,
         }
     }

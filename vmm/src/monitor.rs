@@ -158,6 +158,8 @@ struct Vm {
     pager: Result<Arc<Pager>, String>,
     migrator: Migrator,
     devices: HandOver,
+    /// Its taps are not those that it had before.
+    fresh_taps: bool,
     /// It is another monitor's.
     moved: bool,
 }
@@ -255,6 +257,7 @@ impl Monitor {
             pager,
             migrator,
             devices,
+            fresh_taps: false,
             moved: false,
         });
         Ok(())

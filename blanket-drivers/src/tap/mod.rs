@@ -18,8 +18,10 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::mac::MacAddress;
 
+mod front;
 mod link;
 
+use front::Front;
 use link::Link;
 
 /// Bytes of the virtio header in front of each frame: `virtio_net_hdr_v1`.
@@ -410,7 +412,10 @@ impl Tap {
 
 /// One queue of a tap: a non-blocking descriptor that is one frame per call.
 #[derive(Debug)]
-pub struct TapQueue(File);
+pub struct TapQueue {
+    file: File,
+    front: Front,
+}
 
 /// The Ethernet frame with which a guest is announced.
 fn announcement(mac: MacAddress) -> Vec<u8> {
@@ -424,6 +429,15 @@ fn announcement(mac: MacAddress) -> Vec<u8> {
     }
     frame.resize(60, 0);
     frame
+}
+
+/// Whether a frame with its header is the one with which `mac` is announced.
+#[must_use]
+pub fn announces(frame: &[u8], mac: MacAddress) -> bool {
+    let own = announcement(mac);
+    frame
+        .get(HEADER_LEN..)
+        .is_some_and(|frame| frame.starts_with(&own[..42]))
 }
 
 impl TapQueue {
@@ -457,7 +471,7 @@ impl TapQueue {
                 what: "set the length of its headers",
                 source,
             })?;
-        Ok(Self(file))
+        Ok(file.into())
     }
 
     /// Receives one frame with its header. A frame that is longer than the
@@ -469,10 +483,52 @@ impl TapQueue {
     /// # Errors
     /// `WouldBlock`: there is no frame.
     pub unsafe fn readv(&self, vectors: &[IoVec]) -> io::Result<usize> {
+        // SAFETY: the caller's promise.
+        if let Some(read) = unsafe { self.front.readv(vectors) } {
+            return read;
+        }
         let count = vectors.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
         // SAFETY: the caller's promise; `count` vectors are there.
         let n = unsafe { libc::readv(self.as_raw_fd(), IoVec::as_raw(vectors), count) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// What is readable when there is a frame.
+    #[must_use]
+    pub fn event(&self) -> RawFd {
+        self.front.event().unwrap_or(self.as_raw_fd())
+    }
+
+    /// Holds the tap's frames back until [`TapQueue::release`]: those that are
+    /// [put](TapQueue::put) here come first. Before anybody waits for
+    /// [`TapQueue::event`].
+    ///
+    /// # Errors
+    /// The node is out of descriptors.
+    pub fn hold(&self) -> io::Result<()> {
+        self.front.hold()
+    }
+
+    /// Has a frame, with its header, be received before the tap's own; whether
+    /// there was room for it.
+    pub fn put(&self, frame: &[u8]) -> bool {
+        frame.len() >= HEADER_LEN && self.front.put(frame)
+    }
+
+    /// Lets the tap's frames through again.
+    ///
+    /// # Errors
+    /// The node is out of memory for it.
+    pub fn release(&self) -> io::Result<()> {
+        self.front.release(self.as_raw_fd())
+    }
+
+    /// Receives one frame of the tap's own with its header.
+    ///
+    /// # Errors
+    /// `WouldBlock`: there is none.
+    pub fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
+        io::Read::read(&mut &self.file, frame)
     }
 
     /// Tells the bridges behind the tap that `mac` is here: a RARP request for
@@ -483,7 +539,7 @@ impl TapQueue {
     /// The node is out of memory for it, or the tap is down.
     pub fn announce(&self, mac: MacAddress) -> io::Result<()> {
         let frame = announcement(mac);
-        (&self.0).write_all(&[&[0; HEADER_LEN][..], &frame].concat())
+        (&self.file).write_all(&[&[0; HEADER_LEN][..], &frame].concat())
     }
 
     /// Sends one frame with its header.
@@ -507,7 +563,7 @@ impl TapQueue {
         let mut scrap = [0u8; 64];
         for _ in 0..1024 {
             // A frame leaves the queue however little of it is taken.
-            if io::Read::read(&mut &self.0, &mut scrap).is_err() {
+            if self.read(&mut scrap).is_err() {
                 break;
             }
         }
@@ -536,13 +592,22 @@ impl TapQueue {
 /// can stand in for a queue, such as a datagram socket.
 impl From<OwnedFd> for TapQueue {
     fn from(fd: OwnedFd) -> Self {
-        Self(fd.into())
+        File::from(fd).into()
+    }
+}
+
+impl From<File> for TapQueue {
+    fn from(file: File) -> Self {
+        Self {
+            file,
+            front: Front::default(),
+        }
     }
 }
 
 impl AsRawFd for TapQueue {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.file.as_raw_fd()
     }
 }
 

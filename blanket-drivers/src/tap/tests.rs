@@ -242,7 +242,64 @@ fn detached_queues_get_nothing_and_can_be_attached_again() {
         assert!(shown.contains("numqueues 2 numdisabled 0"), "{shown}");
         let mut frame = [0u8; 64];
         queue.drain();
-        let read = io::Read::read(&mut &queue.0, &mut frame).unwrap_err();
+        let read = io::Read::read(&mut &queue.file, &mut frame).unwrap_err();
         assert_eq!(read.kind(), io::ErrorKind::WouldBlock);
     });
+}
+
+#[test]
+fn frames_that_are_put_come_before_those_of_the_tap() {
+    let (tap, far) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    let queue = TapQueue::from(OwnedFd::from(tap));
+    let read = || {
+        let mut frame = [0u8; 100];
+        let vectors = [IoVec::new(frame.as_mut_ptr(), frame.len())];
+        // SAFETY: the vector is the array.
+        let len = unsafe { queue.readv(&vectors) }.ok()?;
+        Some(frame[..len].to_vec())
+    };
+    let is_ready = || {
+        let mut poll = libc::pollfd {
+            fd: queue.event(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: it is one entry, and outlives the call.
+        unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+    };
+    let frame = |n: u8| vec![n; 40];
+    // Nothing is held before.
+    assert!(!queue.put(&frame(0)));
+    queue.hold().unwrap();
+    far.send(&frame(3)).unwrap();
+    assert!(read().is_none() && !is_ready());
+    assert!(queue.put(&frame(1)) && queue.put(&frame(2)));
+    assert!(!queue.put(&[0; HEADER_LEN - 1]));
+    assert!(is_ready());
+    assert_eq!(read(), Some(frame(1)));
+    queue.release().unwrap();
+    assert!(!queue.put(&frame(9)));
+    for n in [2, 3] {
+        assert!(is_ready());
+        assert_eq!(read(), Some(frame(n)));
+    }
+    assert!(read().is_none() && !is_ready());
+    far.send(&frame(4)).unwrap();
+    assert!(is_ready());
+    assert_eq!(read(), Some(frame(4)));
+    // No more than there is room for.
+    queue.hold().unwrap_or(());
+    let large = vec![0; 1 << 20];
+    let taken = (0..100).filter(|_| queue.put(&large)).count();
+    assert!(taken < 20, "{taken}");
+}
+
+#[test]
+fn a_guests_announcement_is_recognized() {
+    let mac = MacAddress([2, 0, 0, 0, 0, 7]);
+    let frame = [vec![0; HEADER_LEN], announcement(mac)].concat();
+    assert!(announces(&frame, mac));
+    assert!(!announces(&frame, MacAddress([2, 0, 0, 0, 0, 8])));
+    assert!(!announces(&frame[..40], mac));
 }

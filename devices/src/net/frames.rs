@@ -1,7 +1,7 @@
 //! Where frames go and come from.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 
 use blanket_drivers::tap::TapQueue;
 use blanket_memory::IoVec;
@@ -46,6 +46,6 @@ impl FrameQueue for TapQueue {
     }
 
     fn event(&self) -> RawFd {
-        self.as_raw_fd()
+        TapQueue::event(self)
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
+use blanket_memory::shared_log::SharedLog;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::session::Session;
@@ -25,6 +26,11 @@ pub(crate) enum Command {
     Stop(SyncSender<Option<Vec<u16>>>),
     /// Use so many pairs of queues.
     Enable(u16),
+    /// Have it note what it writes of the memory below this address, or no more.
+    Log(
+        Option<u64>,
+        SyncSender<Result<Option<Arc<SharedLog>>, Error>>,
+    ),
     /// Give the backend up.
     GiveUp,
     /// End.
@@ -36,6 +42,7 @@ pub(super) struct Keeper {
     pairs: u16,
     session: Option<Session>,
     rings: Option<Box<dyn Rings>>,
+    log: Option<Arc<SharedLog>>,
     commands: Receiver<Command>,
     wake: Arc<OwnedFd>,
     watchdog: Watchdog,
@@ -59,6 +66,7 @@ impl Keeper {
             pairs,
             session: None,
             rings: None,
+            log: None,
             commands,
             wake,
             watchdog,
@@ -132,6 +140,11 @@ impl Keeper {
                     self.lose(&error.to_string());
                 }
             }
+            Command::Log(end, reply) => {
+                let log = self.set_log(end);
+                // Nobody waits for it any more.
+                let _ = reply.send(log);
+            }
             Command::GiveUp => self.lose("it broke the rules of a ring"),
             Command::End => {}
         }
@@ -169,11 +182,28 @@ impl Keeper {
         let begun = rings
             .begin()
             .map_err(Error::Rings)
-            .and_then(|setup| session.start(&setup, &self.watchdog));
+            .and_then(|setup| session.start(&setup, self.log.as_deref(), &self.watchdog));
         match begun {
             Ok(()) => self.link(true),
             Err(error) => self.lose(&error.to_string()),
         }
+    }
+
+    /// Begins or ends to have it note what it writes. One that is not there will
+    /// be told when it comes.
+    fn set_log(&mut self, end: Option<u64>) -> Result<Option<Arc<SharedLog>>, Error> {
+        self.log = end
+            .map(|end| SharedLog::new(end).map(Arc::new))
+            .transpose()
+            .map_err(Error::Resource)?;
+        if let Some(session) = &mut self.session
+            && let Err(error) = session.log(self.log.as_deref(), &self.watchdog)
+        {
+            self.log = None;
+            self.lose(&error.to_string());
+            return Err(error);
+        }
+        Ok(self.log.clone())
     }
 
     /// Stops the backend; where the rings stopped.

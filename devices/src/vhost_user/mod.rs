@@ -25,10 +25,11 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, sync_channel};
 use std::thread::JoinHandle;
 
 use blanket_memory::GuestRam as Memory;
+use blanket_memory::shared_log::SharedLog;
 use rustix::event::EventfdFlags;
 use vm_memory::GuestAddress;
 
@@ -51,6 +52,7 @@ pub const SYSCALLS: &[libc::c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_poll,
     libc::SYS_ppoll,
+    libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
@@ -121,6 +123,8 @@ pub struct Opened {
     path: PathBuf,
     pairs: u16,
     session: Session,
+    handle: Handle,
+    commands: Receiver<Command>,
 }
 
 impl Opened {
@@ -131,11 +135,24 @@ impl Opened {
     /// See [`Error`].
     pub fn connect(path: &Path, pairs: u16) -> Result<Self, Error> {
         let watchdog = Watchdog::spawn(Box::new(|| Ok(()))).map_err(Error::Resource)?;
+        let session = Session::open(path, pairs, &watchdog)?;
+        let (commands, queue) = std::sync::mpsc::channel();
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let wake = rustix::event::eventfd(0, flags).map_err(io::Error::from);
+        let wake = Arc::new(wake.map_err(Error::Resource)?);
         Ok(Self {
             path: path.to_owned(),
             pairs,
-            session: Session::open(path, pairs, &watchdog)?,
+            session,
+            handle: Handle { commands, wake },
+            commands: queue,
         })
+    }
+
+    /// What has the backend note what it writes; nothing if it cannot.
+    #[must_use]
+    pub fn logger(&self) -> Option<Logger> {
+        self.session.logs.then(|| Logger(self.handle.clone()))
     }
 
     /// The backend's socket.
@@ -151,14 +168,12 @@ impl Opened {
     pub fn keep(self, setup: impl Fn() -> ThreadSetup) -> io::Result<VhostUser> {
         let state = Arc::new(State::default());
         let features = self.session.features;
-        let (commands, queue) = std::sync::mpsc::channel();
-        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
-        let wake = Arc::new(rustix::event::eventfd(0, flags)?);
+        let wake = Arc::clone(&self.handle.wake);
         let watchdog = Watchdog::spawn(setup())?;
         let keeper = Keeper::new(
             (self.path.clone(), self.pairs),
             self.session,
-            (queue, Arc::clone(&wake)),
+            (self.commands, wake),
             watchdog,
             Arc::clone(&state),
         );
@@ -167,7 +182,7 @@ impl Opened {
             path: self.path,
             pairs: self.pairs,
             features,
-            handle: Handle { commands, wake },
+            handle: self.handle,
             state,
             thread: Some(thread),
         })
@@ -212,6 +227,35 @@ impl Handle {
     /// socket next gets another chance.
     pub(crate) fn give_up(&self) {
         self.ask(Command::GiveUp);
+    }
+}
+
+/// Has a backend note what it writes to guest memory: for a guest that is copied
+/// while it runs.
+#[derive(Clone)]
+pub struct Logger(Handle);
+
+impl Logger {
+    /// Begins, for memory below `end`.
+    ///
+    /// # Errors
+    /// The backend cannot, and is given up; or it is not there.
+    pub fn start(&self, end: u64) -> Result<Arc<SharedLog>, Error> {
+        self.ask(Some(end))?.ok_or(Error::Old("log"))
+    }
+
+    /// Ends it.
+    pub fn stop(&self) {
+        if let Err(error) = self.ask(None) {
+            tracing::warn!(%error, "a vhost-user backend goes on to note what it writes");
+        }
+    }
+
+    fn ask(&self, end: Option<u64>) -> Result<Option<Arc<SharedLog>>, Error> {
+        let (reply, answer) = sync_channel(1);
+        self.0.ask(Command::Log(end, reply));
+        let silent = |_| Error::Resource(io::ErrorKind::TimedOut.into());
+        answer.recv_timeout(4 * PATIENCE).map_err(silent)?
     }
 }
 

@@ -1,11 +1,12 @@
 //! One connection to a backend.
 
-use std::io;
-use std::os::fd::OwnedFd;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use blanket_memory::shared_log::SharedLog;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vhost::vhost_user::message::{
     VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -15,6 +16,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::watchdog::Watchdog;
 use super::{Error, Memory};
@@ -24,6 +26,9 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Rings that a front end may name: there is a byte for their number.
 const MOST_RINGS: u64 = 256;
+
+/// `VHOST_F_LOG_ALL`: the backend notes what it writes.
+const LOG_ALL: u64 = 1 << 26;
 
 /// Where the backend is told that memory lies in this process. Where it does
 /// is no business of the backend's, which only translates what it is told.
@@ -65,8 +70,11 @@ pub(super) struct Session {
     socket: UnixStream,
     /// The features that the backend offers.
     pub(super) features: u64,
-    /// Rings that have been begun.
-    rings: usize,
+    /// Whether it can note what it writes.
+    pub(super) logs: bool,
+    /// Rings that have been begun, and the features in use with them.
+    rings: Vec<VringConfigData>,
+    used: u64,
 }
 
 /// Connects to the socket at `path` without waiting.
@@ -129,8 +137,11 @@ impl Session {
         Ok(Self {
             frontend,
             socket,
-            features: features & !VhostUserVirtioFeatures::all().bits(),
-            rings: 0,
+            logs: features & LOG_ALL != 0
+                && protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD),
+            features: features & !VhostUserVirtioFeatures::all().bits() & !LOG_ALL,
+            rings: Vec::new(),
+            used: 0,
         })
     }
 
@@ -140,20 +151,30 @@ impl Session {
         &self.socket
     }
 
-    /// Has the backend begin.
+    /// Has the backend begin, and note what it writes if there is a log.
     ///
     /// # Errors
     /// It lacks a feature, refuses something, or does not answer.
-    pub(super) fn start(&mut self, setup: &Setup, watchdog: &Watchdog) -> Result<(), Error> {
+    pub(super) fn start(
+        &mut self,
+        setup: &Setup,
+        log: Option<&SharedLog>,
+        watchdog: &Watchdog,
+    ) -> Result<(), Error> {
         let _guard = self.limit(watchdog)?;
         let lacking = setup.features & !self.features;
         if lacking != 0 {
             return Err(Error::Features(lacking));
         }
+        if let Some(log) = log {
+            self.share(log)?;
+        }
         let frontend = &mut self.frontend;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        frontend.set_features(setup.features | protocol)?;
+        self.used = setup.features | protocol;
+        frontend.set_features(in_use(self.used, log))?;
         frontend.set_mem_table(&regions(&setup.memory)?)?;
+        self.rings.clear();
         for (i, ring) in setup.rings.iter().enumerate() {
             frontend.set_vring_num(i, ring.size)?;
             frontend.set_vring_base(i, ring.base)?;
@@ -166,11 +187,11 @@ impl Session {
                 avail_ring_addr: USER + ring.available,
                 log_addr: None,
             };
-            frontend.set_vring_addr(i, &addresses)?;
+            frontend.set_vring_addr(i, &logged(&addresses, log))?;
             frontend.set_vring_call(i, &ring.call)?;
             frontend.set_vring_kick(i, &ring.kick)?;
+            self.rings.push(addresses);
         }
-        self.rings = setup.rings.len();
         for (i, ring) in setup.rings.iter().enumerate() {
             frontend.set_vring_enable(i, ring.enabled)?;
         }
@@ -187,7 +208,7 @@ impl Session {
     /// The backend refuses or does not answer.
     pub(super) fn enable(&mut self, pairs: u16, watchdog: &Watchdog) -> Result<(), Error> {
         let _guard = self.limit(watchdog)?;
-        for i in 0..self.rings {
+        for i in 0..self.rings.len() {
             let enabled = i < 2 * usize::from(pairs);
             self.frontend.set_vring_enable(i, enabled)?;
         }
@@ -201,12 +222,71 @@ impl Session {
     /// It does not answer, or with what is no place in a ring.
     pub(super) fn stop(&mut self, watchdog: &Watchdog) -> Result<Vec<u16>, Error> {
         let _guard = self.limit(watchdog)?;
-        let mut bases = Vec::with_capacity(self.rings);
-        for i in 0..std::mem::take(&mut self.rings) {
+        let mut bases = Vec::with_capacity(self.rings.len());
+        for i in 0..std::mem::take(&mut self.rings).len() {
             let base = self.frontend.get_vring_base(i)?;
             bases.push(u16::try_from(base).map_err(|_| Error::Base(base))?);
         }
         Ok(bases)
+    }
+
+    /// Has the backend note from now on what it writes, or no more.
+    ///
+    /// # Errors
+    /// It cannot, or does not answer.
+    pub(super) fn log(
+        &mut self,
+        log: Option<&SharedLog>,
+        watchdog: &Watchdog,
+    ) -> Result<(), Error> {
+        let _guard = self.limit(watchdog)?;
+        if let Some(log) = log {
+            self.share(log)?;
+        }
+        if self.rings.is_empty() {
+            // It is told when it begins.
+            return Ok(());
+        }
+        for (i, ring) in self.rings.iter().enumerate() {
+            self.frontend.set_vring_addr(i, &logged(ring, log))?;
+        }
+        Ok(self.frontend.set_features(in_use(self.used, log))?)
+    }
+
+    /// Hands the log over. Backends do not agree on what they answer, but all do.
+    fn share(&mut self, log: &SharedLog) -> Result<(), Error> {
+        const SET_LOG_BASE: u32 = 6;
+        const VERSION: u32 = 1;
+        const MOST: u32 = 64;
+        if !self.logs {
+            return Err(Error::Old("log of what it writes"));
+        }
+        let mut message = Vec::new();
+        for word in [SET_LOG_BASE, VERSION, 16] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(log.len().to_ne_bytes());
+        message.extend(0u64.to_ne_bytes());
+        let sent = self
+            .socket
+            .send_with_fd(&message[..], log.as_raw_fd())
+            .map_err(io::Error::from);
+        if sent.map_err(Error::Resource)? != message.len() {
+            return Err(Error::Resource(io::ErrorKind::WriteZero.into()));
+        }
+        let mut words = [[0; 4]; 3];
+        let mut read = |bytes: &mut [u8]| {
+            let read = self.socket.read_exact(bytes);
+            read.map_err(|_| Error::Old("log that it says to have"))
+        };
+        for word in &mut words {
+            read(word)?;
+        }
+        let [request, _, len] = words.map(u32::from_ne_bytes);
+        if request != SET_LOG_BASE || len > MOST {
+            return Err(Error::Old("log that it says to have"));
+        }
+        read(&mut [0; MOST as usize][..len as usize])
     }
 
     fn limit<'a>(&self, watchdog: &'a Watchdog) -> Result<super::watchdog::Guard<'a>, Error> {
@@ -216,9 +296,33 @@ impl Session {
     }
 }
 
+/// The features in use with a log, or without.
+fn in_use(features: u64, log: Option<&SharedLog>) -> u64 {
+    match log {
+        Some(_) => features | LOG_ALL,
+        None => features,
+    }
+}
+
+/// A ring's addresses with a log, or without.
+fn logged(ring: &VringConfigData, log: Option<&SharedLog>) -> VringConfigData {
+    /// `VHOST_VRING_F_LOG`.
+    const LOG: u32 = 1;
+    match log {
+        Some(_) => VringConfigData {
+            flags: LOG,
+            log_addr: Some(ring.used_ring_addr - USER),
+            ..*ring
+        },
+        None => *ring,
+    }
+}
+
 /// Settles the features of the protocol.
 fn agree(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, Error> {
-    let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    let wanted = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::LOG_SHMFD;
     let features = frontend.get_features()?;
     if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
         return Err(Error::Old("protocol features"));

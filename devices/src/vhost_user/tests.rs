@@ -1,4 +1,7 @@
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
@@ -9,22 +12,26 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::*;
 
 const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
 const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
+const SET_VRING_ADDR: u32 = 9;
 const SET_VRING_BASE: u32 = 10;
 const GET_VRING_BASE: u32 = 11;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
-/// VERSION_1, protocol features, merged buffers.
-const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 15;
-/// Many queues, and acknowledgements.
-const PROTOCOL: u64 = 1 | 8;
+/// VERSION_1, protocol features, a log, merged buffers.
+const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 26 | 1 << 15;
+/// Many queues, a log in shared memory, and acknowledgements.
+const PROTOCOL: u64 = 1 | 2 | 8;
 
 /// A message as a backend gets it.
 struct Message {
     request: u32,
     body: Vec<u8>,
     needs_reply: bool,
+    file: Option<File>,
 }
 
 impl Message {
@@ -43,10 +50,11 @@ fn receive(socket: &mut UnixStream) -> Option<Message> {
     let mut fds = [0; 32];
     // SAFETY: the vector is the header.
     let (n, count) = unsafe { socket.recv_with_fds(&mut iovec, &mut fds) }.ok()?;
-    for fd in &fds[..count] {
-        // SAFETY: the call has just made the descriptor.
-        unsafe { libc::close(*fd) };
-    }
+    // SAFETY: the call has just made the descriptors.
+    let files = fds[..count]
+        .iter()
+        .map(|fd| unsafe { File::from_raw_fd(*fd) });
+    let file = files.collect::<Vec<_>>().into_iter().next();
     if n != 12 {
         return None;
     }
@@ -57,6 +65,7 @@ fn receive(socket: &mut UnixStream) -> Option<Message> {
         request: word(0),
         needs_reply: word(1) & 8 != 0,
         body,
+        file,
     })
 }
 
@@ -83,6 +92,14 @@ fn serve(mut socket: UnixStream, pairs: u64, base: u32) -> Vec<Message> {
             _ if message.needs_reply => Some(0),
             _ => None,
         };
+        if message.request == SET_LOG_BASE {
+            // It has written the page with this number.
+            let log = message.file.as_ref().unwrap();
+            log.write_all_at(&[1 << 5], 0).unwrap();
+            // Some answer nothing, which is an answer, too.
+            let empty = [SET_LOG_BASE, 5, 0].map(u32::to_le_bytes);
+            let _ = socket.write_all(empty.as_flattened());
+        }
         if let Some(answer) = answer {
             reply(&mut socket, message.request, answer);
         }
@@ -131,7 +148,7 @@ fn a_backend_is_greeted_told_of_its_rings_and_stopped() {
         let watchdog = watchdog();
         let mut session = Session::greet(ours, pairs, &watchdog).unwrap();
         assert_eq!(session.features, 1 << 32 | 1 << 15);
-        session.start(&setup(), &watchdog).unwrap();
+        session.start(&setup(), None, &watchdog).unwrap();
         session.enable(0, &watchdog).unwrap();
         assert_eq!(session.stop(&watchdog).unwrap(), [9, 9]);
         drop(session);
@@ -149,6 +166,39 @@ fn a_backend_is_greeted_told_of_its_rings_and_stopped() {
 }
 
 #[test]
+fn a_backend_notes_what_it_writes_from_when_it_is_asked_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let backend = std::thread::spawn(move || serve(listener.accept().unwrap().0, 1, 3));
+    let opened = Opened::connect(&path, 1).unwrap();
+    let logger = opened.logger().unwrap();
+    let kept = opened.keep(|| Box::new(|| Ok(()))).unwrap();
+    let up = Arc::<AtomicBool>::default();
+    kept.start(Box::new(Counted {
+        begun: Arc::default(),
+        up: Arc::clone(&up),
+    }));
+    until("link", || up.load(Ordering::SeqCst));
+    let ram = setup().memory;
+    let log = logger.start(1 << 16).unwrap();
+    let pages = log.take(&ram);
+    assert!(pages.count() == 1 && pages.contains(0, 5));
+    logger.stop();
+    drop(kept);
+    let told = backend.join().unwrap();
+    let of = |request: u32| told.iter().filter(move |m| m.request == request);
+    let noting: Vec<_> = of(SET_FEATURES).map(|m| m.word(0) >> 26 & 1).collect();
+    assert_eq!(noting, [0, 1, 0]);
+    // Its own writes to the used rings, too, at their guest-physical addresses.
+    let rings: Vec<_> = of(SET_VRING_ADDR).map(|m| (m.word(1), m.word(8))).collect();
+    assert_eq!(
+        rings,
+        [(0, 0), (0, 0), (1, 0x800), (1, 0x1800), (0, 0), (0, 0)]
+    );
+}
+
+#[test]
 fn too_few_queues_missing_features_and_private_memory_are_named() {
     let watchdog = watchdog();
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -160,11 +210,14 @@ fn too_few_queues_missing_features_and_private_memory_are_named() {
     let mut session = Session::greet(ours, 1, &watchdog).unwrap();
     let mut lacking = setup();
     lacking.features |= 1;
-    let error = session.start(&lacking, &watchdog).unwrap_err();
+    let error = session.start(&lacking, None, &watchdog).unwrap_err();
     assert!(matches!(error, Error::Features(1)), "{error}");
     let mut private = setup();
     private.memory = Memory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
-    let error = session.start(&private, &watchdog).unwrap_err().to_string();
+    let error = session
+        .start(&private, None, &watchdog)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("--shared-memory"), "{error}");
 }
 
@@ -183,7 +236,7 @@ fn a_position_that_no_ring_has_is_refused() {
     std::thread::spawn(move || serve(theirs, 1, 0x1_0000));
     let watchdog = watchdog();
     let mut session = Session::greet(ours, 1, &watchdog).unwrap();
-    session.start(&setup(), &watchdog).unwrap();
+    session.start(&setup(), None, &watchdog).unwrap();
     let error = session.stop(&watchdog).unwrap_err();
     assert!(matches!(error, Error::Base(0x1_0000)), "{error}");
 }
@@ -347,7 +400,7 @@ proptest! {
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
         let watchdog = watchdog();
         if let Ok(mut session) = Session::greet(ours, 1, &watchdog) {
-            prop_assert!(session.start(&setup(), &watchdog).is_err() || answers.len() > 3);
+            prop_assert!(session.start(&setup(), None, &watchdog).is_err() || answers.len() > 3);
         }
     }
 }

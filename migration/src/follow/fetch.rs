@@ -13,6 +13,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Lost, Owner, Remote};
 use crate::source::is_readable;
+use crate::squeeze;
 use crate::status::micros;
 use crate::wire::{self, Completed, FOLLOWS, Join, Kind, Want};
 
@@ -334,6 +335,10 @@ impl<'a> Fetch<'a> {
                     .ok_or(damaged("memory without a place"))?;
                 self.place(u64::from_le_bytes(*at), bytes.len() as u64, Some(bytes))
             }
+            Kind::Lz4 => {
+                let (at, bytes) = squeeze::unpack(payload)?;
+                self.place(at, bytes.len() as u64, Some(&bytes))
+            }
             Kind::Zeros => {
                 let (ranges, rest) = payload.as_chunks::<16>();
                 if !rest.is_empty() {
@@ -540,7 +545,7 @@ impl<'a> Fetch<'a> {
                     match wire::receive(&mut stream.stream, &mut self.payload)? {
                         Kind::Complete => return Ok(()),
                         // What was asked for twice.
-                        Kind::Pages | Kind::Zeros | Kind::Sync => {}
+                        Kind::Pages | Kind::Lz4 | Kind::Zeros | Kind::Sync => {}
                         _ => return Err(wire::Error::Damaged("its parts are not in order")),
                     }
                 }

@@ -14,10 +14,12 @@ use std::time::{Duration, Instant};
 use blanket_memory::GuestRam;
 use blanket_memory::dirty::Pages;
 
-use super::rounds::{LITTLE, Load};
+use super::rounds::{Fresh, LITTLE, Load};
 use super::{Error, Guest, How, Source, is_readable};
 use crate::disk::{self, Disk, Disks, Extent};
+use crate::frames::Place;
 use crate::journal::Point;
+use crate::squeeze::Squeeze;
 use crate::status::{Options, Pace, Phase, Progress, Replication, micros};
 use crate::wire::{self, Kind};
 
@@ -46,6 +48,7 @@ impl Source {
         let how = How {
             options,
             pace: Arc::new(Pace::new(options.bandwidth)),
+            squeeze: Arc::new(Squeeze::new(options)),
             progress,
             listener,
         };
@@ -177,7 +180,7 @@ impl Source {
                 pages: Pages::none(guest.ram()),
                 extents,
             };
-            self.round(guest, &load, false, how)?;
+            self.round(guest, &load, Fresh::Nothing, how)?;
         }
         Ok(None)
     }
@@ -262,6 +265,18 @@ impl Guest for Held {
     }
 
     fn end(&mut self) {}
+
+    fn throttle(&mut self, _: u8) -> Result<(), String> {
+        Err(STILL.to_owned())
+    }
+
+    fn frame(&mut self, _: &mut Vec<u8>) -> Option<Place> {
+        None
+    }
+
+    fn is_found(&self) -> bool {
+        false
+    }
 
     fn stop(&mut self) -> Result<Vec<u8>, String> {
         Err(STILL.to_owned())

@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{Error, Guest, How, Source};
 use crate::batch::Batch;
 use crate::disk::{self, Disks, Extent, Whole};
+use crate::squeeze::{Packer, Squeeze};
 use crate::status::{Pace, Phase, Progress, Round, micros};
 use crate::wire::{self, Kind, MOST_MEMORY};
 
@@ -22,6 +23,9 @@ const BATCH: usize = 256 << 10;
 const FEW: u64 = 256;
 /// A round of so many bytes tells the rate.
 const TELLING: u64 = 1 << 20;
+/// What is left may not become less as well as what was sent: it is not expected
+/// to save more than so many times of what is sent.
+const MOST_SAVED: u64 = 3;
 /// Bytes of a disk that are sent before the destination has to have them on its
 /// own.
 const STRETCH: u64 = 128 << 20;
@@ -29,6 +33,15 @@ const STRETCH: u64 = 128 << 20;
 const DISK_ROUNDS: u32 = 8;
 /// So many bytes of disks are left for the rounds over memory.
 pub(super) const LITTLE: u64 = 8 << 20;
+
+/// Of what the destination has nothing but zeros yet: those are not sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fresh {
+    Nothing,
+    Memory,
+    /// What is sent of the disks.
+    Disks,
+}
 
 /// What a round sends.
 pub(super) struct Load {
@@ -81,7 +94,8 @@ impl Source {
                     false => self.differing(&**disk, &extents, how)?,
                 };
                 if !extents.is_empty() {
-                    self.disk_round(guest, extents, blank, how)?;
+                    let fresh = if blank { Fresh::Disks } else { Fresh::Nothing };
+                    self.disk_round(guest, extents, fresh, how)?;
                 }
             }
         }
@@ -107,7 +121,7 @@ impl Source {
             if before <= little {
                 break;
             }
-            self.disk_round(guest, left, false, how)?;
+            self.disk_round(guest, left, Fresh::Nothing, how)?;
             left = disk::written(&guest.disks());
             // The guest writes as fast as can be sent.
             if disk::bytes(&left) > before / 4 * 3 {
@@ -121,14 +135,14 @@ impl Source {
         &mut self,
         guest: &mut dyn Guest,
         extents: Vec<Extent>,
-        first: bool,
+        fresh: Fresh,
         how: &How<'_>,
     ) -> Result<(), Error> {
         let load = Load {
             pages: Pages::none(guest.ram()),
             extents,
         };
-        let round = self.round(guest, &load, first, how)?;
+        let round = self.round(guest, &load, fresh, how)?;
         note(how.progress, round);
         self.flush()
     }
@@ -140,18 +154,21 @@ impl Source {
         Ok(())
     }
 
-    /// Sends `load` over all streams, and waits until it is in place. `first`:
-    /// the destination has zeros in its place.
+    /// Sends `load` over all streams, and waits until it is in place.
     pub(super) fn round(
         &mut self,
         guest: &dyn Guest,
         load: &Load,
-        first: bool,
+        fresh: Fresh,
         how: &How<'_>,
     ) -> Result<Round, Error> {
         let progress = how.progress;
         let start = Instant::now();
         let before = progress.bytes();
+        let saved = how.squeeze.packed().saved();
+        if !load.pages.is_empty() {
+            how.squeeze.begin_round(fresh != Fresh::Memory);
+        }
         let bytes = load.bytes();
         progress.begin_round(bytes);
         let memory = load.pages.runs(guest.ram(), MOST_MEMORY).into_iter();
@@ -165,10 +182,11 @@ impl Source {
             disks: &disks,
             pieces: &pieces,
             next: AtomicUsize::new(0),
-            first,
+            fresh,
             number: self.rounds,
             failed: AtomicBool::new(false),
             pace: &how.pace,
+            squeeze: &how.squeeze,
             progress,
         };
         let few = bytes <= FEW * PAGE as u64;
@@ -189,12 +207,17 @@ impl Source {
         });
         result?;
         let disk = disk::bytes(&load.extents);
-        progress.lock().disks_sent += disk;
+        let packed = how.squeeze.packed();
+        let mut status = progress.lock();
+        status.disks_sent += disk;
+        status.packed = packed;
         Ok(Round {
             pages: load.pages.count(),
             disk,
             bytes: progress.bytes() - before,
+            saved: packed.saved() - saved,
             us: micros(start.elapsed()),
+            throttle: status.throttle,
             ..Round::default()
         })
     }
@@ -204,12 +227,15 @@ impl Source {
 pub(super) fn note(progress: &Progress, round: Round) -> u64 {
     let mut status = progress.lock();
     let us = round.us.max(1);
-    if round.bytes >= TELLING || status.rate == 0 {
+    if round.bytes + round.saved >= TELLING || status.rate == 0 {
         status.rate = (round.bytes * 1_000_000 / us).max(1);
+        let saved = round.saved.min(round.bytes * MOST_SAVED);
+        status.memory_rate = ((round.bytes + saved) * 1_000_000 / us).max(1);
     }
-    let dirty = round.dirty * PAGE as u64 + round.dirty_disk;
-    status.dirty_rate = dirty * 1_000_000 / us;
-    status.expected_downtime_us = dirty * 1_000_000 / status.rate;
+    let memory = round.dirty * PAGE as u64;
+    status.dirty_rate = (memory + round.dirty_disk) * 1_000_000 / us;
+    status.expected_downtime_us =
+        memory * 1_000_000 / status.memory_rate + round.dirty_disk * 1_000_000 / status.rate;
     status.rounds.push(round);
     status.expected_downtime_us
 }
@@ -227,11 +253,11 @@ struct Work<'a> {
     disks: &'a Disks,
     pieces: &'a [Piece],
     next: AtomicUsize,
-    /// What it is to replace is all zeros.
-    first: bool,
+    fresh: Fresh,
     number: u32,
     failed: AtomicBool,
     pace: &'a Pace,
+    squeeze: &'a Squeeze,
     progress: &'a Progress,
 }
 
@@ -251,6 +277,7 @@ impl Work<'_> {
 
     fn send_runs(&self, stream: &mut UnixStream) -> Result<(), Error> {
         let mut batch = Batch::default();
+        let mut packer = self.squeeze.packer(Some(self.number));
         let mut buffer = vec![0; MOST_MEMORY];
         while let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             if self.progress.is_cancelled() {
@@ -260,15 +287,18 @@ impl Work<'_> {
                 // Another stream has the reason.
                 return Ok(());
             }
-            let len = self.pack(*piece, &mut buffer, &mut batch)?;
+            let len = self.pack(*piece, &mut buffer, &mut packer, &mut batch)?;
             self.progress.saw(len as u64);
             if batch.len() >= BATCH {
-                self.flush(stream, &mut batch)?;
+                self.flush(stream, &mut packer, &mut batch)?;
             }
         }
-        self.flush(stream, &mut batch)?;
+        self.flush(stream, &mut packer, &mut batch)?;
+        let last = Instant::now();
         wire::send(stream, Kind::Sync, &self.number.to_le_bytes())?;
         let back = wire::expect(stream, Kind::Sync)?;
+        // What was on its way still.
+        packer.sent(0, last.elapsed());
         if back != self.number.to_le_bytes() {
             return Err(wire::Error::Damaged("another round was acknowledged").into());
         }
@@ -276,13 +306,19 @@ impl Work<'_> {
     }
 
     /// Reads a piece and puts it into the batch; its bytes.
-    fn pack(&self, piece: Piece, buffer: &mut [u8], batch: &mut Batch) -> Result<usize, Error> {
+    fn pack(
+        &self,
+        piece: Piece,
+        buffer: &mut [u8],
+        packer: &mut Packer<'_>,
+        batch: &mut Batch,
+    ) -> Result<usize, Error> {
         match piece {
             Piece::Memory(at, len) => {
                 let memory = &mut buffer[..len];
                 let read = self.ram.read_slice(memory, at);
                 read.map_err(|error| Error::Guest(error.to_string()))?;
-                batch.pack(None, at.0, memory);
+                packer.pack(at.0, memory, batch);
                 Ok(len)
             }
             Piece::Disk(Extent { disk, at, len }) => {
@@ -295,14 +331,24 @@ impl Work<'_> {
         }
     }
 
-    fn flush(&self, stream: &mut UnixStream, batch: &mut Batch) -> Result<(), Error> {
-        if !self.first {
-            batch.add_zeros();
+    fn flush(
+        &self,
+        stream: &mut UnixStream,
+        packer: &mut Packer<'_>,
+        batch: &mut Batch,
+    ) -> Result<(), Error> {
+        match self.fresh {
+            Fresh::Nothing => {}
+            Fresh::Memory => batch.forget_zeros(),
+            Fresh::Disks => batch.forget_holes(),
         }
+        batch.add_zeros();
         let bytes = batch.frames.bytes();
+        let began = Instant::now();
         self.pace.wait(bytes.len());
         io::Write::write_all(stream, bytes).map_err(wire::Error::from)?;
         self.progress.sent(bytes.len() as u64);
+        packer.sent(bytes.len(), began.elapsed());
         batch.clear();
         Ok(())
     }

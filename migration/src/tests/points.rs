@@ -84,6 +84,18 @@ impl Guest for Ordered {
 
     fn end(&mut self) {}
 
+    fn throttle(&mut self, _: u8) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn frame(&mut self, _: &mut Vec<u8>) -> Option<Place> {
+        None
+    }
+
+    fn is_found(&self) -> bool {
+        false
+    }
+
     fn stop(&mut self) -> Result<Vec<u8>, String> {
         self.runs.store(false, Ordering::SeqCst);
         let _at_rest = self.resting.lock().unwrap();

@@ -54,6 +54,8 @@ pub enum Hello {
     Ticket(ServiceName),
     /// The stream that a ticket is for, here. Only over plain TCP.
     Redeem(Ticket),
+    /// The same for a service that takes the connection itself: it gets the socket.
+    Direct(Ticket),
 }
 
 /// What the other node answers.

@@ -77,7 +77,7 @@ impl Node {
         let only = Some(&wanted.node);
         let offers = [
             self.offer(control, wanted.control, only)?,
-            self.offer(memory, wanted.memory, only)?,
+            self.offer(memory, wanted.memory, only)?.with_sockets(),
         ];
         let () = self
             .ask(member, Method::POST, "/migrations", Some(&call))

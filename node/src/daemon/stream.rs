@@ -12,12 +12,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use blanket_migration::way;
+use rustix::net::RecvFlags;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
+use tokio_rustls::client;
 use tokio_rustls::server::TlsStream;
 
 use super::http::Io;
@@ -140,7 +143,9 @@ pub(super) async fn serve(
                 let ticket = node.tickets.make(peer.id.clone(), service)?;
                 Ok((Answer::Ticket(ticket), None))
             }
-            Hello::Redeem(_) => Err(anyhow::anyhow!("a ticket is for plain TCP")),
+            Hello::Redeem(_) | Hello::Direct(_) => {
+                Err(anyhow::anyhow!("a ticket is for plain TCP"))
+            }
         }
     };
     answer_and_carry(node, tls, answer.await, &peer.id).await
@@ -154,15 +159,36 @@ pub(super) async fn serve_plain(
 ) -> Result<()> {
     let wanted: Hello = receive(&mut tcp).await?;
     drop(permit);
-    let Hello::Redeem(ticket) = wanted else {
-        anyhow::bail!("it came without TLS and without a ticket");
+    let (ticket, direct) = match wanted {
+        Hello::Redeem(ticket) => (ticket, false),
+        Hello::Direct(ticket) => (ticket, true),
+        _ => anyhow::bail!("it came without TLS and without a ticket"),
     };
     let (from, service) = node
         .tickets
         .redeem(&ticket)
         .context("its ticket is wrong, used or expired")?;
-    let answer = async { Ok((Answer::Open, Some(node.reach(&service, &from).await?))) };
-    answer_and_carry(node, tcp, answer.await, &from).await
+    match node.reach(&service, &from).await {
+        Ok(local) if direct && node.takes_sockets(&service) => {
+            send(&mut tcp, &Answer::Open).await?;
+            hand_over(local, tcp)
+        }
+        Ok(_) if direct => {
+            let error = anyhow::anyhow!("the service {service} takes no sockets");
+            answer_and_carry(node, tcp, Err(error), &from).await
+        }
+        reached => {
+            let answer = reached.map(|local| (Answer::Open, Some(local)));
+            answer_and_carry(node, tcp, answer, &from).await
+        }
+    }
+}
+
+/// Leaves a connection to who is at the other end of `local`.
+fn hand_over(local: UnixStream, tcp: TcpStream) -> Result<()> {
+    let (local, tcp) = (local.into_std()?, tcp.into_std()?);
+    tcp.set_nonblocking(false)?;
+    way::hand_over(&local, tcp).context("a socket cannot be handed over")
 }
 
 async fn answer_and_carry(
@@ -204,6 +230,8 @@ pub(super) struct Service {
     at: PathBuf,
     /// The one node that may, if not all.
     only: Option<NodeId>,
+    /// It takes plain connections itself: [`way`].
+    takes_sockets: bool,
 }
 
 impl Service {
@@ -216,6 +244,16 @@ impl Service {
 pub(crate) struct Offer {
     node: Arc<Node>,
     service: ServiceName,
+}
+
+impl Offer {
+    /// The service takes plain connections itself: [`way`].
+    pub(crate) fn with_sockets(self) -> Self {
+        if let Some(service) = lock(&self.node.services).get_mut(&self.service) {
+            service.takes_sockets = true;
+        }
+        self
+    }
 }
 
 impl Drop for Offer {
@@ -256,11 +294,23 @@ impl Node {
             !services.contains_key(&service),
             "there is a service {service} already"
         );
-        services.insert(service.clone(), Service { at, only });
+        let offered = Service {
+            at,
+            only,
+            takes_sockets: false,
+        };
+        services.insert(service.clone(), offered);
         Ok(Offer {
             node: Arc::clone(self),
             service,
         })
+    }
+
+    fn takes_sockets(&self, service: &ServiceName) -> bool {
+        let services = lock(&self.services);
+        services
+            .get(service)
+            .is_some_and(|service| service.takes_sockets)
     }
 
     /// Where a service is. Who may not open it is not told that it is there.
@@ -284,32 +334,52 @@ impl Node {
         service: &ServiceName,
         carriage: Carriage,
     ) -> Result<Box<dyn Io>> {
-        let (trust, membership) = self.joined()?;
+        let (_, membership) = self.joined()?;
         let member = known(&membership, name)?;
+        match carriage {
+            Carriage::Plain => {
+                let tcp = self.open_plain(member, service, Hello::Redeem).await?;
+                Ok(Box::new(tcp))
+            }
+            Carriage::Tls => match self.greet(member, Hello::Open(service.clone())).await? {
+                (Answer::Open, tls) => Ok(Box::new(tls)),
+                _ => Err(unclear(member)),
+            },
+        }
+    }
+
+    /// Says something within TLS; the answer, and the stream behind it.
+    async fn greet(
+        &self,
+        member: &Member,
+        wanted: Hello,
+    ) -> Result<(Answer, client::TlsStream<TcpStream>)> {
+        let (trust, _) = self.joined()?;
         let who = peer::called(member);
         let config = Arc::clone(&trust.stream);
         let server = tls::server_name(&member.name)?;
         let mut tls = peer::dial(&who, &member.address, config, server).await?;
-        let wanted = match carriage {
-            Carriage::Tls => Hello::Open(service.clone()),
-            Carriage::Plain => Hello::Ticket(service.clone()),
-        };
         let answer = exchange(&mut tls, &wanted).await;
-        match answer.map_err(|error| peer::tell(&who, &error))? {
-            Answer::Open if carriage == Carriage::Tls => Ok(Box::new(tls)),
-            Answer::Ticket(ticket) if carriage == Carriage::Plain => {
-                self.open_plain(member, ticket).await
-            }
-            _ => anyhow::bail!("{who}: the answer cannot be understood"),
-        }
+        let answer = answer.map_err(|error| peer::tell(&who, &error))?;
+        Ok((answer, tls))
     }
 
-    async fn open_plain(&self, member: &Member, ticket: Ticket) -> Result<Box<dyn Io>> {
+    async fn open_plain(
+        &self,
+        member: &Member,
+        service: &ServiceName,
+        redeem: fn(Ticket) -> Hello,
+    ) -> Result<TcpStream> {
+        let (answer, tls) = self.greet(member, Hello::Ticket(service.clone())).await?;
+        drop(tls);
+        let Answer::Ticket(ticket) = answer else {
+            return Err(unclear(member));
+        };
         let who = peer::called(member);
         let mut tcp = peer::connect(&who, &member.address).await?;
-        match exchange(&mut tcp, &Hello::Redeem(ticket)).await {
-            Ok(Answer::Open) => Ok(Box::new(tcp)),
-            Ok(_) => anyhow::bail!("{who}: the answer cannot be understood"),
+        match exchange(&mut tcp, &redeem(ticket)).await {
+            Ok(Answer::Open) => Ok(tcp),
+            Ok(_) => Err(unclear(member)),
             Err(error) => Err(peer::tell(&who, &error)),
         }
     }
@@ -367,6 +437,13 @@ impl Node {
         service: &ServiceName,
         carriage: Carriage,
     ) -> Result<()> {
+        if carriage == Carriage::Plain && asks_for_socket(&local) {
+            let (_, membership) = self.joined()?;
+            let member = known(&membership, name)?;
+            let tcp = self.open_plain(member, service, Hello::Direct).await?;
+            local.try_read(&mut [0])?;
+            return hand_over(local, tcp);
+        }
         let remote = self.open_stream(name, service, carriage).await?;
         let (_, membership) = self.joined()?;
         let member = membership.member(name).context("the node was removed")?;
@@ -386,6 +463,18 @@ impl Node {
             _ = removed => Err(io::Error::other("the node was removed from the cluster")),
         }
     }
+}
+
+/// Whether what has come on it is the question for a socket.
+fn asks_for_socket(local: &UnixStream) -> bool {
+    let mut first = [0];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let seen = rustix::net::recv(local, &mut first[..], flags);
+    seen.is_ok_and(|(n, _)| n == 1) && first[0] == way::ASK
+}
+
+fn unclear(member: &Member) -> anyhow::Error {
+    anyhow::anyhow!("{}: the answer cannot be understood", peer::called(member))
 }
 
 async fn exchange(io: &mut impl Io, wanted: &Hello) -> Result<Answer> {

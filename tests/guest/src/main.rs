@@ -13,6 +13,7 @@
 //!   process and nothing else.
 //! - `bases`: bases of FS and GS that a process sets without a system call are no other's.
 //! - `clock SECONDS`: processes and the kernel agree on the time, which never goes back.
+//! - `datagrams PORT`: numbered datagrams arrive once and in order, up to a silence.
 //! - `bench`: what system calls, faults, processes and pipes cost.
 //!
 //! The exit status is 0 if all is as it should be.
@@ -20,6 +21,7 @@
 mod bases;
 mod bench;
 mod clock;
+mod datagrams;
 mod debug;
 mod memory;
 mod pipeline;
@@ -53,12 +55,17 @@ fn main() -> ExitCode {
                 .parse()
                 .map_err(std::io::Error::other)
                 .and_then(clock::run),
+            ["datagrams", port] => port
+                .parse()
+                .map_err(std::io::Error::other)
+                .and_then(datagrams::run),
             ["bench"] => bench::run(),
             [bench::NOTHING] => return ExitCode::SUCCESS,
             _ => {
                 eprintln!(
                     "usage: guest-check registers|pipeline WORKERS ROUNDS | hold SECONDS | \
-                     probe | debug | returns | bases | clock SECONDS | bench"
+                     probe | debug | returns | bases | clock SECONDS | \
+                     datagrams PORT | bench"
                 );
                 return ExitCode::from(2);
             }

@@ -12,15 +12,16 @@ use serde_json::Value;
 /// Natively, guests and a backend that polls share few processors.
 const LONG: Duration = Duration::from_secs(150);
 
-/// Starts testpmd with ports at `/run/vu0` and `/run/vu1`, to which any user may connect. It ends
-/// with its input.
-fn start_testpmd(node: &Client, options: &str) {
+/// Starts testpmd with pairs of ports from `/run/vu0` and `/run/vu1` on, to which any user may
+/// connect. It ends with its input.
+fn start_testpmd(node: &Client, pairs: usize, options: &str) {
+    let ports: String = (0..2 * pairs)
+        .map(|n| format!(" --vdev net_vhost{n},iface=/run/vu{n},queues=1{options}"))
+        .collect();
     node.sh(format!(
         "umask 0; mkfifo -m 600 /run/testpmd.stdin; \
          (sleep 100000 > /run/testpmd.stdin & echo $! > /run/testpmd.sleep; \
-         exec dpdk-testpmd --no-huge --no-shconf --no-telemetry --no-pci -m 256 -l 0,1 \
-         --vdev net_vhost0,iface=/run/vu0,queues=1{options} \
-         --vdev net_vhost1,iface=/run/vu1,queues=1{options} \
+         exec dpdk-testpmd --no-huge --no-shconf --no-telemetry --no-pci -m 256 -l 0,1{ports} \
          -- --forward-mode=io --auto-start --total-num-mbufs=16384 < /run/testpmd.stdin)"
     ))
     .spawn("/run/testpmd.log")
@@ -34,7 +35,7 @@ fn start_testpmd(node: &Client, options: &str) {
 
 fn stop_testpmd(node: &Client) {
     node.sh("kill -9 $(pidof dpdk-testpmd) $(cat /run/testpmd.sleep); \
-         while pidof dpdk-testpmd; do sleep 0.1; done; rm /run/vu0 /run/vu1 /run/testpmd.*")
+         while pidof dpdk-testpmd; do sleep 0.1; done; rm /run/vu? /run/testpmd.*")
         .text()
         .unwrap();
 }
@@ -95,7 +96,7 @@ fn traffic_comes_back(node: &Client, vms: [&Vm; 2], first: &Client, options: &st
     });
     let lost = first.sh("ping -c 1 -W 1 10.9.0.2").run().unwrap();
     assert!(!lost.status.success(), "without a backend: {lost}");
-    start_testpmd(node, options);
+    start_testpmd(node, 1, options);
     until("connections", || {
         vms.iter()
             .all(|vm| counter(vm, "vhost_user_connected") == 1)
@@ -117,7 +118,7 @@ fn two_pv_guests_talk_through_testpmd_also_after_its_end_and_their_pauses() {
         |host| {
             // Without segmentation offload, as it is by default, and with.
             for (i, options) in ["", ",tso=1,legacy-ol-flags=1"].into_iter().enumerate() {
-                start_testpmd(host, options);
+                start_testpmd(host, 1, options);
                 let run = |n: usize| {
                     Vm::pv(
                         host,
@@ -226,7 +227,7 @@ fn two_hvm_guests_talk_through_testpmd_by_their_own_queues() {
         node.sh("mkdir -p /var/run/dpdk && chmod 755 /")
             .text()
             .unwrap();
-        start_testpmd(node, "");
+        start_testpmd(node, 2, "");
         let run = |n: usize| {
             Vm::linux(
                 node,
@@ -244,7 +245,7 @@ fn two_hvm_guests_talk_through_testpmd_by_their_own_queues() {
         data_arrives(&first, &second, 2);
         stop_testpmd(node);
         until("carrier off", || carrier() == "0\n");
-        start_testpmd(node, "");
+        start_testpmd(node, 2, "");
         until("carrier on", || carrier() == "1\n");
         pings(node, &first);
         for vm in [&one, &two] {
@@ -253,5 +254,33 @@ fn two_hvm_guests_talk_through_testpmd_by_their_own_queues() {
         }
         pings(node, &first);
         data_arrives(&first, &second, 1);
+        drop((first, second));
+        they_move(node, &[one, two]);
     });
+}
+
+/// Both guests move to fresh monitors, with other ports of the backend, which writes their memory
+/// meanwhile. They talk as long as both have one of the same pair.
+fn they_move<'a>(node: &'a Client, vms: &[Vm<'a>; 2]) {
+    let [first, second] = vms.each_ref().map(|vm| vm.guest().unwrap());
+    second
+        .sh("exec ping -i 0.02 -s 1400 10.9.0.1")
+        .spawn("/run/ping.log")
+        .unwrap();
+    first.sh("sleep 1").text().unwrap();
+    drop((first, second));
+    let mut moved = Vec::new();
+    for (n, vm) in vms.iter().enumerate() {
+        let flags = format!(
+            "--net vhost-user=/run/vu{} --mode pre-copy --verify --downtime 5000",
+            n + 2
+        );
+        let (vm, report) = vm.migrate(&format!("moved{n}"), &flags).unwrap();
+        // The first one was written to by the backend alone, for the most part.
+        assert!(report["rounds"][0]["dirty"].as_u64() > Some(0), "{report}");
+        moved.push(vm);
+    }
+    let [first, second] = [&moved[0], &moved[1]].map(|vm| vm.guest().unwrap());
+    pings(node, &first);
+    data_arrives(&first, &second, 1);
 }

@@ -35,7 +35,7 @@ use crate::machine::{
     setup, spawn_workers,
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
-use crate::vcpu::{EventSink, OnBus, Vcpu};
+use crate::vcpu::{Brake, EventSink, OnBus, Vcpu};
 use blanket_drivers::cpu::Shown;
 
 /// An `hvm` machine.
@@ -264,6 +264,10 @@ impl machine::Machine for Machine {
 
     fn memory(&self) -> &GuestRam {
         &self.ram
+    }
+
+    fn brakes(&self) -> Vec<Brake> {
+        self.vcpus.iter().map(Vcpu::brake).collect()
     }
 
     fn vm(&self) -> Arc<VmFd> {

@@ -175,6 +175,7 @@ const MIGRATE: &[libc::c_long] = &[
     libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_connect,
+    libc::SYS_epoll_ctl,
     libc::SYS_eventfd2,
     libc::SYS_fcntl,
     libc::SYS_getsockopt,

@@ -24,7 +24,7 @@ use crate::api::types::{DeviceInfo, Machine as Kind, MemoryMetrics, Metrics, Tar
 use crate::config::{MachineChoice, VmConfig};
 use crate::jail::{Class, seccomp};
 use crate::migrate::HandOver;
-use crate::vcpu::EventSink;
+use crate::vcpu::{Brake, EventSink};
 use crate::{hvm, pv};
 use blanket_drivers::cpu::Shown;
 
@@ -98,6 +98,9 @@ pub trait Machine: Send {
 
     /// KVM's end of the machine: it knows which pages the guest writes.
     fn vm(&self) -> Arc<VmFd>;
+
+    /// What slows each vCPU down.
+    fn brakes(&self) -> Vec<Brake>;
 
     /// What another machine has to have in common with this one to take its
     /// guest over, as far as that can be told while the guest runs.

@@ -3,29 +3,42 @@
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
+use blanket_devices::vhost_user::Logger;
 use blanket_memory::GuestRam;
 use blanket_memory::dirty::{self, PAGE, Pages};
-use blanket_migration::{Disks, Guest, Machine, Remote};
+use blanket_memory::shared_log::SharedLog;
+use blanket_migration::{Disks, Guest, Machine, Place, Remote};
 use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::VmFd;
 use tokio::sync::mpsc::UnboundedSender;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Order, What};
+use super::slow::Slowed;
+use super::{Frames, Order, What};
 use crate::machine::map_memory_with;
 use crate::snapshot::pager::Pager;
 use crate::snapshot::{Touched, clear};
+use crate::vcpu::Brake;
 
 /// Memory that the guest, its devices and the monitor write.
 pub struct Tracked {
     pub(crate) ram: GuestRam,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) touched: Touched,
+    /// Backends that write it, too.
+    pub(crate) loggers: Vec<Logger>,
+    /// What they note.
+    pub(crate) logs: Vec<Arc<SharedLog>>,
 }
 
 impl Tracked {
     /// Begins to note what is written, by whomever.
-    pub(super) fn start(&self) -> Result<(), String> {
+    pub(super) fn start(&mut self) -> Result<(), String> {
+        let end = self.ram.last_addr().0 + 1;
+        let logs = self.loggers.iter().map(|logger| logger.start(end));
+        self.logs = logs
+            .collect::<Result<_, _>>()
+            .map_err(|error| error.to_string())?;
         dirty::start(&self.ram).map_err(|error| error.to_string())?;
         map_memory_with(&self.vm, &self.ram, KVM_MEM_LOG_DIRTY_PAGES)
             .map_err(|error| error.to_string())
@@ -34,6 +47,7 @@ impl Tracked {
     /// Notes no more.
     pub(super) fn stop(&self) {
         dirty::stop(&self.ram);
+        self.loggers.iter().for_each(Logger::stop);
         if let Err(error) = map_memory_with(&self.vm, &self.ram, 0) {
             tracing::warn!(%error, "KVM goes on to log what the guest writes");
         }
@@ -47,6 +61,9 @@ impl Tracked {
             let log =
                 log.map_err(|error| format!("KVM does not tell what was written: {error}"))?;
             pages.add(slot, &log);
+        }
+        for log in &self.logs {
+            pages.merge(&log.take(&self.ram));
         }
         Ok(pages)
     }
@@ -84,7 +101,13 @@ pub(super) fn order(orders: &UnboundedSender<Order>, what: What) -> Result<Vec<u
 pub(super) struct Leaving {
     pub(super) memory: Tracked,
     pub(super) disks: Arc<Disks>,
+    /// What comes for it when it has left.
+    pub(super) frames: Frames,
     pub(super) orders: UnboundedSender<Order>,
+    /// What its vCPUs can be slowed down with.
+    pub(super) brakes: Arc<[Brake]>,
+    /// They are.
+    pub(super) slowed: Option<Slowed>,
 }
 
 impl Guest for Leaving {
@@ -109,6 +132,19 @@ impl Guest for Leaving {
         self.memory.stop();
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), String> {
+        if percent == 0 {
+            self.slowed = None;
+            return Ok(());
+        }
+        let slowed = match self.slowed.take() {
+            Some(slowed) => slowed,
+            None => Slowed::new(&self.brakes).map_err(|error| error.to_string())?,
+        };
+        self.slowed.insert(slowed).set(percent);
+        Ok(())
+    }
+
     fn stop(&mut self) -> Result<Vec<u8>, String> {
         order(&self.orders, What::Stop)
     }
@@ -121,6 +157,14 @@ impl Guest for Leaving {
         // If there is no main thread any more, nothing can run the guest.
         let _ = order(&self.orders, What::GiveUp);
     }
+
+    fn frame(&mut self, into: &mut Vec<u8>) -> Option<Place> {
+        self.frames.take(into)
+    }
+
+    fn is_found(&self) -> bool {
+        self.frames.are_found()
+    }
 }
 
 /// The machine for a guest that comes.
@@ -129,6 +173,8 @@ pub(super) struct Coming {
     pub(super) disks: Arc<Disks>,
     /// What sees to memory that follows, or why there is nothing.
     pub(super) pager: Result<Arc<Pager>, String>,
+    /// How it is reached.
+    pub(super) frames: Frames,
     pub(super) orders: UnboundedSender<Order>,
 }
 
@@ -156,5 +202,13 @@ impl Machine for Coming {
 
     fn run(&self) -> Result<(), String> {
         order(&self.orders, What::Run).map(drop)
+    }
+
+    fn frame(&self, place: Place, frame: &[u8]) {
+        self.frames.put(place, frame);
+    }
+
+    fn release(&self) {
+        self.frames.let_in();
     }
 }

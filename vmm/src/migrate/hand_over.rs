@@ -10,12 +10,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blanket_devices::lifecycle::SavedState;
+use blanket_devices::vhost_user::Logger;
 use blanket_drivers::mac::MacAddress;
 use blanket_drivers::store::{self, Access};
 use blanket_drivers::tap::{self, Tap, TapQueue};
 use blanket_migration::Disks;
 use serde::{Deserialize, Serialize};
 
+use super::Frames;
 use crate::config::VmConfig;
 use crate::machine::Given;
 use crate::machine::open::{Attachment, Disk, Interface};
@@ -35,6 +37,8 @@ pub struct HandOver {
     contents: Vec<Arc<dyn blanket_migration::Disk>>,
     taps: Vec<(tap::Description, Vec<Arc<TapQueue>>)>,
     addresses: Vec<MacAddress>,
+    /// Of backends that map guest memory.
+    loggers: Vec<Logger>,
     /// What cannot be handed over, and the remedy.
     obstacle: Option<String>,
     /// Why the guest cannot be migrated at all.
@@ -72,12 +76,15 @@ impl HandOver {
                     all.taps.push((tap.describe(), tap.queues().to_vec()));
                     all.addresses.push(interface.mac);
                 }
-                Attachment::VhostUser(backend) if maps => {
-                    all.unable = Some(format!(
-                        "the vhost-user backend {} writes guest memory unseen: pause the guest and use blanket snapshot",
-                        backend.path().display()
-                    ));
-                }
+                Attachment::VhostUser(backend) if maps => match backend.logger() {
+                    Some(logger) => all.loggers.push(logger),
+                    None => {
+                        all.unable = Some(format!(
+                            "the vhost-user backend {} does not tell what it writes to guest memory (VHOST_F_LOG_ALL): pause the guest and use blanket snapshot",
+                            backend.path().display()
+                        ));
+                    }
+                },
                 Attachment::VhostUser(_) => {}
             }
         }
@@ -159,6 +166,19 @@ impl HandOver {
         let queues = self.taps.iter().flat_map(|(_, queues)| queues);
         let disks = self.disks.iter().map(AsRawFd::as_raw_fd);
         disks.chain(queues.map(AsRawFd::as_raw_fd)).collect()
+    }
+
+    /// What has the backends that map guest memory note what they write.
+    #[must_use]
+    pub(crate) fn loggers(&self) -> &[Logger] {
+        &self.loggers
+    }
+
+    /// What reaches the guest by its taps.
+    #[must_use]
+    pub(crate) fn frames(&self) -> Frames {
+        let queues = self.taps.iter().map(|(_, queues)| queues.clone());
+        Frames::of(queues.zip(self.addresses.iter().copied()))
     }
 
     /// Tells the networks of its interfaces that the guest is here.

@@ -14,10 +14,11 @@ use blanket_migration::{
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::guest::{Coming, Leaving, Tracked, order};
-use super::{Order, What};
+use super::{Frames, Order, What};
 use crate::jail::Class;
 use crate::machine::setup;
 use crate::snapshot::pager::Pager;
+use crate::vcpu::Brake;
 
 /// How long a monitor whose guest has left can be asked how it went.
 const LINGER: Duration = Duration::from_secs(10);
@@ -49,6 +50,10 @@ pub(crate) struct Departure {
     pub(crate) descriptors: Vec<RawFd>,
     /// What is copied with it.
     pub(crate) disks: Arc<Disks>,
+    /// What comes for it when it has left.
+    pub(crate) frames: Frames,
+    /// What the guest can be slowed down with.
+    pub(crate) brakes: Arc<[Brake]>,
     pub(crate) options: Options,
 }
 
@@ -113,7 +118,8 @@ impl Migrator {
         self.replicating = true;
         let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
         self.start(move || {
-            let ended = meet(memory, &how, &progress, &orders).and_then(|(source, mut guest)| {
+            let met = meet(memory, &mut how, &progress, &orders);
+            let ended = met.and_then(|(source, mut guest)| {
                 let listener = &how.listener;
                 source
                     .replicate(&mut guest, interval, &how.options, &progress, listener)
@@ -144,7 +150,10 @@ impl Migrator {
             let mut guest = Leaving {
                 memory,
                 disks,
+                frames: Frames::default(),
                 orders,
+                brakes: Arc::new([]),
+                slowed: None,
             };
             if let Err(error) = blanket_migration::measure(&mut guest, &progress) {
                 progress.fail(error.to_string());
@@ -161,7 +170,7 @@ impl Migrator {
         self.replicating = false;
         let (progress, orders) = (Arc::clone(&self.progress), self.orders.clone());
         self.start(move || {
-            let moved = depart(memory, &how, &progress, &orders);
+            let moved = depart(memory, how, &progress, &orders);
             match moved {
                 Ok(()) => {
                     std::thread::sleep(LINGER);
@@ -181,6 +190,7 @@ impl Migrator {
         memory: Tracked,
         disks: Arc<Disks>,
         pager: Result<Arc<Pager>, String>,
+        frames: Frames,
         source: Destination,
     ) {
         self.progress = Arc::default();
@@ -191,6 +201,7 @@ impl Migrator {
                 memory,
                 disks,
                 pager,
+                frames,
                 orders: orders.clone(),
             };
             let arrived = match cleared {
@@ -210,11 +221,11 @@ impl Migrator {
 
 fn depart(
     memory: Tracked,
-    how: &Departure,
+    mut how: Departure,
     progress: &Arc<Progress>,
     orders: &UnboundedSender<Order>,
 ) -> Result<(), String> {
-    let (source, mut guest) = meet(memory, how, progress, orders)?;
+    let (source, mut guest) = meet(memory, &mut how, progress, orders)?;
     source
         .run(&mut guest, &how.options, progress, &how.listener)
         .map_err(|error| error.to_string())
@@ -223,7 +234,7 @@ fn depart(
 /// Waits for the destination; what it meets.
 fn meet(
     memory: Tracked,
-    how: &Departure,
+    how: &mut Departure,
     progress: &Progress,
     orders: &UnboundedSender<Order>,
 ) -> Result<(Source, Leaving), String> {
@@ -236,7 +247,10 @@ fn meet(
     let guest = Leaving {
         memory,
         disks: Arc::clone(&how.disks),
+        frames: std::mem::take(&mut how.frames),
         orders: orders.clone(),
+        brakes: Arc::clone(&how.brakes),
+        slowed: None,
     };
     let ram = &guest.memory.ram;
     let met = Source::meet(&how.listener, terms, ram, &how.options, progress);

@@ -9,16 +9,20 @@
 //! process can have open at a time: the files of its disks with their locks, and
 //! its taps. The destination opens them before anything is moved, and leaves
 //! them alone until the guest is its own; frames that arrive while the guest
-//! stands still wait in the tap.
+//! stands still wait in the tap. Where they are on two nodes, the source [sends
+//! those on](frames).
 
+mod frames;
 mod guest;
 mod hand_over;
 mod migrator;
+mod slow;
 
 use std::sync::mpsc::SyncSender;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use frames::Frames;
 pub use guest::Tracked;
 pub use hand_over::{HandOver, Offered};
 pub(crate) use migrator::Departure;

@@ -11,7 +11,7 @@ use blanket_migration::{Destination, Disks, Status};
 use super::{Ending, Error, Monitor, Vm};
 use crate::api::types::VmState;
 use crate::config::VmConfig;
-use crate::migrate::{self, Departure, HandOver, Offered, Order, Tracked, What};
+use crate::migrate::{self, Departure, Frames, HandOver, Offered, Order, Tracked, What};
 
 impl Monitor {
     /// Lets a guest's destination come to `listener`.
@@ -41,6 +41,9 @@ impl Monitor {
                 machine: Vec::new(),
                 descriptors: Vec::new(),
                 disks: vm.devices.contents(),
+                // It never leaves.
+                frames: Frames::default(),
+                brakes: Arc::new([]),
                 options: request.options,
             };
             let interval = Duration::from_millis(interval);
@@ -76,6 +79,12 @@ impl Monitor {
                 true => Arc::new([]),
                 false => vm.devices.contents(),
             },
+            frames: match devices {
+                // The taps go along.
+                Some(_) => Frames::default(),
+                None => vm.devices.frames(),
+            },
+            brakes: vm.machine.brakes().into(),
             options: request.options,
         };
         vm.migrator.depart(vm.memory(), departure);
@@ -110,12 +119,17 @@ impl Monitor {
             source.refuse(&error.to_string());
             return Err(error.into());
         }
-        let disks = match offered.copies {
-            true => vm.devices.contents(),
-            false => Arc::new([]),
+        let (disks, frames) = match offered.copies {
+            true => (vm.devices.contents(), vm.devices.frames()),
+            false => (Arc::new([]) as Arc<Disks>, Frames::default()),
         };
+        if let Err(error) = frames.hold() {
+            source.refuse(&error.to_string());
+            return Err(Error::Unmovable(error.to_string()));
+        }
+        vm.fresh_taps = offered.copies;
         let (memory, pager) = (vm.memory(), vm.pager.clone());
-        vm.migrator.arrive(memory, disks, pager, source);
+        vm.migrator.arrive(memory, disks, pager, frames, source);
         Ok(())
     }
 
@@ -140,6 +154,8 @@ impl Vm {
             ram: self.machine.memory().clone(),
             vm: self.machine.vm(),
             touched: self.touched.clone(),
+            loggers: self.devices.loggers().to_vec(),
+            logs: Vec::new(),
         }
     }
 
@@ -169,6 +185,9 @@ impl Vm {
                 self.devices.lock_shared();
                 self.machine.resume()?;
                 self.state = VmState::Running;
+                if self.fresh_taps {
+                    self.devices.frames().forget();
+                }
                 self.devices.announce();
             }
             // Its devices are another's, too: nothing is flushed or let go.

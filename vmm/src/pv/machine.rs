@@ -40,7 +40,7 @@ use crate::machine::{
     setup, spawn_workers,
 };
 use crate::vcpu::state::set_cpuid;
-use crate::vcpu::{EventSink, Vcpu};
+use crate::vcpu::{Brake, EventSink, Vcpu};
 use blanket_drivers::cpu::Shown;
 
 /// Guest-physical address of `shared_info`.
@@ -400,6 +400,10 @@ impl machine::Machine for Machine {
 
     fn memory(&self) -> &GuestRam {
         &self.domain.ram
+    }
+
+    fn brakes(&self) -> Vec<Brake> {
+        self.vcpus.iter().map(Vcpu::brake).collect()
     }
 
     fn vm(&self) -> Arc<VmFd> {

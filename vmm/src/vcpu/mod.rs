@@ -13,20 +13,22 @@
 //! `KVM_RUN` waits (`KVM_SET_SIGNAL_MASK`), so that one that comes early is not
 //! lost but ends the next `KVM_RUN` at once.
 
+mod brake;
 mod bus;
 pub mod exits;
 mod signal;
 pub mod state;
 
 use std::io;
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use blanket_devices::worker::{STACK, ThreadSetup};
+use brake::Shoe;
 use kvm_ioctls::VcpuFd;
 
+pub use brake::Brake;
 pub use bus::{Bus, OnBus};
 pub use exits::Counters;
 pub use signal::{KICK_SYSCALLS, kick_signal, wait_for_kick};
@@ -74,9 +76,14 @@ const RUNNING: u8 = 1;
 const ENDED: u8 = 2;
 
 /// What the thread shares with its owner.
+#[derive(Default)]
 struct Control {
     /// What the owner wants.
     wanted: AtomicU8,
+    /// Percent of the time that it is to sleep.
+    slowed: AtomicU8,
+    /// The thread, as long as it is there.
+    thread: Mutex<Option<libc::pthread_t>>,
     /// Whether the thread rests (it does not touch the vCPU then).
     resting: Mutex<bool>,
     changed: Condvar,
@@ -86,6 +93,28 @@ struct Control {
 impl Control {
     fn resting(&self) -> MutexGuard<'_, bool> {
         self.resting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Option<libc::pthread_t>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The calling thread can be kicked from now on, until the guard goes.
+    fn enter_thread(&self) -> Entered<'_> {
+        // SAFETY: the call has no conditions.
+        *self.thread() = Some(unsafe { libc::pthread_self() });
+        Entered(self)
+    }
+
+    /// Takes the vCPU out of the guest, or out of its sleep.
+    fn kick(&self) {
+        if let Some(thread) = *self.thread() {
+            // SAFETY: the thread is there: it takes its handle away before it
+            // ends, for which it needs the lock. The signal has a handler.
+            unsafe {
+                libc::pthread_kill(thread, kick_signal());
+            }
+        }
     }
 
     fn want(&self, what: u8) {
@@ -107,6 +136,15 @@ impl Control {
         }
         *resting = false;
         self.wanted.load(Ordering::Acquire) == RUNNING
+    }
+}
+
+/// A thread that can be kicked.
+struct Entered<'a>(&'a Control);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        *self.0.thread() = None;
     }
 }
 
@@ -132,23 +170,21 @@ impl Vcpu {
         signal::install_handler()?;
         signal::unblock_in_guest(&fd)?;
         let fd = Arc::new(Mutex::new(fd));
-        let control = Arc::new(Control {
-            wanted: AtomicU8::new(PAUSED),
-            resting: Mutex::new(false),
-            changed: Condvar::new(),
-            counters: Counters::default(),
-        });
+        let control = Arc::new(Control::default());
         let (report, outcome) = std::sync::mpsc::sync_channel(1);
         let mut runner = Runner {
             fd: fd.clone(),
             control: control.clone(),
             processor,
             events,
+            shoe: Shoe::default(),
         };
+        let entered = Arc::clone(&control);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK)
             .spawn(move || {
+                let _here = entered.enter_thread();
                 let ready = signal::block().and_then(|()| setup());
                 let ok = ready.is_ok();
                 // The spawner waits for this; if it is gone, so is the machine.
@@ -176,7 +212,7 @@ impl Vcpu {
     /// so that many stop at once.)
     pub fn pause(&self) {
         self.control.want(PAUSED);
-        self.kick();
+        self.control.kick();
     }
 
     /// Waits until the vCPU rests.
@@ -202,21 +238,17 @@ impl Vcpu {
         &self.control.counters
     }
 
-    fn kick(&self) {
-        if let Some(thread) = &self.thread {
-            // SAFETY: the thread has not been joined, so its handle is valid;
-            // the signal has a handler.
-            unsafe {
-                libc::pthread_kill(thread.as_pthread_t(), kick_signal());
-            }
-        }
+    /// What slows it down.
+    #[must_use]
+    pub fn brake(&self) -> Brake {
+        Brake::new(&self.control)
     }
 }
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
         self.control.want(ENDED);
-        self.kick();
+        self.control.kick();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -229,6 +261,7 @@ struct Runner {
     control: Arc<Control>,
     processor: Box<dyn Processor>,
     events: EventSink,
+    shoe: Shoe,
 }
 
 impl Runner {
@@ -256,6 +289,8 @@ impl Runner {
             let outcome = self.processor.step(&mut fd, &self.control.counters);
             if let Outcome::Event(what) = outcome {
                 event = Some(what);
+            } else {
+                self.shoe.rest(&self.control);
             }
         }
         self.processor.stop(&mut fd);

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
+use blanket_migration::Compress;
 use blanket_vmm::config::VmConfig;
 use blanket_vmm::migrate::Request;
 
@@ -21,8 +22,13 @@ pub(super) fn migrate(
     home_flag: Option<&Path>,
     shown: &mut Shown,
 ) -> Result<Outcome> {
+    let mut options = args.options();
+    if options.compress == Compress::Auto && options.bandwidth == 0 {
+        // The link is the processors, and they are what compressing takes.
+        options.compress = Compress::Off;
+    }
     let request = Request {
-        options: args.options(),
+        options,
         hand_over: true,
         dry_run: args.dry_run,
         ..Request::default()

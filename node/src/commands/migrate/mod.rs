@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use blanket_migration::{Forecast, MEMORY_LOST, Mode, Options, Phase, Status};
+use blanket_migration::{Compress, Forecast, MEMORY_LOST, Mode, Options, Phase, Status};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::Client;
 use blanket_vmm::config::{ByteSize, VmConfig};
@@ -69,9 +69,23 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MS", default_value_t = Options::default().downtime_ms)]
     downtime: u64,
 
+    /// Where it would stay because it writes memory faster than that can be sent, slow it down,
+    /// step by step, until it does not.
+    #[arg(long)]
+    auto_converge: bool,
+
     /// Most bytes per second [default: no limit].
     #[arg(long, value_name = "BYTES")]
     bandwidth: Option<ByteSize>,
+
+    /// Whether memory is compressed: where that is quicker, never, or always.
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    compress: Less,
+
+    /// Most bytes of memory that are remembered as they were sent, so that of pages that are
+    /// written again only what has changed is sent [default: 64M].
+    #[arg(long, value_name = "BYTES")]
+    delta_cache: Option<ByteSize>,
 
     /// Connections that carry memory, 1 to 16 [default: one per processor].
     #[arg(long, value_name = "N")]
@@ -127,6 +141,15 @@ enum When {
     Hybrid,
 }
 
+/// See [`Compress`].
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum Less {
+    #[default]
+    Auto,
+    Off,
+    Lz4,
+}
+
 impl Args {
     fn options(&self) -> Options {
         Options {
@@ -138,6 +161,16 @@ impl Args {
                 When::Hybrid => Mode::Hybrid,
             },
             bandwidth: self.bandwidth.map_or(0, |bytes| bytes.0),
+            auto_converge: self.auto_converge,
+            compress: match self.compress {
+                Less::Auto => Compress::Auto,
+                Less::Off => Compress::Off,
+                Less::Lz4 => Compress::Lz4,
+            },
+            delta_cache: match self.delta_cache {
+                Some(bytes) => bytes.0,
+                None => Options::default().delta_cache,
+            },
             verify: self.verify,
             ..Options::default()
         }
@@ -595,8 +628,12 @@ fn line(status: &Status) -> String {
         Phase::Measured => "measured",
         Phase::Failed => "not moved",
     };
+    let slowed = match status.throttle {
+        0 => String::new(),
+        percent => format!(" and is slowed down by {percent} %"),
+    };
     format!(
-        "{phase}: round {}, {:.0} MiB sent, {:.0} MiB to go; the guest writes {:.0} MiB/s, it would stand still for {:.1} ms",
+        "{phase}: round {}, {:.0} MiB sent, {:.0} MiB to go; the guest writes {:.0} MiB/s{slowed}, it would stand still for {:.1} ms",
         status.rounds.len() + 1,
         mib(status.bytes),
         mib(status.left),
@@ -637,6 +674,33 @@ fn text(report: &Report) -> String {
             mib(following.missing),
             ms(following.us),
             following.faults,
+        );
+    }
+    let packed = &status.packed;
+    for (what, before, after) in [
+        (
+            "were compressed to",
+            packed.compressed,
+            packed.compressed_to,
+        ),
+        (
+            "had been sent before: what had changed was",
+            packed.changed,
+            packed.changed_to,
+        ),
+    ] {
+        if before > 0 {
+            text += &format!(
+                "{:.1} MiB of memory {what} {:.1} MiB\n",
+                mib(before),
+                mib(after)
+            );
+        }
+    }
+    if status.throttle > 0 {
+        text += &format!(
+            "it wrote too fast, and was slowed down by {} % in the end\n",
+            status.throttle
         );
     }
     if let Some(reason) = &status.unable {
