@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use blanket_system_tests::{
     Clouds, Member, Vm, blanket, native, natively, on_node, program, provider,
 };
-use blanket_testbed::{Client, GUEST_PAGE, Host};
+use blanket_testbed::{Client, GUEST_PAGE, Host, HostBuilder};
 use serde_json::{Value, json};
 
 /// A guest is not slower than this.
@@ -538,6 +538,10 @@ fn an_hvm_guest_moves_on_a_node() {
     );
 }
 
+fn nodes() -> HostBuilder {
+    Member::nodes("moves").unwrap()
+}
+
 /// A guest on a node, with a disk of its own and one that it reads.
 fn starts<'a>(host: &Host, node: &Member<'a>) -> Vm<'a> {
     host.sh("truncate -s 64M /var/tmp/own && seq 200000 > /var/tmp/read && truncate -s 4M /var/tmp/read")
@@ -565,211 +569,202 @@ fn left_of_vms(host: &Host, node: &Member) -> String {
 
 #[test]
 fn a_guest_with_its_disks_moves_to_another_node_and_back() {
-    natively(
-        || Member::nodes("moves").unwrap(),
-        |host| {
-            let [a, b] = Member::two(host);
-            let vm = starts(host, &a);
-            let mut guest = vm.guest().unwrap();
-            let sum = "sha256sum < /dev/xvdb; cat /proc/sys/kernel/random/boot_id";
-            let was = guest.sh(sum).text().unwrap();
-            begins_load(&guest, "/dev/xvda");
-            goes_on(&guest);
-            host.sh("exec ping -i 0.02 10.7.0.50")
-                .spawn("/run/ping.log")
-                .unwrap();
-            for (from, to, flags, name) in [
-                (&a, &b, "--mode post-copy", "b"),
-                (&b, &a, "--mode post-copy --plain", "a"),
-                (&a, &b, "--mode pre-copy --verify --downtime 1000", "b"),
-                (&b, &a, "--mode pre-copy --verify --downtime 1000", "a"),
-            ] {
-                let report = from.json(&format!("migrate web {name} --json {flags}"));
-                println!("{report}");
-                is_sound(&report);
-                if flags.contains("post-copy") {
-                    has_followed(&report);
-                }
-                assert_eq!(
-                    (&report["node"], &report["name"]),
-                    (&name.into(), &"web".into())
-                );
-                assert_eq!(report["disks"], 64 << 20, "{report}");
-                drop(guest);
-                guest = to.vm("web").guest().unwrap();
-                goes_on(&guest);
-                assert_eq!(guest.sh(sum).text().unwrap(), was);
-                assert_eq!(left_of_vms(host, from), "", "{report}");
+    natively(nodes, |host| {
+        let [a, b] = Member::two(host);
+        let vm = starts(host, &a);
+        let mut guest = vm.guest().unwrap();
+        let sum = "sha256sum < /dev/xvdb; cat /proc/sys/kernel/random/boot_id";
+        let was = guest.sh(sum).text().unwrap();
+        begins_load(&guest, "/dev/xvda");
+        goes_on(&guest);
+        host.sh("exec ping -i 0.02 10.7.0.50")
+            .spawn("/run/ping.log")
+            .unwrap();
+        for (from, to, flags, name) in [
+            (&a, &b, "--mode post-copy", "b"),
+            (&b, &a, "--mode post-copy --plain", "a"),
+            (&a, &b, "--mode pre-copy --verify --downtime 1000", "b"),
+            (&b, &a, "--mode pre-copy --verify --downtime 1000", "a"),
+        ] {
+            let report = from.json(&format!("migrate web {name} --json {flags}"));
+            println!("{report}");
+            is_sound(&report);
+            if flags.contains("post-copy") {
+                has_followed(&report);
             }
-            // Those that were made by hand are still there, and not used any more.
-            host.sh("test -e /var/tmp/own && rm /var/tmp/own /var/tmp/read")
-                .text()
-                .unwrap();
-            goes_on(&guest);
-            let pings = "kill -INT $(pidof ping); sleep 0.5; tail -n 3 /run/ping.log";
-            let pings = host.sh(pings).text().unwrap();
-            println!("{pings}");
-            // Bridges may lose some while they learn where it is.
-            let count = |word: &str| {
-                let mut words = pings
-                    .split(&[' ', ',', '\n'][..])
-                    .filter(|word| !word.is_empty());
-                let mut last = "";
-                let found = words.find(|next| {
-                    let is = *next == word;
-                    if !is {
-                        last = next;
-                    }
-                    is
-                });
-                assert!(found.is_some(), "{pings}");
-                last.parse::<u64>().ok()
-            };
-            let (sent, received) = (count("packets").unwrap(), count("received").unwrap());
-            assert!(sent - received < 150, "{pings}");
-            // It starts again from its kernel, which came along.
-            ends_load(&guest);
+            assert_eq!(
+                (&report["node"], &report["name"]),
+                (&name.into(), &"web".into())
+            );
+            assert_eq!(report["disks"], 64 << 20, "{report}");
             drop(guest);
-            a.says("reset web");
-            assert_ne!(a.vm("web").guest().unwrap().sh(sum).text().unwrap(), was);
-            a.says("rm --force web");
-        },
-    );
+            guest = to.vm("web").guest().unwrap();
+            goes_on(&guest);
+            assert_eq!(guest.sh(sum).text().unwrap(), was);
+            assert_eq!(left_of_vms(host, from), "", "{report}");
+        }
+        // Those that were made by hand are still there, and not used any more.
+        host.sh("test -e /var/tmp/own && rm /var/tmp/own /var/tmp/read")
+            .text()
+            .unwrap();
+        goes_on(&guest);
+        let pings = "kill -INT $(pidof ping); sleep 0.5; tail -n 3 /run/ping.log";
+        let pings = host.sh(pings).text().unwrap();
+        println!("{pings}");
+        // Bridges may lose some while they learn where it is.
+        let count = |word: &str| {
+            let mut words = pings
+                .split(&[' ', ',', '\n'][..])
+                .filter(|word| !word.is_empty());
+            let mut last = "";
+            let found = words.find(|next| {
+                let is = *next == word;
+                if !is {
+                    last = next;
+                }
+                is
+            });
+            assert!(found.is_some(), "{pings}");
+            last.parse::<u64>().ok()
+        };
+        let (sent, received) = (count("packets").unwrap(), count("received").unwrap());
+        assert!(sent - received < 150, "{pings}");
+        // It starts again from its kernel, which came along.
+        ends_load(&guest);
+        drop(guest);
+        a.says("reset web");
+        assert_ne!(a.vm("web").guest().unwrap().sh(sum).text().unwrap(), was);
+        a.says("rm --force web");
+    });
 }
 
 #[test]
 fn what_is_sent_to_a_guest_that_moves_to_another_node_arrives_once_and_in_order() {
-    natively(
-        || Member::nodes("moves").unwrap(),
-        |host| {
-            let [a, b] = Member::two(host);
-            let mut guest = starts(host, &a).guest().unwrap();
-            guest
-                .sh("guest-check datagrams 7 > /run/found; echo over >> /run/found")
-                .spawn("/run/datagrams.log")
-                .unwrap();
-            // Numbers in datagrams, a millisecond or two apart.
-            host.sh("until ping -c 1 -W 1 10.7.0.50; do :; done; \
+    natively(nodes, |host| {
+        let [a, b] = Member::two(host);
+        let mut guest = starts(host, &a).guest().unwrap();
+        guest
+            .sh("guest-check datagrams 7 > /run/found; echo over >> /run/found")
+            .spawn("/run/datagrams.log")
+            .unwrap();
+        // Numbers in datagrams, a millisecond or two apart.
+        host.sh("until ping -c 1 -W 1 10.7.0.50; do :; done; \
                  exec bash -c 'exec 3>/dev/udp/10.7.0.50/7; n=0; while [ ! -e /run/stop ]; do \
                  n=$((n + 1)); echo $n >&3; sleep 0.001; done; echo $n > /run/sent'")
-                .spawn("/run/send.log")
-                .unwrap();
-            let mut forwarded = 0;
-            for mode in ["pre-copy", "hybrid --plain", "hybrid"] {
-                for (from, to, name) in [(&a, &b, "b"), (&b, &a, "a")] {
-                    let report = from.json(&format!("migrate web {name} --json --mode {mode}"));
-                    forwarded += report["forwarded"].as_u64().unwrap();
-                    drop(guest);
-                    guest = to.vm("web").guest().unwrap();
-                }
+            .spawn("/run/send.log")
+            .unwrap();
+        let mut forwarded = 0;
+        for mode in ["pre-copy", "hybrid --plain", "hybrid"] {
+            for (from, to, name) in [(&a, &b, "b"), (&b, &a, "a")] {
+                let report = from.json(&format!("migrate web {name} --json --mode {mode}"));
+                forwarded += report["forwarded"].as_u64().unwrap();
+                drop(guest);
+                guest = to.vm("web").guest().unwrap();
             }
-            let sent = "touch /run/stop; until [ -s /run/sent ]; do sleep 0.1; done; cat /run/sent";
-            let sent: u64 = host.sh(sent).text().unwrap().trim().parse().unwrap();
-            let found = "until grep -q over /run/found; do sleep 0.1; done; head -n 1 /run/found";
-            let found = guest.sh(found).timeout(LONG).text().unwrap();
-            let found: Value = serde_json::from_str(&found).unwrap();
-            assert_eq!(found, json!({ "came": sent, "wrong": [] }));
-            // The pauses were long enough for some to come to the old place.
-            assert!(sent > 100 && forwarded > 0, "{sent} {forwarded}");
-            drop(guest);
-            a.says("rm --force web");
-        },
-    );
+        }
+        let sent = "touch /run/stop; until [ -s /run/sent ]; do sleep 0.1; done; cat /run/sent";
+        let sent: u64 = host.sh(sent).text().unwrap().trim().parse().unwrap();
+        let found = "until grep -q over /run/found; do sleep 0.1; done; head -n 1 /run/found";
+        let found = guest.sh(found).timeout(LONG).text().unwrap();
+        let found: Value = serde_json::from_str(&found).unwrap();
+        assert_eq!(found, json!({ "came": sent, "wrong": [] }));
+        // The pauses were long enough for some to come to the old place.
+        assert!(sent > 100 && forwarded > 0, "{sent} {forwarded}");
+        drop(guest);
+        a.says("rm --force web");
+    });
 }
 
 #[test]
 fn a_guest_that_cannot_reach_the_other_node_stays_and_leaves_nothing_there() {
-    natively(
-        || Member::nodes("moves").unwrap(),
-        |host| {
-            let [a, b] = Member::two(host);
-            let vm = starts(host, &a);
-            let guest = vm.guest().unwrap();
-            begins_load(&guest, "/dev/xvda");
-            let refused = |flags: &str, why: &str| {
-                let said = a.refuses(&format!("migrate web {flags}"));
-                assert!(said.contains(why), "{flags}: {said}");
-                goes_on(&guest);
-                assert_eq!(left_of_vms(host, &b), "", "{flags}");
-            };
-            refused("c", "there is no node c");
-            refused("a", "a is this node");
-            refused("b --memory 256M", "other memory");
-            refused("b --net tap,bridge=none", "none");
-            b.says("run web --machine pv --kernel /payload/guest/vmlinuz --memory 64M");
-            let taken = a.refuses("migrate web b");
-            assert!(
-                taken.contains("in use there") && taken.contains("--as"),
-                "{taken}"
-            );
-            b.says("rm --force web");
-
-            // Too slow to ever be done: cut at different times.
-            let slow = "migrate web b --mode pre-copy --bandwidth 24M --downtime 1";
-            let during = |seconds: &str, what: &str| {
-                let log = "/run/slow.log";
-                let whole = format!(
-                    "{} {slow} > {log} 2>&1 & pid=$!; sleep {seconds}; {what}; \
-                 wait $pid || echo status $? >> {log}",
-                    a.command()
-                );
-                host.sh(whole).timeout(LONG).text().unwrap();
-                goes_on(&guest);
-                host.sh(format!("cat {log}")).text().unwrap()
-            };
-            let gone = || {
-                let deadline = Instant::now() + LONG;
-                while !left_of_vms(host, &b).is_empty() {
-                    assert!(Instant::now() < deadline, "{}", left_of_vms(host, &b));
-                    std::thread::sleep(Duration::from_millis(200));
-                }
-                assert!(host.sh("pgrep -f 'blanke[t] .*receive'").text().is_err());
-            };
-            for seconds in ["1", "3", "6"] {
-                let said = during(seconds, "kill -INT $pid");
-                assert!(
-                    said.contains("cancelled") && said.contains("status 1"),
-                    "{said}"
-                );
-                gone();
-            }
-            let said = during(
-                "4",
-                r#"kill -KILL $(sed -n 's/.*"pid": *\([0-9]*\).*/\1/p' /run/h2/vms/web/record.json)"#,
-            );
-            assert!(
-                said.contains("was not migrated") && said.contains("status 1"),
-                "{said}"
-            );
-            gone();
-            let said = during(
-                "4",
-                "kill -KILL $(cat /run/h2.pid); rm -f /run/h2/blanketd.sock",
-            );
-            assert!(
-                said.contains("was not migrated") && said.contains("status 1"),
-                "{said}"
-            );
-            b.start();
-            gone();
-            let said = during("4", "ip link set v2 down; sleep 40; ip link set v2 up");
-            assert!(
-                said.contains("was not migrated") && said.contains("status 1"),
-                "{said}"
-            );
-            gone();
-
-            // And then it goes.
-            let report = a.json("migrate web b --json --downtime 1000 --delete-disks");
-            is_sound(&report);
-            host.sh("! test -e /var/tmp/own").text().unwrap();
-            drop(guest);
-            let guest = b.vm("web").guest().unwrap();
+    natively(nodes, |host| {
+        let [a, b] = Member::two(host);
+        let vm = starts(host, &a);
+        let guest = vm.guest().unwrap();
+        begins_load(&guest, "/dev/xvda");
+        let refused = |flags: &str, why: &str| {
+            let said = a.refuses(&format!("migrate web {flags}"));
+            assert!(said.contains(why), "{flags}: {said}");
             goes_on(&guest);
-            ends_load(&guest);
-            b.says("rm --force web");
-        },
-    );
+            assert_eq!(left_of_vms(host, &b), "", "{flags}");
+        };
+        refused("c", "there is no node c");
+        refused("a", "a is this node");
+        refused("b --memory 256M", "other memory");
+        refused("b --net tap,bridge=none", "none");
+        b.says("run web --machine pv --kernel /payload/guest/vmlinuz --memory 64M");
+        let taken = a.refuses("migrate web b");
+        assert!(
+            taken.contains("in use there") && taken.contains("--as"),
+            "{taken}"
+        );
+        b.says("rm --force web");
+
+        // Too slow to ever be done: cut at different times.
+        let slow = "migrate web b --mode pre-copy --bandwidth 24M --downtime 1 --compress off";
+        let during = |seconds: &str, what: &str| {
+            let log = "/run/slow.log";
+            let whole = format!(
+                "{} {slow} > {log} 2>&1 & pid=$!; sleep {seconds}; {what}; \
+                 wait $pid || echo status $? >> {log}",
+                a.command()
+            );
+            host.sh(whole).timeout(LONG).text().unwrap();
+            goes_on(&guest);
+            host.sh(format!("cat {log}")).text().unwrap()
+        };
+        let gone = || {
+            let deadline = Instant::now() + LONG;
+            while !left_of_vms(host, &b).is_empty() {
+                assert!(Instant::now() < deadline, "{}", left_of_vms(host, &b));
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            assert!(host.sh("pgrep -f 'blanke[t] .*receive'").text().is_err());
+        };
+        for seconds in ["1", "3", "6"] {
+            let said = during(seconds, "kill -INT $pid");
+            assert!(
+                said.contains("cancelled") && said.contains("status 1"),
+                "{said}"
+            );
+            gone();
+        }
+        let said = during(
+            "4",
+            r#"kill -KILL $(sed -n 's/.*"pid": *\([0-9]*\).*/\1/p' /run/h2/vms/web/record.json)"#,
+        );
+        assert!(
+            said.contains("was not migrated") && said.contains("status 1"),
+            "{said}"
+        );
+        gone();
+        let said = during(
+            "4",
+            "kill -KILL $(cat /run/h2.pid); rm -f /run/h2/blanketd.sock",
+        );
+        assert!(
+            said.contains("was not migrated") && said.contains("status 1"),
+            "{said}"
+        );
+        b.start();
+        gone();
+        let said = during("4", "ip link set v2 down; sleep 40; ip link set v2 up");
+        assert!(
+            said.contains("was not migrated") && said.contains("status 1"),
+            "{said}"
+        );
+        gone();
+
+        // And then it goes.
+        let report = a.json("migrate web b --json --downtime 1000 --delete-disks");
+        is_sound(&report);
+        host.sh("! test -e /var/tmp/own").text().unwrap();
+        drop(guest);
+        let guest = b.vm("web").guest().unwrap();
+        goes_on(&guest);
+        ends_load(&guest);
+        b.says("rm --force web");
+    });
 }
 
 /// Writes files for ever, each of which is on the disk before the next one is begun; and compares

@@ -181,7 +181,7 @@ fn registers_processes_and_isolation_hold_natively() {
             let vm = Vm::pv(host, "isolated", "", flags).unwrap();
             let guest = vm.guest().unwrap();
             processes_disturb_nobody(&guest, Some(hardware));
-            let probe = guest_is_sound(&guest, 250, 500, true);
+            let probe = guest_is_sound(&guest, 100, 150, true);
             drop(guest);
             // QEMU's emulated processor takes any address for FS; this one is real.
             let returned = probe["returned"].as_array().unwrap();
