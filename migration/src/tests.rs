@@ -20,6 +20,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 
 mod disks;
+mod fast;
+mod follow;
 mod points;
 
 const HIGH: u64 = 1 << 32;
@@ -646,143 +648,6 @@ fn a_guest_whose_state_is_refused_runs_on() {
     assert!(outcome.here && !outcome.there && outcome.arrived.is_err());
 }
 
-#[test]
-fn a_guest_that_writes_too_fast_stays() {
-    let mut guest = Counter::new(Duration::ZERO);
-    let options = Options {
-        mode: Mode::PreCopy,
-        rounds: 3,
-        ..slow()
-    };
-    let outcome = migrate(&mut guest, true, &options, Fault::None);
-    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
-    assert!(outcome.here && !outcome.there);
-    // Memory would follow, but it cannot there.
-    for mode in [Mode::Hybrid, Mode::PostCopy] {
-        let options = Options { mode, ..options };
-        let outcome = migrate_to(&mut guest, true, false, &options, Fault::None);
-        assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
-        assert!(outcome.here && !outcome.there);
-        assert_eq!(outcome.status.unable.as_deref(), Some("it cannot"));
-    }
-}
-
-#[test]
-fn a_guest_that_writes_too_fast_moves_when_it_is_slowed_down() {
-    let options = Options {
-        mode: Mode::PreCopy,
-        bandwidth: 20 << 20,
-        downtime_ms: 100,
-        ..options()
-    };
-    let options = Options {
-        compress: Compress::Off,
-        ..options
-    };
-    let pause = Duration::from_micros(75);
-    let stays = Options {
-        rounds: 5,
-        ..options.clone()
-    };
-    let mut guest = Counter::new(pause);
-    let outcome = migrate(&mut guest, true, &stays, Fault::None);
-    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
-    assert_eq!(outcome.status.throttle, 0);
-
-    let slows = |rounds| Options {
-        auto_converge: true,
-        rounds,
-        ..options.clone()
-    };
-    // It ends before it is slow enough: it is as fast as before.
-    let outcome = migrate(&mut guest, true, &slows(3), Fault::None);
-    let error = outcome.moved.unwrap_err().to_string();
-    assert!(error.contains("slowed down as it is"), "{error}");
-    assert!(outcome.here && outcome.status.throttle > 0);
-    assert_eq!(guest.slowed.load(Ordering::SeqCst), 0);
-
-    let outcome = migrate(&mut guest, true, &slows(30), Fault::None);
-    outcome.moved.unwrap();
-    outcome.arrived.unwrap();
-    assert!(outcome.there && !outcome.here);
-    let status = outcome.status;
-    assert!(status.throttle >= 20, "{status:?}");
-    let steps = status.rounds.iter().map(|round| round.throttle);
-    assert!(steps.is_sorted(), "{status:?}");
-    assert_eq!(guest.slowed.load(Ordering::SeqCst), 0);
-}
-
-#[test]
-fn a_guest_that_writes_too_fast_moves_when_little_is_sent_of_what_it_writes() {
-    let options = |compress| Options {
-        compress,
-        mode: Mode::PreCopy,
-        bandwidth: 20 << 20,
-        downtime_ms: 30,
-        rounds: 30,
-        ..options()
-    };
-    let mut guest = Counter::new(Duration::from_micros(75));
-    let off = Options {
-        rounds: 5,
-        ..options(Compress::Off)
-    };
-    let outcome = migrate(&mut guest, true, &off, Fault::None);
-    assert!(matches!(outcome.moved, Err(Error::Diverges { .. })));
-    assert_eq!(outcome.status.packed, Packed::default());
-    // The link is slow: it is found out that it is worth it.
-    let outcome = migrate(&mut guest, true, &options(Compress::Auto), Fault::None);
-    outcome.moved.unwrap();
-    outcome.arrived.unwrap();
-    let status = outcome.status;
-    let packed = status.packed;
-    assert!(packed.compressed > 1 << 20, "{status:?}");
-    assert!(packed.compressed_to < packed.compressed / 2, "{status:?}");
-    assert!(packed.changed > 100_000, "{status:?}");
-    assert!(packed.changed_to < packed.changed / 10, "{status:?}");
-    let saved: u64 = status.rounds.iter().map(|round| round.saved).sum();
-    assert_eq!(saved, packed.saved());
-}
-
-#[test]
-fn memory_that_is_always_made_less_arrives_over_any_number_of_streams() {
-    let mut changed = 0;
-    for (streams, delta_cache) in [(1, 64 << 20), (2, 1 << 20), (5, 64 << 20), (5, 0)] {
-        let mut guest = Counter::new(Duration::from_micros(75));
-        let options = Options {
-            streams,
-            delta_cache,
-            compress: Compress::Lz4,
-            // Several rounds.
-            mode: Mode::PreCopy,
-            bandwidth: 20 << 20,
-            downtime_ms: 30,
-            ..options()
-        };
-        let outcome = migrate(&mut guest, true, &options, Fault::None);
-        outcome.moved.unwrap();
-        outcome.arrived.unwrap();
-        let packed = outcome.status.packed;
-        assert!(packed.compressed_to < packed.compressed, "{packed:?}");
-        assert!(packed.changed == 0 || delta_cache > 0, "{packed:?}");
-        changed += packed.changed;
-    }
-    assert!(changed > 0);
-}
-
-#[test]
-fn wherever_a_bit_changes_in_memory_that_was_made_less_exactly_one_end_runs_the_guest() {
-    let options = Options {
-        compress: Compress::Lz4,
-        ..options()
-    };
-    wherever(8, &options, |to_destination, at| Fault::Flip {
-        to_destination,
-        // It is about half as much.
-        at: at / 2,
-    });
-}
-
 /// Too slow for a guest that writes all the time.
 fn slow() -> Options {
     Options {
@@ -791,69 +656,6 @@ fn slow() -> Options {
         verify: false,
         ..options()
     }
-}
-
-/// Whether this user has what it takes.
-fn can_follow() -> bool {
-    let opened = Uffd::open();
-    if let Err(error) = &opened {
-        println!("skipped: {error}");
-    }
-    opened.is_ok()
-}
-
-#[test]
-fn a_guest_that_writes_too_fast_arrives_before_its_memory() {
-    if !can_follow() {
-        return;
-    }
-    for (mode, verify) in [
-        (Mode::Hybrid, false),
-        (Mode::PostCopy, false),
-        (Mode::PostCopy, true),
-    ] {
-        let mut guest = Counter::new(Duration::ZERO);
-        let options = Options {
-            mode,
-            verify,
-            ..slow()
-        };
-        let outcome = migrate(&mut guest, true, &options, Fault::None);
-        outcome.moved.unwrap();
-        outcome.arrived.unwrap();
-        assert!(outcome.there && !outcome.here && guest.given_up);
-        let status = outcome.status;
-        assert_eq!((status.phase, &status.error), (Phase::Moved, &None));
-        let following = status.following.unwrap();
-        assert!(following.missing > 1 << 20 && following.left == 0);
-        assert!(following.faults > 0);
-        assert!(0 < following.us && following.us <= status.total_us);
-        // Without the rounds over disks.
-        let rounds = status.rounds.iter().filter(|round| round.pages > 0);
-        assert_eq!(rounds.count() > 0, mode == Mode::Hybrid);
-    }
-}
-
-#[test]
-fn a_guest_whose_source_is_lost_before_its_memory_has_followed_is_reported() {
-    if !can_follow() {
-        return;
-    }
-    let mut guest = Counter::new(Duration::ZERO);
-    let options = Options {
-        mode: Mode::PostCopy,
-        ..slow()
-    };
-    let fault = Fault::Sever { after: 1_000_000 };
-    let outcome = migrate(&mut guest, true, &options, fault);
-    // It was handed over.
-    outcome.moved.unwrap();
-    assert!(outcome.there && !outcome.here && guest.given_up);
-    let said = outcome.arrived.unwrap_err().to_string();
-    assert!(said.starts_with(MEMORY_LOST), "{said}");
-    assert!(said.contains(": 0x"), "{said}");
-    let error = outcome.status.error.unwrap();
-    assert!(error.contains("has gone away"), "{error}");
 }
 
 /// Bytes that a migration without a fault sends (to the source, to the destination).
@@ -897,32 +699,4 @@ fn wherever_a_bit_changes_exactly_one_end_runs_the_guest() {
         to_destination,
         at,
     });
-}
-
-fn follows() -> Options {
-    Options {
-        mode: Mode::PostCopy,
-        bandwidth: 80 << 20,
-        ..slow()
-    }
-}
-
-#[test]
-fn wherever_it_is_cut_exactly_one_end_runs_a_guest_that_its_memory_follows() {
-    if can_follow() {
-        wherever(24, &follows(), |to_destination, after| Fault::Cut {
-            to_destination,
-            after,
-        });
-    }
-}
-
-#[test]
-fn wherever_a_bit_changes_exactly_one_end_runs_a_guest_that_its_memory_follows() {
-    if can_follow() {
-        wherever(16, &follows(), |to_destination, at| Fault::Flip {
-            to_destination,
-            at,
-        });
-    }
 }

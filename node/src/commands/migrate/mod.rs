@@ -1,9 +1,11 @@
 //! `blanket migrate`.
 
 pub(crate) mod folder;
+mod forecast;
 mod local;
 pub(crate) mod receive;
 pub(crate) mod remote;
+mod report;
 mod shared;
 
 use std::path::Path;
@@ -13,13 +15,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use blanket_migration::{Compress, Forecast, MEMORY_LOST, Mode, Options, Phase, Status};
+use blanket_migration::{Compress, MEMORY_LOST, Mode, Options, Phase, Status};
 use blanket_vmm::api::types::{Action, VmState};
 use blanket_vmm::client::Client;
 use blanket_vmm::config::{ByteSize, VmConfig};
-use blanket_vmm::migrate::Request;
-use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 
 use super::{print, print_json};
 use crate::cluster::names::NodeName;
@@ -27,8 +26,10 @@ use crate::cluster::parcel::State;
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
-use crate::table::render;
 use crate::vm::Exit;
+use forecast::{Foreseen, forecast};
+use report::Report;
+pub(crate) use report::Shown;
 
 /// How often one looks how far it is.
 const LOOK: Duration = Duration::from_millis(20);
@@ -177,21 +178,6 @@ impl Args {
     }
 }
 
-/// How it went.
-#[derive(Serialize)]
-struct Report {
-    /// What the VM is called now.
-    name: VmName,
-    /// The node that it is on, if not this one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    node: Option<NodeName>,
-    /// Files here whose content is there now.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    left: Vec<std::path::PathBuf>,
-    #[serde(flatten)]
-    status: Status,
-}
-
 pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<ExitCode> {
     let source = home.existing(&args.name)?;
     let json = args.json;
@@ -203,7 +189,7 @@ pub(crate) fn migrate(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
     shown.end();
     match outcome {
         Outcome::Moved(report) if json => print_json(&report)?,
-        Outcome::Moved(report) => print(&text(&report))?,
+        Outcome::Moved(report) => print(&report.text())?,
         Outcome::Foreseen(foreseen) if json => print_json(&foreseen)?,
         Outcome::Foreseen(foreseen) => print(&foreseen.text())?,
         Outcome::Discarded => {}
@@ -217,92 +203,6 @@ enum Outcome {
     Foreseen(Foreseen),
     /// Nothing is kept of it any more on the other node.
     Discarded,
-}
-
-/// What a migration would be like.
-#[derive(Serialize)]
-struct Foreseen {
-    /// The node that has a place for the VM, if it is not this one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    node: Option<NodeName>,
-    /// Bytes of memory that are other than zeros.
-    memory: u64,
-    /// Bytes that its disks take here.
-    disks: u64,
-    /// Bytes per second that the guest writes.
-    dirty_rate: u64,
-    /// For each link that was thought of.
-    links: Vec<Forecast>,
-}
-
-impl Foreseen {
-    fn text(&self) -> String {
-        let place = self
-            .node
-            .as_ref()
-            .map(|node| format!("{node} has a place for it. "));
-        let mut text = format!(
-            "{}{:.0} MiB of memory and {:.0} MiB of disks; the guest writes {:.1} MiB/s\n",
-            place.unwrap_or_default(),
-            mib(self.memory),
-            mib(self.disks),
-            mib(self.dirty_rate)
-        );
-        let mut rows = vec![
-            ["LINK", "SENT", "TIME", "STANDS STILL"]
-                .map(str::to_owned)
-                .to_vec(),
-        ];
-        for link in &self.links {
-            let more = if link.converges {
-                ""
-            } else {
-                ": more than it may"
-            };
-            rows.push(vec![
-                format!("{:.0} Mb/s", link.bandwidth as f64 * 8.0 / 1e6),
-                format!("{:.0} MiB", mib(link.bytes)),
-                format!("{:.1} s", link.total_ms as f64 / 1e3),
-                format!("{} ms{more}", link.downtime_ms),
-            ]);
-        }
-        text += &render(&rows);
-        text
-    }
-}
-
-/// Links that are thought of where nobody says what the link has: bytes per second.
-const LINKS: [u64; 3] = [12_500_000, 125_000_000, 1_250_000_000];
-
-/// Has the monitor measure, and tells what a migration would be like.
-fn forecast(
-    source: &VmDir,
-    request: &Request,
-    node: Option<NodeName>,
-    disks: u64,
-) -> Result<Outcome> {
-    let client = source.live_client()?;
-    client.migrate(request)?;
-    let status = loop {
-        let status = client.migration()?;
-        match status.phase {
-            Phase::Measured => break status,
-            Phase::Failed => anyhow::bail!(status.error.unwrap_or_default()),
-            _ => std::thread::sleep(LOOK),
-        }
-    };
-    let links = match request.options.bandwidth {
-        0 => LINKS.to_vec(),
-        limit => vec![limit],
-    };
-    let of = |link| Forecast::of(&status, disks, link, &request.options);
-    Ok(Outcome::Foreseen(Foreseen {
-        node,
-        memory: status.used,
-        disks,
-        dirty_rate: status.dirty_rate,
-        links: links.into_iter().map(of).collect(),
-    }))
 }
 
 /// The monitor that is to get a guest, wherever it is.
@@ -552,165 +452,4 @@ fn has_ended(receiver: &VmDir) -> Result<State> {
     }
     remove(receiver)?;
     Ok(State::Gone)
-}
-
-/// The progress on the terminal.
-pub(crate) struct Shown {
-    bar: Option<ProgressBar>,
-}
-
-impl Shown {
-    pub(crate) fn new(wanted: bool) -> Self {
-        // Hidden where the output is no terminal.
-        let bar = wanted.then(|| {
-            let style = ProgressStyle::with_template("{spinner} {msg}");
-            ProgressBar::new_spinner()
-                .with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()))
-        });
-        Self { bar }
-    }
-
-    pub(crate) fn show(&mut self, status: &Status) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(line(status));
-            bar.tick();
-        }
-    }
-
-    pub(crate) fn end(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-fn line(status: &Status) -> String {
-    let phase = match status.phase {
-        Phase::Waiting => "waiting for the new monitor",
-        Phase::Disks => {
-            return format!(
-                "copying disks: {:.0} of {:.0} MiB looked at, {:.0} MiB sent; the guest writes {:.0} MiB/s",
-                mib(status.disks_sent + status.disks_same),
-                mib(status.disks),
-                mib(status.bytes),
-                mib(status.dirty_rate),
-            );
-        }
-        Phase::Following => {
-            let following = status.following.unwrap_or_default();
-            return format!(
-                "it runs there, its memory follows: {:.0} of {:.0} MiB to go; it had to wait for memory {} times",
-                mib(following.left),
-                mib(following.missing),
-                following.faults,
-            );
-        }
-        Phase::Replicating => {
-            let all = status.replication.clone().unwrap_or_default();
-            return match all.waits {
-                Some(reason) => format!("no point can be made: {reason}"),
-                None => format!(
-                    "point {} of {:.1} s ago: {:.1} MiB, the guest stood still for {:.1} ms",
-                    all.points,
-                    all.age_ms as f64 / 1e3,
-                    mib(all.bytes),
-                    all.pause_us as f64 / 1e3,
-                ),
-            };
-        }
-        Phase::Copying => "copying memory",
-        Phase::Switching | Phase::Handed => "switching over",
-        Phase::Moved => "moved",
-        Phase::Measured => "measured",
-        Phase::Failed => "not moved",
-    };
-    let slowed = match status.throttle {
-        0 => String::new(),
-        percent => format!(" and is slowed down by {percent} %"),
-    };
-    format!(
-        "{phase}: round {}, {:.0} MiB sent, {:.0} MiB to go; the guest writes {:.0} MiB/s{slowed}, it would stand still for {:.1} ms",
-        status.rounds.len() + 1,
-        mib(status.bytes),
-        mib(status.left),
-        mib(status.dirty_rate),
-        status.expected_downtime_us as f64 / 1000.0,
-    )
-}
-
-fn text(report: &Report) -> String {
-    let ms = |us: u64| us as f64 / 1000.0;
-    let Report {
-        name,
-        node,
-        left,
-        status,
-    } = report;
-    let place = node.as_ref().map(|node| format!(" on {node}"));
-    let mut text = format!(
-        "'{name}' runs{}: {:.0} MiB in {} rounds and {:.1} ms, of which it stood still {:.1} ms:\n",
-        place.unwrap_or_default(),
-        mib(status.bytes),
-        status.rounds.len(),
-        ms(status.total_us),
-        ms(status.downtime_us),
-    );
-    for step in &status.pause {
-        text += &format!("  {:<16}{:>8.2} ms\n", step.step, ms(step.us));
-    }
-    if status.disks_same > 0 {
-        text += &format!(
-            "{:.0} MiB of its disks were there already\n",
-            mib(status.disks_same)
-        );
-    }
-    if let Some(following) = &status.following {
-        text += &format!(
-            "{:.0} MiB of memory followed, and were there {:.1} ms after it had been stopped; it had to wait for some {} times\n",
-            mib(following.missing),
-            ms(following.us),
-            following.faults,
-        );
-    }
-    let packed = &status.packed;
-    for (what, before, after) in [
-        (
-            "were compressed to",
-            packed.compressed,
-            packed.compressed_to,
-        ),
-        (
-            "had been sent before: what had changed was",
-            packed.changed,
-            packed.changed_to,
-        ),
-    ] {
-        if before > 0 {
-            text += &format!(
-                "{:.1} MiB of memory {what} {:.1} MiB\n",
-                mib(before),
-                mib(after)
-            );
-        }
-    }
-    if status.throttle > 0 {
-        text += &format!(
-            "it wrote too fast, and was slowed down by {} % in the end\n",
-            status.throttle
-        );
-    }
-    if let Some(reason) = &status.unable {
-        text += &format!("memory could not have followed it: {reason}\n");
-    }
-    for path in left {
-        text += &format!(
-            "its disk {} is still here: delete it if you do not need it\n",
-            path.display()
-        );
-    }
-    text
 }
