@@ -41,7 +41,28 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     step.done("");
     let rows = measured(&host, progress);
     host.sh("blanket rm --force web").text()?;
-    rows
+    let mut rows = rows?;
+    rows.extend(small(&host, progress)?);
+    Ok(rows)
+}
+
+/// Clones of a running guest that has little memory.
+fn small(host: &Client, progress: &Progress) -> Result<Option<Row>> {
+    let step = progress.step("clones of a small guest that runs");
+    let vm = Vm::pv(host, "small", "", "--memory 128M")?;
+    drop(vm.guest()?);
+    let mut times = Vec::new();
+    for round in 0..=RUNS {
+        let clone = until_it_goes_on(host, "c", "blanket clone small --name c")?;
+        // The first one warms up.
+        if round > 0 {
+            times.push(clone);
+        }
+    }
+    host.sh("blanket rm --force small").text()?;
+    step.done("");
+    let what = "clone of a running guest of 128 MiB: exec until it goes on";
+    Ok(Row::new(what, "ms", &times))
 }
 
 /// What `blanket snapshot web FLAGS` tells, and ms that it took.
