@@ -17,7 +17,7 @@ use blanket_testbed::{
 
 /// How long a guest may take to answer: generous, because hardware
 /// virtualization may be emulated.
-pub const GUEST_LIMIT: Duration = Duration::from_secs(160);
+pub const GUEST_LIMIT: Duration = Duration::from_secs(100);
 
 /// A file from `BLANKET_BIN_DIR` or `BLANKET_FIRMWARE_DIR`, which `cargo xtask
 /// test` sets.

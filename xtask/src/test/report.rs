@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use anyhow::{Context, Result};
-use quick_junit::{TestCase, TestCaseStatus};
+use quick_junit::{TestCase, TestCaseStatus, XmlString};
 
 /// How a test says that it could not run: a line that begins like this, and
 /// the reason behind it.
@@ -15,6 +15,8 @@ const SKIPPED: &str = "skipped, because ";
 pub enum Status {
     /// It held.
     Passed,
+    /// It held when it was tried again; what was said the first time, if anything.
+    PassedAgain(String),
     /// It did not hold; what was said of it, if anything.
     Failed(String),
     /// It could not run, because of this.
@@ -89,18 +91,25 @@ fn status(case: &TestCase) -> Status {
                 .map_or("no reason is given", |message| message.as_str())
                 .to_owned(),
         ),
-        TestCaseStatus::Success { .. } => outputs(case)
-            .find_map(skip_reason)
-            .map_or(Status::Passed, Status::Skipped),
+        TestCaseStatus::Success { flaky_runs } => match flaky_runs.first() {
+            Some(first) => {
+                let mut texts = texts([&first.system_out, &first.system_err]);
+                Status::PassedAgain(texts.find_map(panic_message).unwrap_or_default())
+            }
+            None => outputs(case)
+                .find_map(skip_reason)
+                .map_or(Status::Passed, Status::Skipped),
+        },
     }
 }
 
 /// What a test printed.
 fn outputs(case: &TestCase) -> impl Iterator<Item = &str> {
-    [&case.system_out, &case.system_err]
-        .into_iter()
-        .flatten()
-        .map(quick_junit::XmlString::as_str)
+    texts([&case.system_out, &case.system_err])
+}
+
+fn texts<'a, const N: usize>(all: [&'a Option<XmlString>; N]) -> impl Iterator<Item = &'a str> {
+    all.into_iter().flatten().map(XmlString::as_str)
 }
 
 /// Where a test panicked and what it said, from its output: the beginning, and
@@ -138,6 +147,11 @@ impl fmt::Display for Report {
             }
         }
         for (name, status) in &self.results {
+            if let Status::PassedAgain(why) = status {
+                writeln!(f, "passed when tried again: {name}: {why}")?;
+            }
+        }
+        for (name, status) in &self.results {
             match status {
                 Status::Failed(why) if why.is_empty() => writeln!(f, "failed: {name}")?,
                 Status::Failed(why) => writeln!(f, "failed: {name}: {why}")?,
@@ -147,7 +161,7 @@ impl fmt::Display for Report {
         write!(
             f,
             "{} passed, {} failed, {} skipped",
-            self.count(|status| *status == Status::Passed),
+            self.count(|status| matches!(status, Status::Passed | Status::PassedAgain(_))),
             self.failures(),
             self.count(|status| matches!(status, Status::Skipped(_))),
         )
@@ -161,6 +175,14 @@ mod tests {
     const JUNIT: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
 <testsuites name="nextest-run" tests="4" failures="1" errors="0">
   <testsuite name="devices" tests="4" disabled="0" errors="0" failures="1">
+    <testcase name="late" classname="devices" time="0.004">
+      <flakyFailure timestamp="2026-01-01T00:00:00.000+00:00" time="1.0" type="test failure with exit code 101">
+        <system-err>thread 'late' (7) panicked at src/lib.rs:3:4:
+no answer
+note: run with a backtrace
+</system-err>
+      </flakyFailure>
+    </testcase>
     <testcase name="queue::holds" classname="devices" time="0.004">
       <system-out>running 1 test
 the guest was not skipped, because it is quick
@@ -196,6 +218,10 @@ stack backtrace:
             report.results["devices needs_kvm"],
             Status::Skipped("/dev/kvm is missing & nothing helps".into())
         );
+        assert_eq!(
+            report.results["devices late"],
+            Status::PassedAgain("src/lib.rs:3:4:\n    no answer".into())
+        );
         let why = "src/lib.rs:1:2:\n    two is not three";
         assert_eq!(report.results["devices breaks"], Status::Failed(why.into()));
         assert_eq!(report.failures(), 1);
@@ -208,8 +234,9 @@ stack backtrace:
         assert_eq!(
             report.to_string(),
             "skipped: devices needs_kvm, because /dev/kvm is missing & nothing helps\n\
+             passed when tried again: devices late: src/lib.rs:3:4:\n    no answer\n\
              failed: devices breaks: src/lib.rs:1:2:\n    two is not three\n\
-             2 passed, 1 failed, 1 skipped"
+             3 passed, 1 failed, 1 skipped"
         );
     }
 
