@@ -108,7 +108,7 @@ fn outputs(case: &TestCase) -> impl Iterator<Item = &str> {
     texts([&case.system_out, &case.system_err])
 }
 
-fn texts<'a, const N: usize>(all: [&'a Option<XmlString>; N]) -> impl Iterator<Item = &'a str> {
+fn texts<const N: usize>(all: [&Option<XmlString>; N]) -> impl Iterator<Item = &str> {
     all.into_iter().flatten().map(XmlString::as_str)
 }
 
