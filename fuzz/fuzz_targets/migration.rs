@@ -135,13 +135,6 @@ impl Disk for Bounds {
     fn next_data(&self, _: u64) -> io::Result<Option<Range<u64>>> {
         Ok(None)
     }
-    fn watch(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn written(&self, _: usize) -> Vec<(u64, usize)> {
-        Vec::new()
-    }
-    fn unwatch(&self) {}
     fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         Self::check(at, into.len() as u64)
     }

@@ -224,14 +224,7 @@ impl Destination {
 
     fn arrive(&mut self, machine: &dyn Machine, progress: &Arc<Progress>) -> Result<(), Error> {
         let restored = self.receive(machine, progress);
-        if let Err(error) = &restored
-            && !matches!(
-                error,
-                Error::Wire(wire::Error::Cut | wire::Error::Aborted(_))
-            )
-        {
-            let _ = wire::send(&mut self.control, Kind::Abort, error.to_string().as_bytes());
-        }
+        self.tell_failure(&restored);
         let restored = restored?;
         if let Some(follower) = &self.follower {
             follower.ready()?;
@@ -278,17 +271,42 @@ impl Destination {
             return Err(Error::Memory);
         }
         let disks = machine.disks();
+        let accepted = Accepted {
+            blank: self.blank(disks)?,
+            unable: machine.can_follow().err(),
+        };
+        let take = |kind, payload: &[u8]| match kind {
+            Kind::Pages | Kind::Lz4 | Kind::Change | Kind::Zeros => place(kind, payload, ram),
+            Kind::Blocks | Kind::Holes => store(kind, payload, disks),
+            _ => Err(wire::Error::Damaged("memory is not what came").into()),
+        };
+        let state = self.take(&accepted, take, |this| this.state(machine, progress))?;
+        let start = Instant::now();
+        machine.restore(&state).map_err(Error::Machine)?;
+        Ok(Restored {
+            restore_us: micros(start.elapsed()),
+        })
+    }
+
+    /// Which of `disks`, which have to be like the source's, have nothing but zeros.
+    fn blank(&self, disks: &Disks) -> Result<Vec<bool>, Error> {
         let capacities = disks.iter().map(|disk| disk.capacity());
         if !capacities.eq(self.offer.disks.iter().copied()) {
             return Err(Error::Disks);
         }
+        Ok(disks.iter().map(|disk| disk::is_blank(&**disk)).collect())
+    }
+
+    /// Accepts, and has `put` put in place what comes on the data streams, for as
+    /// long as `control` takes.
+    fn take<T>(
+        &mut self,
+        accepted: &Accepted,
+        put: impl Fn(Kind, &[u8]) -> Result<(), Error> + Sync,
+        control: impl FnOnce(&mut Self) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let streams = std::mem::take(&mut self.data);
-        let blank = disks.iter().map(|disk| disk::is_blank(&**disk)).collect();
-        let accepted = Accepted {
-            blank,
-            unable: machine.can_follow().err(),
-        };
-        wire::send_value(&mut self.control, Kind::Accept, &accepted)?;
+        wire::send_value(&mut self.control, Kind::Accept, accepted)?;
         // From here on the source says when it is over.
         self.control.set_read_timeout(None)?;
         let endings: Vec<_> = streams
@@ -296,28 +314,34 @@ impl Destination {
             .map(UnixStream::try_clone)
             .collect::<io::Result<_>>()?;
         std::thread::scope(|scope| {
-            let others: Vec<_> = streams
+            let takers: Vec<_> = streams
                 .into_iter()
-                .map(|stream| scope.spawn(move || take_all(stream, ram, disks)))
+                .map(|stream| scope.spawn(|| take_all(stream, &put)))
                 .collect();
-            let state = self.state(machine, progress);
+            let mut result = control(self);
             // What is to come has come, or never will.
             for stream in &endings {
                 let _ = stream.shutdown(std::net::Shutdown::Both);
             }
-            let mut result = state;
-            for other in others {
-                if let Ok(Err(error)) = other.join() {
+            for taker in takers {
+                if let Ok(Err(error)) = taker.join() {
                     result = Err(error);
                 }
             }
-            let state = result?;
-            let start = Instant::now();
-            machine.restore(&state).map_err(Error::Machine)?;
-            Ok(Restored {
-                restore_us: micros(start.elapsed()),
-            })
+            result
         })
+    }
+
+    /// Tells the source what went wrong here, if it does not know.
+    fn tell_failure<T>(&mut self, result: &Result<T, Error>) {
+        if let Err(error) = result
+            && !matches!(
+                error,
+                Error::Wire(wire::Error::Cut | wire::Error::Aborted(_))
+            )
+        {
+            let _ = wire::send(&mut self.control, Kind::Abort, error.to_string().as_bytes());
+        }
     }
 
     /// The state, which comes when all memory is in place.
@@ -433,9 +457,12 @@ fn join(mut stream: UnixStream, session: [u8; 16], index: u32) -> Result<UnixStr
     Ok(stream)
 }
 
-/// Puts what comes on a data stream in its place, until the stream ends.
-fn take_all(mut stream: UnixStream, ram: &GuestRam, disks: &Disks) -> Result<(), Error> {
-    let taken = take_frames(&mut stream, ram, disks);
+/// Has `put` put what comes on a data stream in its place, until the stream ends.
+fn take_all(
+    mut stream: UnixStream,
+    put: impl Fn(Kind, &[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let taken = take_frames(&mut stream, put);
     if let Err(error) = &taken {
         // The source waits for the round's end on this stream.
         let _ = wire::send(&mut stream, Kind::Abort, error.to_string().as_bytes());
@@ -445,7 +472,10 @@ fn take_all(mut stream: UnixStream, ram: &GuestRam, disks: &Disks) -> Result<(),
     taken
 }
 
-fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam, disks: &Disks) -> Result<(), Error> {
+fn take_frames(
+    mut stream: &mut UnixStream,
+    put: impl Fn(Kind, &[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
     let mut payload = Vec::new();
     loop {
         let kind = match wire::receive(&mut stream, &mut payload) {
@@ -456,9 +486,7 @@ fn take_frames(mut stream: &mut UnixStream, ram: &GuestRam, disks: &Disks) -> Re
         };
         match kind {
             Kind::Sync => wire::send(&mut stream, Kind::Sync, &payload)?,
-            Kind::Pages | Kind::Lz4 | Kind::Change | Kind::Zeros => place(kind, &payload, ram)?,
-            Kind::Blocks | Kind::Holes => store(kind, &payload, disks)?,
-            _ => return Err(wire::Error::Damaged("memory is not what came").into()),
+            kind => put(kind, &payload)?,
         }
     }
 }

@@ -18,18 +18,24 @@ pub trait Disk: Send + Sync {
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
 
     /// Begins to note what the guest writes: what is not noted, whoever reads
-    /// it afterwards sees.
+    /// it afterwards sees. There is nothing to note, here and below, of a disk
+    /// that no guest has.
     ///
     /// # Errors
     /// It cannot be noted.
-    fn watch(&self) -> io::Result<()>;
+    fn watch(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Takes what was written since the last time, in runs of at most `most`
     /// bytes, which may reach beyond the end.
-    fn written(&self, most: usize) -> Vec<(u64, usize)>;
+    fn written(&self, most: usize) -> Vec<(u64, usize)> {
+        let _ = most;
+        Vec::new()
+    }
 
     /// Notes no more.
-    fn unwatch(&self);
+    fn unwatch(&self) {}
 
     /// Fills `into` from `offset`.
     ///

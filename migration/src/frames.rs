@@ -24,6 +24,9 @@ const LOOK: Duration = Duration::from_micros(100);
 /// What precedes a frame: its interface and its queue.
 const PLACE: usize = 4;
 
+/// More frames than this are not sent on: who sends so many does without some.
+const MOST: u64 = 100_000;
+
 /// Where a frame belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -61,9 +64,6 @@ pub(crate) fn forward(guest: &mut dyn Guest, stream: &mut UnixStream) -> Result<
     wire::send(stream, Kind::Quiet, &[])?;
     Ok(count)
 }
-
-/// More frames than this are not sent on: who sends so many does without some.
-const MOST: u64 = 100_000;
 
 /// Takes the frames that the source sends on, to the last one.
 pub(crate) fn take(machine: &dyn Machine, stream: &mut UnixStream) -> Result<(), wire::Error> {

@@ -113,16 +113,6 @@ impl Disk for Size {
         Ok(None)
     }
 
-    fn watch(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn written(&self, _: usize) -> Vec<(u64, usize)> {
-        Vec::new()
-    }
-
-    fn unwatch(&self) {}
-
     fn read(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
         into.fill(0);
         Ok(())

@@ -418,7 +418,13 @@ impl Source {
             Mode::PostCopy => 0,
         };
         for number in 0..rounds {
-            let mut round = self.round(guest, &load, Fresh::in_round(number), how)?;
+            let mut round = self.round(
+                guest.ram(),
+                &guest.disks(),
+                &load,
+                Fresh::in_round(number),
+                how,
+            )?;
             if !load.extents.is_empty() {
                 self.flush()?;
             }
@@ -503,7 +509,7 @@ impl Source {
             let none = Pages::none(guest.ram());
             std::mem::replace(&mut load.pages, none)
         });
-        let round = self.round(guest, &load, Fresh::Nothing, how)?;
+        let round = self.round(guest.ram(), &guest.disks(), &load, Fresh::Nothing, how)?;
         progress.lock().rounds.push(round);
         pause.mark("last memory", 0);
         if !load.extents.is_empty() {

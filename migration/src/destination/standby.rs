@@ -1,13 +1,12 @@
 //! The end that has a replica of the guest's disks, and not the guest.
 
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::sync::RwLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Destination, Error};
+use super::{Destination, Error, store};
 use crate::compare::Compare;
-use crate::disk::{self, Disks};
+use crate::disk::Disks;
 use crate::journal::{Journal, Point};
 use crate::wire::{self, Accepted, Kind};
 
@@ -44,52 +43,30 @@ impl Destination {
     /// Always: why there are no more.
     pub fn stand_by(mut self, replica: &dyn Replica) -> Result<(), Error> {
         let stood = self.receive_points(replica);
-        if let Err(error) = &stood
-            && !matches!(
-                error,
-                Error::Wire(wire::Error::Cut | wire::Error::Aborted(_))
-            )
-        {
-            let _ = wire::send(&mut self.control, Kind::Abort, error.to_string().as_bytes());
-        }
+        self.tell_failure(&stood);
         stood
     }
 
     fn receive_points(&mut self, replica: &dyn Replica) -> Result<(), Error> {
         let disks = replica.disks();
-        let capacities = disks.iter().map(|disk| disk.capacity());
-        if !capacities.eq(self.offer.disks.iter().copied()) {
-            return Err(Error::Disks);
-        }
         let accepted = Accepted {
-            blank: disks.iter().map(|disk| disk::is_blank(&**disk)).collect(),
+            blank: self.blank(disks)?,
             unable: None,
         };
         let journal = RwLock::new(replica.journal().map_err(Error::Disk)?);
-        let streams = std::mem::take(&mut self.data);
-        wire::send_value(&mut self.control, Kind::Accept, &accepted)?;
-        // From here on the source says when it is over.
-        self.control.set_read_timeout(None)?;
-        let endings: Vec<_> = streams
-            .iter()
-            .map(UnixStream::try_clone)
-            .collect::<io::Result<_>>()?;
-        std::thread::scope(|scope| {
-            let takers: Vec<_> = streams
-                .into_iter()
-                .map(|stream| scope.spawn(|| take_all(stream, &journal, disks)))
-                .collect();
-            let mut result = self.points(replica, &journal);
-            for stream in &endings {
-                let _ = stream.shutdown(std::net::Shutdown::Both);
-            }
-            for taker in takers {
-                if let Ok(Err(error)) = taker.join() {
-                    result = Err(error);
+        let put = |kind, payload: &[u8]| match kind {
+            Kind::Blocks | Kind::Holes => {
+                let journal = journal
+                    .read()
+                    .map_err(|_| Error::Machine("the replica's journal is lost".to_owned()))?;
+                match &*journal {
+                    Some(journal) => Ok(journal.take(kind, payload, disks)?),
+                    None => store(kind, payload, disks),
                 }
             }
-            result
-        })
+            _ => Err(wire::Error::Damaged("a replica has no memory").into()),
+        };
+        self.take(&accepted, put, |this| this.points(replica, &journal))
     }
 
     fn points(
@@ -138,46 +115,4 @@ impl Destination {
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
-}
-
-/// Keeps what comes on a data stream, until the stream ends.
-fn take_all(
-    mut stream: UnixStream,
-    journal: &RwLock<Option<Journal>>,
-    disks: &Disks,
-) -> Result<(), Error> {
-    let taken = take_frames(&mut stream, journal, disks);
-    if let Err(error) = &taken {
-        // The source waits for the round's end on this stream.
-        let _ = wire::send(&mut stream, Kind::Abort, error.to_string().as_bytes());
-        let _ = stream.shutdown(std::net::Shutdown::Read);
-    }
-    taken
-}
-
-fn take_frames(
-    mut stream: &mut UnixStream,
-    journal: &RwLock<Option<Journal>>,
-    disks: &Disks,
-) -> Result<(), Error> {
-    let mut payload = Vec::new();
-    loop {
-        let kind = match wire::receive(&mut stream, &mut payload) {
-            Err(wire::Error::Cut) => return Ok(()),
-            other => other?,
-        };
-        match kind {
-            Kind::Sync => wire::send(&mut stream, Kind::Sync, &payload)?,
-            Kind::Blocks | Kind::Holes => {
-                let journal = journal
-                    .read()
-                    .map_err(|_| Error::Machine("the replica's journal is lost".to_owned()))?;
-                match &*journal {
-                    Some(journal) => journal.take(kind, &payload, disks)?,
-                    None => super::store(kind, &payload, disks)?,
-                }
-            }
-            _ => return Err(wire::Error::Damaged("a replica has no memory").into()),
-        }
-    }
 }

@@ -17,7 +17,6 @@ use blanket_memory::dirty::Pages;
 use super::rounds::{Fresh, LITTLE, Load};
 use super::{Error, Guest, How, Source, is_readable};
 use crate::disk::{self, Disk, Disks, Extent};
-use crate::frames::Place;
 use crate::journal::Point;
 use crate::status::{Options, Phase, Progress, Replication, micros};
 use crate::wire::{self, Kind};
@@ -122,19 +121,18 @@ impl Source {
             return Ok(Some(left));
         }
         left.extend(disk::written(&guest.disks()));
-        let most = disk::bytes(&left) > MOST_HELD;
-        let sent = if most {
-            self.send(guest, left, how)
+        let disks = guest.disks();
+        let held = if disk::bytes(&left) > MOST_HELD {
+            self.send(guest.ram(), &disks, left, how).map(|()| None)
         } else {
-            Held::read(guest, &left).map_err(Error::from)
+            Held::read(&disks, &left).map(Some).map_err(Error::from)
         };
         let resumed = guest.resume();
         let pause_us = micros(begin.elapsed());
-        let held = sent?;
+        let held = held?;
         resumed.map_err(Error::Guest)?;
         if let Some(held) = held {
-            let left = held.extents();
-            self.send(&held, left, how)?;
+            self.send(guest.ram(), &held.disks, held.extents, how)?;
         }
         let age = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
         let point = Point {
@@ -161,28 +159,27 @@ impl Source {
         Ok(None)
     }
 
-    /// Sends parts of disks; nothing is held then.
+    /// Sends parts of disks.
     fn send(
         &mut self,
-        guest: &dyn Guest,
+        ram: &GuestRam,
+        disks: &Disks,
         extents: Vec<Extent>,
         how: &How<'_>,
-    ) -> Result<Option<Held>, Error> {
-        if !extents.is_empty() {
-            let load = Load {
-                pages: Pages::none(guest.ram()),
-                extents,
-            };
-            self.round(guest, &load, Fresh::Nothing, how)?;
+    ) -> Result<(), Error> {
+        if extents.is_empty() {
+            return Ok(());
         }
-        Ok(None)
+        let pages = Pages::none(ram);
+        let load = Load { pages, extents };
+        self.round(ram, disks, &load, Fresh::Nothing, how).map(drop)
     }
 }
 
-/// What was on the disks at a moment.
+/// What was on the disks at a moment, and where.
 struct Held {
-    ram: GuestRam,
-    disks: Vec<Arc<Frozen>>,
+    disks: Arc<Disks>,
+    extents: Vec<Extent>,
 }
 
 /// Parts of a disk, by their places.
@@ -192,93 +189,29 @@ struct Frozen {
 }
 
 impl Held {
-    fn read(guest: &dyn Guest, extents: &[Extent]) -> io::Result<Option<Self>> {
-        let disks = guest.disks();
-        let mut all = Vec::new();
+    fn read(disks: &Disks, wanted: &[Extent]) -> io::Result<Self> {
+        let (mut all, mut extents) = (Vec::new(), Vec::new());
         for (index, disk) in disks.iter().enumerate() {
             let mut parts: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
-            for extent in extents.iter().filter(|extent| extent.disk == index) {
-                if parts
-                    .get(&extent.at)
-                    .is_some_and(|it| it.len() >= extent.len)
-                {
+            for extent in wanted.iter().filter(|extent| extent.disk == index) {
+                let known = parts.get(&extent.at);
+                if known.is_some_and(|part| part.len() >= extent.len) {
                     continue;
                 }
                 let mut bytes = vec![0; extent.len];
                 disk.read(extent.at, &mut bytes)?;
                 parts.insert(extent.at, bytes);
             }
-            all.push(Arc::new(Frozen {
-                capacity: disk.capacity(),
-                parts,
+            extents.extend(parts.iter().map(|(at, bytes)| Extent {
+                disk: index,
+                at: *at,
+                len: bytes.len(),
             }));
+            let capacity = disk.capacity();
+            all.push(Arc::new(Frozen { capacity, parts }) as Arc<dyn Disk>);
         }
-        Ok(Some(Self {
-            ram: guest.ram().clone(),
-            disks: all,
-        }))
-    }
-
-    fn extents(&self) -> Vec<Extent> {
-        let mut all = Vec::new();
-        for (index, disk) in self.disks.iter().enumerate() {
-            for (at, bytes) in &disk.parts {
-                all.push(Extent {
-                    disk: index,
-                    at: *at,
-                    len: bytes.len(),
-                });
-            }
-        }
-        all
-    }
-}
-
-/// A guest of which there are only disks.
-const STILL: &str = "it stands still";
-
-impl Guest for Held {
-    fn ram(&self) -> &GuestRam {
-        &self.ram
-    }
-
-    fn disks(&self) -> Arc<Disks> {
-        self.disks
-            .iter()
-            .map(|disk| Arc::clone(disk) as _)
-            .collect()
-    }
-
-    fn begin(&mut self) -> Result<Pages, String> {
-        Ok(Pages::none(&self.ram))
-    }
-
-    fn dirty(&mut self) -> Result<Pages, String> {
-        Ok(Pages::none(&self.ram))
-    }
-
-    fn end(&mut self) {}
-
-    fn stop(&mut self) -> Result<Vec<u8>, String> {
-        Err(STILL.to_owned())
-    }
-
-    fn resume(&mut self) -> Result<(), String> {
-        Err(STILL.to_owned())
-    }
-
-    fn give_up(&mut self) {}
-
-    fn throttle(&mut self, _: u8) -> Result<(), String> {
-        Err(STILL.to_owned())
-    }
-
-    fn frame(&mut self, _: &mut Vec<u8>) -> Option<Place> {
-        None
-    }
-
-    fn is_found(&self) -> bool {
-        true
+        let disks = all.into();
+        Ok(Self { disks, extents })
     }
 }
 
@@ -290,16 +223,6 @@ impl Disk for Frozen {
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         Ok(Some(offset..self.capacity))
     }
-
-    fn watch(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn written(&self, _: usize) -> Vec<(u64, usize)> {
-        Vec::new()
-    }
-
-    fn unwatch(&self) {}
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let part = self.parts.get(&offset);

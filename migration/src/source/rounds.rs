@@ -164,7 +164,7 @@ impl Source {
             pages: Pages::none(guest.ram()),
             extents,
         };
-        let round = self.round(guest, &load, fresh, how)?;
+        let round = self.round(guest.ram(), &guest.disks(), &load, fresh, how)?;
         note(how.progress, round);
         self.flush()
     }
@@ -179,7 +179,8 @@ impl Source {
     /// Sends `load` over all streams, and waits until it is in place.
     pub(super) fn round(
         &mut self,
-        guest: &dyn Guest,
+        ram: &GuestRam,
+        disks: &Disks,
         load: &Load,
         fresh: Fresh,
         how: &How<'_>,
@@ -193,15 +194,14 @@ impl Source {
         }
         let bytes = load.bytes();
         progress.begin_round(bytes);
-        let memory = load.pages.runs(guest.ram(), MOST_MEMORY).into_iter();
+        let memory = load.pages.runs(ram, MOST_MEMORY).into_iter();
         let memory = memory.map(|(at, len)| Piece::Memory(at, len));
         let extents = load.extents.iter().copied().map(Piece::Disk);
         let pieces: Vec<_> = extents.chain(memory).collect();
         self.rounds = self.rounds.wrapping_add(1);
-        let disks = guest.disks();
         let work = Work {
-            ram: guest.ram(),
-            disks: &disks,
+            ram,
+            disks,
             pieces: &pieces,
             next: AtomicUsize::new(0),
             fresh,

@@ -177,6 +177,18 @@ fn tell_of_monitors(node: &Client) {
     }
 }
 
+/// Waits until something is so.
+///
+/// # Panics
+/// It is not for two minutes.
+pub fn until(what: &str, mut is: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !is() {
+        assert!(Instant::now() < deadline, "no {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// A VM on a node, or on this machine.
 pub struct Vm<'a> {
     node: &'a Client,

@@ -1,9 +1,9 @@
 //! The disks of guests on their way between nodes.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use blanket_system_tests::{Member, Vm, natively};
+use blanket_system_tests::{Member, Vm, natively, until};
 use blanket_testbed::{Client, Host};
 use serde_json::Value;
 
@@ -12,15 +12,6 @@ const LONG: Duration = Duration::from_secs(120);
 
 /// Bytes of the disk.
 const DISK: u64 = 96 << 20;
-
-/// Waits until something is so.
-fn until(what: &str, mut is: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LONG;
-    while !is() {
-        assert!(Instant::now() < deadline, "{what} is not");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
 
 /// A guest on a node, with a disk full of what cannot be packed.
 fn starts<'a>(host: &Host, node: &Member<'a>) -> Vm<'a> {

@@ -1,9 +1,9 @@
 //! Guests whose disks are kept on another node, too.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use blanket_system_tests::{Member, Vm, natively};
+use blanket_system_tests::{Member, Vm, natively, until};
 use blanket_testbed::{Client, Host};
 use serde_json::Value;
 
@@ -12,15 +12,6 @@ const LONG: Duration = Duration::from_secs(120);
 
 /// Bytes of the first disk.
 const DISK: u64 = 64 << 20;
-
-/// Waits until something is so.
-fn until(what: &str, mut is: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LONG;
-    while !is() {
-        assert!(Instant::now() < deadline, "{what} is not");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
 
 /// A guest on a node, with two disks; there is something on the first one.
 fn starts<'a>(host: &Host, node: &Member<'a>) -> Vm<'a> {
@@ -81,6 +72,17 @@ fn points(host: &Host) -> Vec<Value> {
         .collect()
 }
 
+/// Begins to replicate to `b`; there is a point.
+fn replicates(host: &Host, a: &Member) {
+    let run = format!(
+        "{} replicate web b --interval 1 --json > /run/points.log 2> /run/points.err \
+         || echo status $? >> /run/points.err",
+        a.command()
+    );
+    host.sh(run).spawn("/run/points.out").unwrap();
+    until("a point there", || !points(host).is_empty());
+}
+
 /// There are points that were begun later than now.
 fn more_points(host: &Host) {
     let goal = points(host).len() + 2;
@@ -96,13 +98,7 @@ fn a_guest_whose_node_fails_goes_on_from_its_last_point_elsewhere_and_comes_back
             let vm = starts(host, &a);
             let guest = vm.guest().unwrap();
             writes(&guest, 0);
-            let run = format!(
-                "{} replicate web b --interval 1 --json > /run/points.log 2> /run/points.err \
-                 || echo status $? >> /run/points.err",
-                a.command()
-            );
-            host.sh(run).spawn("/run/points.out").unwrap();
-            until("a point there", || !points(host).is_empty());
+            replicates(host, &a);
             more_points(host);
             for (command, why) in [
                 ("migrate web b", "end blanket replicate first"),
@@ -187,13 +183,7 @@ fn a_primary_that_could_not_be_reached_finds_its_replica_promoted() {
             let vm = starts(host, &a);
             let guest = vm.guest().unwrap();
             writes(&guest, 0);
-            let run = format!(
-                "{} replicate web b --interval 1 --json > /run/points.log 2> /run/points.err \
-                 || echo status $? >> /run/points.err",
-                a.command()
-            );
-            host.sh(run).spawn("/run/points.out").unwrap();
-            until("a point there", || !points(host).is_empty());
+            replicates(host, &a);
             let safe = written(&guest);
             more_points(host);
             host.sh("ip link set v1 down").text().unwrap();

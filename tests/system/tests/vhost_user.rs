@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use blanket_system_tests::{Vm, native, natively, on_node, provider};
+use blanket_system_tests::{Vm, native, natively, on_node, provider, until};
 use blanket_testbed::{Client, ensure_packages};
 use serde_json::Value;
 
@@ -45,16 +45,6 @@ fn counter(vm: &Vm, name: &str) -> u64 {
     let info = vm.info().unwrap();
     let count = info["metrics"]["devices"]["net0"][name].as_u64();
     count.unwrap_or_else(|| panic!("no {name}: {info}"))
-}
-
-fn until(what: &str, done: impl Fn() -> bool) {
-    for _ in 0..600 {
-        if done() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    panic!("no {what}");
 }
 
 /// Pings from one guest to the other, of every size. What comes before testpmd passes frames on

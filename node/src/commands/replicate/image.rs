@@ -85,16 +85,6 @@ impl Disk for Image {
         }
     }
 
-    fn watch(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn written(&self, _: usize) -> Vec<(u64, usize)> {
-        Vec::new()
-    }
-
-    fn unwatch(&self) {}
-
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(into, offset)
     }
