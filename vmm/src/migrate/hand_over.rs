@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use blanket_devices::lifecycle::SavedState;
 use blanket_devices::vhost_user::Logger;
 use blanket_drivers::mac::MacAddress;
-use blanket_drivers::store::{self, Access};
+use blanket_drivers::store::{self, Access, Image};
 use blanket_drivers::tap::{self, Tap, TapQueue};
 use blanket_migration::Disks;
 use serde::{Deserialize, Serialize};
@@ -55,7 +55,7 @@ impl HandOver {
         let mut all = Self::default();
         for disk in disks {
             if !disk.image.readonly() {
-                all.contents.push(Arc::new(Content(disk.image.access())));
+                all.contents.push(Arc::new(Content::of(&disk.image)));
             }
             match disk.image.hand_over()? {
                 Some(file) => {
@@ -197,7 +197,15 @@ impl HandOver {
 }
 
 /// A disk's content, as the engine sees it.
-struct Content(Access);
+pub struct Content(Access);
+
+impl Content {
+    /// Of this disk.
+    #[must_use]
+    pub fn of(image: &Image) -> Self {
+        Self(image.access())
+    }
+}
 
 impl blanket_migration::Disk for Content {
     fn capacity(&self) -> u64 {

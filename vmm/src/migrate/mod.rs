@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use frames::Frames;
 pub use guest::Tracked;
-pub use hand_over::{HandOver, Offered};
+pub use hand_over::{Content, HandOver, Offered};
 pub(crate) use migrator::Departure;
 pub use migrator::Migrator;
 

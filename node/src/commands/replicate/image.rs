@@ -2,12 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
+use blanket_drivers::store::{self, Engine, Format, Spec};
 use blanket_migration::Disk;
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, ioctl_ficlone, seek};
+use blanket_vmm::migrate::Content;
+use rustix::fs::{OFlags, ioctl_ficlone};
 
 /// Bytes that are copied at once.
 const PIECE: usize = 1 << 20;
@@ -15,7 +17,7 @@ const PIECE: usize = 1 << 20;
 /// An image.
 pub(super) struct Image {
     file: File,
-    capacity: u64,
+    content: Arc<Content>,
 }
 
 impl Image {
@@ -39,7 +41,23 @@ impl Image {
             }
             _ => {}
         }
-        Ok(Self { file, capacity })
+        let spec = Spec {
+            path: path.to_owned(),
+            readonly: false,
+            format: Some(Format::Raw),
+            direct: false,
+            backing: false,
+            engine: Engine::Sync,
+            stripe: Vec::new(),
+        };
+        let image = store::Image::adopt(&spec, file.try_clone()?).map_err(io::Error::other)?;
+        let content = Arc::new(Content::of(&image));
+        Ok(Self { file, content })
+    }
+
+    /// What is in it.
+    pub(super) fn content(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.content) as _
     }
 
     /// Takes over what is in another image, which may be one of some other time.
@@ -47,70 +65,20 @@ impl Image {
         if ioctl_ficlone(&self.file, &from.file).is_ok() {
             return Ok(());
         }
+        let (from, to) = (&from.content, &self.content);
         let mut piece = vec![0; PIECE];
         let mut at = 0;
         while let Some(data) = from.next_data(at)? {
             at = data.start;
-            while at < data.end.min(self.capacity) {
-                let left = usize::try_from(data.end.min(self.capacity) - at).unwrap_or(PIECE);
+            while at < data.end {
+                let left = usize::try_from(data.end - at).unwrap_or(PIECE);
                 let piece = piece.get_mut(..left.min(PIECE)).unwrap_or_default();
                 from.read(at, piece)?;
-                self.write(at, piece)?;
+                to.write(at, piece)?;
                 at += piece.len() as u64;
             }
-            at = data.end;
         }
         Ok(())
-    }
-}
-
-impl Disk for Image {
-    fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        if offset >= self.capacity {
-            return Ok(None);
-        }
-        match seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) if start >= self.capacity => Ok(None),
-            Ok(start) => {
-                let end = seek(&self.file, SeekFrom::Hole(start)).unwrap_or(self.capacity);
-                Ok(Some(start..end.min(self.capacity)))
-            }
-            Err(rustix::io::Errno::NXIO) => Ok(None),
-            // A file system that does not tell.
-            Err(_) => Ok(Some(offset..self.capacity)),
-        }
-    }
-
-    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, offset)
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
-    }
-
-    fn clear(&self, offset: u64, len: u64) -> io::Result<()> {
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        if fallocate(&self.file, punch, offset, len).is_ok() {
-            return Ok(());
-        }
-        let zeros = vec![0; PIECE];
-        let end = offset.saturating_add(len);
-        let mut at = offset;
-        while at < end {
-            let n = usize::try_from(end - at).map_or(PIECE, |left| left.min(PIECE));
-            self.write(at, zeros.get(..n).unwrap_or_default())?;
-            at += n as u64;
-        }
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
     }
 }
 
@@ -122,15 +90,15 @@ mod tests {
     fn an_image_is_what_was_written_to_it_and_copies_are_the_same() {
         let dir = tempfile::tempdir().unwrap();
         let one = Image::open(&dir.path().join("one"), 3 << 20).unwrap();
-        one.write(1 << 20, &[7; 5000]).unwrap();
-        one.write((3 << 20) - 512, &[8; 512]).unwrap();
-        one.clear(1 << 20, 4096).unwrap();
+        one.content().write(1 << 20, &[7; 5120]).unwrap();
+        one.content().write((3 << 20) - 512, &[8; 512]).unwrap();
+        one.content().clear(1 << 20, 4096).unwrap();
         let two = Image::open(&dir.path().join("two"), 3 << 20).unwrap();
         two.copy(&one).unwrap();
         let [a, b] = ["one", "two"].map(|name| std::fs::read(dir.path().join(name)).unwrap());
         assert!(a == b && a[1 << 20] == 0 && a[(1 << 20) + 4096] == 7);
         assert!(Image::open(&dir.path().join("two"), 4 << 20).is_err());
         let blank = Image::open(&dir.path().join("blank"), 1 << 20).unwrap();
-        assert_eq!(blank.next_data(0).unwrap(), None);
+        assert_eq!(blank.content().next_data(0).unwrap(), None);
     }
 }

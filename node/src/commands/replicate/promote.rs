@@ -3,14 +3,13 @@
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use blanket_migration::Disk;
 use blanket_vmm::config::VmConfig;
 use hyper::Method;
 use serde_json::json;
 
+use super::image::Image;
 use super::store::{Record, Store};
 use crate::commands::migrate::receive::localized;
 use crate::commands::run::{Start, settle};
@@ -71,7 +70,7 @@ pub(crate) fn promote(home: &Home, args: Args, home_flag: Option<&Path>) -> Resu
     // As it is now that nobody else changes it.
     let mut record = store.read()?.ok_or_else(|| unknown(home, &args.name))?;
     let disks = store.images(&record.disks)?;
-    let disks: Vec<Arc<dyn Disk>> = disks.into_iter().map(|it| it as _).collect();
+    let disks: Vec<_> = disks.iter().map(Image::content).collect();
     store.settle(&mut record, &disks)?;
     let (Some(_), Some(config)) = (record.point, record.config.clone()) else {
         return Err(failure(

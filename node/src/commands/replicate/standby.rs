@@ -5,11 +5,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use blanket_migration::{Destination, Disk};
+use blanket_migration::Destination;
 
+use super::image::Image;
 use super::store::{Record, Session, Store, seed};
 use crate::cluster::parcel::{Go, MAX_ITEMS, Parcel, What, hear};
 use crate::commands::migrate::folder::{Owner, is_room_for};
@@ -105,7 +105,7 @@ fn begin(home: &Home, parcel: &Parcel, owner: Owner) -> Result<(Store, Session)>
     // It counts from here on.
     store.write(&record)?;
     let images = store.images(&record.disks)?;
-    let disks: Vec<Arc<dyn Disk>> = images.iter().map(|it| Arc::clone(it) as _).collect();
+    let disks: Vec<_> = images.iter().map(Image::content).collect();
     store.settle(&mut record, &disks)?;
     store.tidy();
     if fresh {

@@ -184,12 +184,11 @@ impl Store {
     }
 
     /// Its disks.
-    pub(super) fn images(&self, disks: &[Blank]) -> Result<Vec<Arc<Image>>> {
+    pub(super) fn images(&self, disks: &[Blank]) -> Result<Vec<Image>> {
         let open = |disk: &Blank| {
             let path = self.image(disk.index);
             let image = Image::open(&path, disk.capacity);
-            let image = image.with_context(|| format!("the replica's disk {}", path.display()))?;
-            Ok(Arc::new(image))
+            image.with_context(|| format!("the replica's disk {}", path.display()))
         };
         disks.iter().map(open).collect()
     }
