@@ -108,9 +108,12 @@ fn what_is_sent_to_a_guest_that_moves_to_another_node_arrives_once_and_in_order(
         let [a, b] = Member::two(host);
         let mut guest = starts(host, &a).guest().unwrap();
         guest
-            .sh("guest-check datagrams 7 > /run/found; echo over >> /run/found")
+            .sh("guest-check datagrams 7 > /run/found || true; echo over >> /run/found")
             .spawn("/run/datagrams.log")
             .unwrap();
+        // It listens.
+        let listens = "until grep -q :0007 /proc/net/udp; do sleep 0.1; done";
+        guest.sh(listens).text().unwrap();
         // Numbers in datagrams, a millisecond or two apart.
         host.sh("until ping -c 1 -W 1 10.7.0.50; do :; done; \
                  exec bash -c 'exec 3>/dev/udp/10.7.0.50/7; n=0; while [ ! -e /run/stop ]; do \
