@@ -1,0 +1,24 @@
+//! The overlay: one L2 network across nodes and clouds.
+//!
+//! Each node has a switch. Guests are its ports; tunnels join it to the
+//! switches of other nodes. A frame walks straight through:
+//!
+//! ```text
+//! port --receive--> Frame --parse--> Key --> flow table --> bridge --> port
+//!                                                              \--> tunnel --> uplink
+//! ```
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`frame`] | a frame on its way: its head, the rest where it lies, its offloads; what its headers say |
+//! | [`port`] | where frames come in and go out |
+//! | [`drops`] | why frames are dropped, counted |
+//!
+//! Large frames (segmentation offload) stay whole from guest to guest, and
+//! every byte of a frame is copied at most once on a node: the head, which
+//! decisions are made on, is taken out of the guest's memory first, and it is
+//! the copy that is sent on; what the guest changes afterwards, nobody reads.
+
+pub mod drops;
+pub mod frame;
+pub mod port;
