@@ -38,6 +38,40 @@ reasons! {
     Down = "port_down",
     /// It is longer than the port or the tunnel takes.
     TooBig = "too_big",
+    /// It came from a port or a node that does not exist.
+    NoPort = "no_port",
+    /// There is no such network here.
+    NoNetwork = "no_network",
+    /// There is no tunnel to the node that it should go to.
+    NoTunnel = "no_tunnel",
+    /// Its VLAN is not one of the port's.
+    VlanRefused = "vlan_refused",
+    /// It has more VLAN tags than the port may send.
+    DoubleTag = "double_tag",
+    /// It is sent from an address that is not its sender's.
+    Spoofed = "mac_spoofed",
+    /// It is sent from an address that changed its place too often.
+    Flapping = "mac_flapping",
+    /// It is sent to a group that ends at the next bridge.
+    LinkLocal = "link_local_group",
+    /// Its sender may send fewer frames to all.
+    StormBroadcast = "storm_broadcast",
+    /// Its sender may send fewer frames to groups.
+    StormMulticast = "storm_multicast",
+    /// Its sender may send fewer frames to addresses that nobody knows.
+    StormUnknown = "storm_unknown",
+    /// Its sender may send fewer bytes.
+    RateLimited = "rate_limited",
+    /// It is sent to the port that it comes from.
+    SamePort = "same_port",
+    /// It came by a tunnel, and would leave by one.
+    SplitHorizon = "split_horizon",
+    /// Nobody knows where its destination is.
+    NoDestination = "no_destination",
+    /// It would go from one isolated port to another.
+    Isolated = "port_isolated",
+    /// Too many frames wait for the port to become active.
+    HoldFull = "hold_full",
 }
 
 impl fmt::Display for Reason {

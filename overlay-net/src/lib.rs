@@ -12,6 +12,10 @@
 //! |---|---|
 //! | [`frame`] | a frame on its way: its head, the rest where it lies, its offloads; what its headers say |
 //! | [`port`] | where frames come in and go out |
+//! | [`bridge`] | where a frame goes: addresses, VLANs, groups, limits |
+//! | [`directory`] | which node has which address, told by all to all |
+//! | [`vip`] | one address for many servers |
+//! | [`capture`] | frames in a file, and at other ports |
 //! | [`drops`] | why frames are dropped, counted |
 //!
 //! Large frames (segmentation offload) stay whole from guest to guest, and
@@ -19,6 +23,10 @@
 //! decisions are made on, is taken out of the guest's memory first, and it is
 //! the copy that is sent on; what the guest changes afterwards, nobody reads.
 
+pub mod bridge;
+pub mod capture;
+pub mod directory;
 pub mod drops;
 pub mod frame;
 pub mod port;
+pub mod vip;
