@@ -219,6 +219,7 @@ pub struct Directory {
     me: NodeId,
     limits: Limits,
     records: BTreeMap<(Bucket, Key), Slot>,
+    /// What is here, as far as this node was told by its own.
     own: HashMap<Key, Value>,
     per_node: HashMap<NodeId, usize>,
     hashes: [u64; BUCKETS],
@@ -455,10 +456,9 @@ impl Directory {
                 // There is room: the key is there.
                 let _ = self.claim(now, key, value, epoch);
             }
-            Some(_) => {
-                self.own.remove(&key);
-                self.counts.lost += 1;
-            }
+            // It has moved, and who moved it withdraws the claim here; or the
+            // other one is wrong, and will say so: then it is claimed again.
+            Some(_) => self.counts.lost += 1,
             // Somebody remembers what this node had before it was started
             // again.
             None if mine && !gone => {

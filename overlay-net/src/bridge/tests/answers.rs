@@ -155,7 +155,7 @@ fn answers_have_the_tag_that_the_question_had() {
         &tagged(&question, ethertype::VLAN, 5),
     );
     let (key, _) = read(&sent.reply(), vni(7));
-    assert_eq!(key.tags[0].map(|tag| tag.vid()), Some(5));
+    assert_eq!(key.tags[0].map(crate::frame::Tag::vid), Some(5));
     assert_eq!(key.arp.map(|arp| arp.sender.0), Some(mac(9)));
 }
 

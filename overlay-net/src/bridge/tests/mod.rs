@@ -2,8 +2,8 @@
 
 mod answers;
 mod forwarding;
-// mod groups;
-// mod limits;
+mod groups;
+mod limits;
 mod migration;
 // mod properties;
 mod vlans;

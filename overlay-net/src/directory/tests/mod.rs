@@ -1,8 +1,8 @@
 //! The directory: its order, its format, and many nodes' together.
 
-// mod model;
-// mod scale;
-// mod sim;
+mod model;
+mod scale;
+mod sim;
 
 use proptest::prelude::*;
 

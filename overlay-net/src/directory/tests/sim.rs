@@ -45,6 +45,8 @@ pub(super) struct Sim {
     pub(super) bytes: u64,
     on_the_way: BTreeMap<(Duration, u64), Packet>,
     count: u64,
+    /// When each node has something to do.
+    next: Vec<Duration>,
 }
 
 pub(super) fn id(at: usize) -> NodeId {
@@ -63,6 +65,7 @@ impl Sim {
             bytes: 0,
             on_the_way: BTreeMap::new(),
             count: 0,
+            next: vec![Duration::ZERO; nodes],
         };
         for at in 0..nodes {
             sim.nodes.push(Self::node(at, nodes));
@@ -91,11 +94,7 @@ impl Sim {
             self.poll(at);
         }
         loop {
-            let next = self
-                .nodes
-                .iter()
-                .map(|node| node.gossip.next(self.now))
-                .min();
+            let next = self.next.iter().copied().min();
             let arrives = self.on_the_way.keys().next().map(|(time, _)| *time);
             let step = next.into_iter().chain(arrives).min().unwrap_or(until);
             if step.max(self.now) >= until {
@@ -118,7 +117,7 @@ impl Sim {
                 }
             }
             for at in 0..self.nodes.len() {
-                if busy.contains(&at) || self.nodes[at].gossip.next(self.now) <= self.now {
+                if busy.contains(&at) || self.next[at] <= self.now {
                     self.poll(at);
                 }
             }
@@ -144,5 +143,6 @@ impl Sim {
                 self.on_the_way.insert((time, self.count), packet);
             }
         }
+        self.next[at] = self.nodes[at].gossip.next(self.now);
     }
 }
