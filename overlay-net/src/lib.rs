@@ -12,6 +12,7 @@
 //! |---|---|
 //! | [`frame`] | a frame on its way: its head, the rest where it lies, its offloads; what its headers say |
 //! | [`port`] | where frames come in and go out |
+//! | [`tunnel`] | between nodes: encrypted, super-frames, several paths; VXLAN and Geneve |
 //! | [`drops`] | why frames are dropped, counted |
 //!
 //! Large frames (segmentation offload) stay whole from guest to guest, and
@@ -22,3 +23,4 @@
 pub mod drops;
 pub mod frame;
 pub mod port;
+pub mod tunnel;
