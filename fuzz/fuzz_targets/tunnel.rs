@@ -18,11 +18,24 @@ use libfuzzer_sys::fuzz_target;
 #[derive(Arbitrary, Debug)]
 enum Step {
     /// Any bytes, from some address.
-    Bytes { bytes: Vec<u8>, port: u8, segment: u16 },
+    Bytes {
+        bytes: Vec<u8>,
+        port: u8,
+        segment: u16,
+    },
     /// A frame.
-    Frame { len: u16, one_by_one: bool, backwards: bool },
+    Frame {
+        len: u16,
+        one_by_one: bool,
+        backwards: bool,
+    },
     /// A datagram that was sent before, with changes.
-    Again { which: u8, changes: Vec<(u16, u8)>, cut: Option<u16>, port: u8 },
+    Again {
+        which: u8,
+        changes: Vec<(u16, u8)>,
+        cut: Option<u16>,
+        port: u8,
+    },
     /// Time passes.
     Time(u16),
     /// The parsers, as if a peer had sealed it.
@@ -60,11 +73,16 @@ impl Net {
             segment,
         };
         let got = &mut self.got;
-        self.nodes[node].open(self.now, [received], &mut self.out[node], &mut |_, vni, frame| {
-            assert_eq!(vni, Vni::new(5).expect("24 bits"));
-            assert!(frame.to_vec().iter().all(|byte| *byte == 0x5a));
-            *got += 1;
-        });
+        self.nodes[node].open(
+            self.now,
+            [received],
+            &mut self.out[node],
+            &mut |_, vni, frame| {
+                assert_eq!(vni, Vni::new(5).expect("24 bits"));
+                assert!(frame.to_vec().iter().all(|byte| *byte == 0x5a));
+                *got += 1;
+            },
+        );
     }
 
     fn exchange(&mut self) {
@@ -118,7 +136,10 @@ impl Net {
             }
             self.open(1, address(0, 0), &mut bytes, segment);
         }
-        assert!(self.got <= self.frames, "a frame came twice, or from nowhere");
+        assert!(
+            self.got <= self.frames,
+            "a frame came twice, or from nowhere"
+        );
     }
 }
 

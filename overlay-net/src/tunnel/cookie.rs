@@ -114,7 +114,7 @@ fn sealing(key: &hmac::Key, last: &[u8], random: &[u8]) -> Option<LessSafeKey> {
     key.ok().map(LessSafeKey::new)
 }
 
-/// What a node does with a handshake's message.
+/// What a node does with an initiation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// It is worth computing.
@@ -162,7 +162,15 @@ impl Gate {
         cookie
     }
 
-    /// Looks at a message (with its MACs) of `session`.
+    /// Whether a message's sender knows our public key. It is enough for
+    /// responses: only who saw an initiation can make another one worth a look.
+    pub(super) fn is_for_us(&self, message: &[u8]) -> bool {
+        let at = message.len().saturating_sub(MACS);
+        let first = message.get(at..at + MAC);
+        first.is_some_and(|first| is_mac(&self.mac, &message[..at], first))
+    }
+
+    /// Looks at an initiation (with its MACs) of `session`.
     pub(super) fn judge(
         &mut self,
         now: Time,
@@ -172,7 +180,7 @@ impl Gate {
     ) -> Result<Verdict, Reason> {
         let at = message.len().checked_sub(MACS).ok_or(Reason::Malformed)?;
         let (first, second) = message[at..].split_at(MAC);
-        if !is_mac(&self.mac, &message[..at], first) {
+        if !self.is_for_us(message) {
             return Err(Reason::Forged);
         }
         if now.as_secs() != self.second {

@@ -29,6 +29,7 @@
 //! | `seal`, `train` | frames become datagrams |
 //! | `open`, `assemble` | datagrams become frames |
 //! | `timers` | probes, new keys, what expires |
+//! | [`io`] | all of it over uplinks |
 //! | [`vxlan`], [`geneve`] | frames to others' tunnels, without encryption |
 
 use std::collections::HashMap;
@@ -45,6 +46,7 @@ mod aead;
 mod assemble;
 mod cookie;
 pub mod geneve;
+pub mod io;
 mod noise;
 mod open;
 mod path;
@@ -299,6 +301,18 @@ impl Tunnels {
         }
         self.keys.remove(&gone.public);
         self.assembler.forget(peer);
+        true
+    }
+
+    /// Changes where a peer may be. What is known of paths that stay, stays;
+    /// those that were learned are kept. What is not finished in a
+    /// [`TrainBuffer`] still goes the old way. False: there is no such peer.
+    pub fn set_paths(&mut self, now: Time, peer: PeerId, paths: &[PathConfig]) -> bool {
+        let slot = self.peers.get_mut(peer.0 as usize);
+        let Some(peer) = slot.and_then(Option::as_deref_mut) else {
+            return false;
+        };
+        peer.set_paths(now, paths, &self.uplinks);
         true
     }
 

@@ -8,7 +8,7 @@ use super::noise::Started;
 use super::path::Path;
 use super::session::Table;
 use super::wire::{MAX_FRAME, MIN_DATAGRAM, OVERHEAD};
-use super::{Mode, PeerConfig, PublicKey, Stats, Time};
+use super::{Mode, PathConfig, PeerConfig, PublicKey, Stats, Time};
 
 /// Sessions of a peer at once: the current one, those before it that datagrams
 /// may still come in, and one that the peer has not confirmed yet.
@@ -77,19 +77,40 @@ impl Peer {
             spray: [0; BUCKETS],
             shunned: 0,
         };
-        peer.paths = config
-            .paths
-            .iter()
-            .take(MAX_PATHS - LEARNED)
-            .map(|path| {
-                let greatest = greatest(uplinks, path.uplink);
-                let mut made = Path::new(path.uplink, path.remote, path.weight, greatest);
-                made.home = Some(path.remote);
-                made
-            })
-            .collect();
-        peer.respray();
+        peer.set_paths(now, &config.paths, uplinks);
         peer
+    }
+
+    pub(super) fn set_paths(&mut self, now: Time, paths: &[PathConfig], uplinks: &[usize]) {
+        let mut before = std::mem::take(&mut self.paths);
+        for config in paths.iter().take(MAX_PATHS - LEARNED) {
+            let is = |path: &Path| {
+                let remote = path.home.unwrap_or(path.remote);
+                (path.uplink, remote) == (config.uplink, config.remote)
+            };
+            let mut path = match before.iter().position(is) {
+                Some(at) => before.swap_remove(at),
+                None => {
+                    let greatest = greatest(uplinks, config.uplink);
+                    Path::new(config.uplink, config.remote, config.weight, greatest)
+                }
+            };
+            (path.home, path.weight) = (Some(config.remote), config.weight);
+            path.hurry(now);
+            self.paths.push(path);
+        }
+        let learned = before.into_iter().filter(|path| path.home.is_none());
+        self.paths.extend(learned);
+        self.renumbered();
+    }
+
+    /// Paths have other places now.
+    fn renumbered(&mut self) {
+        self.shunned = 0;
+        for path in &mut self.paths {
+            path.shunned = false;
+        }
+        self.judge();
     }
 
     /// Which path a flow takes.
@@ -153,12 +174,7 @@ impl Peer {
         let before = self.paths.len();
         self.paths.retain(|path| !path.is_forgotten(now));
         if self.paths.len() != before {
-            // Places have changed.
-            for path in &mut self.paths {
-                path.shunned = false;
-            }
-            self.shunned = 0;
-            self.judge();
+            self.renumbered();
         }
     }
 

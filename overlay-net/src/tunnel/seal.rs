@@ -71,7 +71,7 @@ impl<'f, 'a> Source<'f, 'a> {
             };
             let copied = piece.copy_to(&mut to[done..]);
             done += copied;
-            self.piece = piece.offset(copied).ok().filter(|rest| rest.len() > 0);
+            self.piece = piece.offset(copied).ok().filter(|rest| !rest.is_empty());
         }
     }
 }
@@ -280,8 +280,7 @@ impl Tunnels {
         let path = &mut ready.peer.paths[usize::from(ready.path)];
         let (chunks, size) = (gaps.chunks(len), gaps.datagram);
         let head = head.bytes();
-        if chunks < 2
-            || chunks > MAX_CHUNKS
+        if !(2..=MAX_CHUNKS).contains(&chunks)
             || size > path.size
             || head.len() != HEAD
             || buffer.len() < chunks * size

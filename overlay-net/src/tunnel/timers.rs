@@ -273,10 +273,8 @@ impl Tunnels {
     ) -> Result<(), Reason> {
         let message: &[u8; RESPONSE] = bytes.try_into().map_err(|_| Reason::Malformed)?;
         let id = self.table.waiting(receiver).ok_or(Reason::Handshake)?;
-        if let Verdict::Answer(cookie) = self.gate.judge(now, from.1, sender, message)? {
-            close(&mut self.peers, &mut self.table, now, false, out);
-            self.message(from, &cookie, out);
-            return Err(Reason::HandshakeFlood);
+        if !self.gate.is_for_us(message) {
+            return Err(Reason::Forged);
         }
         let slot = self.peers.get_mut(id.0 as usize);
         let peer = slot.and_then(Option::as_deref_mut).ok_or(Reason::NoPeer)?;

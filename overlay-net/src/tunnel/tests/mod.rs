@@ -423,8 +423,11 @@ fn a_lossy_path_is_left_while_another_is_clean_and_loss_changes_the_mode() {
     let lossy = status.paths.iter().filter(|path| path.lossy).count();
     assert!(lossy <= 1, "one must be left");
     net.on_path.clear();
-    traffic(&mut net, 3000);
-    assert_eq!(net.status(0, 1).mode, Mode::Whole);
+    let again = (0..60).any(|_| {
+        traffic(&mut net, 50);
+        net.status(0, 1).mode == Mode::Whole
+    });
+    assert!(again);
 }
 
 #[test]
@@ -453,11 +456,11 @@ fn the_size_of_datagrams_is_found_and_a_black_hole_too() {
 }
 
 #[test]
-fn a_hundred_peers_connect() {
+fn many_peers_connect_at_once() {
     let mut net = Net::new(14, 2, 1);
     let hub = net.nodes[0].private;
     let mut spokes = Vec::new();
-    for at in 0..100 {
+    for at in 0..250 {
         let private = generate();
         let mut tunnels = Tunnels::new(Config {
             private,
@@ -538,8 +541,10 @@ fn a_hundred_peers_connect() {
         }
         hub.out.clear();
     }
-    assert_eq!(seen, 100);
-    assert!(hub.tunnels.table.len() <= 100 * 2 + 2);
+    assert_eq!(seen, 250);
+    let asked = hub.tunnels.drops().of(Reason::HandshakeFlood);
+    assert!(asked >= 150, "they had to show cookies, {asked}");
+    assert!(hub.tunnels.table.len() <= 250 * 2 + 2);
 }
 
 #[test]
@@ -581,6 +586,36 @@ fn peers_are_added_once_and_removed() {
     assert_eq!(sealed, Err(Reason::NoPeer));
     assert!(tunnels.table.len() <= 3);
     assert_ne!(tunnels.add(net.now, &config), Ok(peer));
+}
+
+#[test]
+fn a_peers_paths_can_be_changed() {
+    let mut net = Net::new(16, 2, 2);
+    net.connect();
+    net.run(SECOND * 2);
+    let peer = net.peer(0, 1);
+    let path = |uplink: u8, weight| PathConfig {
+        uplink,
+        remote: address(1, uplink.into()),
+        weight,
+    };
+    let now = net.now;
+    let tunnels = &mut net.nodes[0].tunnels;
+    assert!(tunnels.set_paths(now, peer, &[path(1, 3)]));
+    let status = net.status(0, 1);
+    assert_eq!((status.paths.len(), status.paths[0].up), (1, true));
+    for number in 0..10 {
+        assert!(net.seal(0, 1, number, &numbered(number.into(), 60)).is_ok());
+    }
+    net.flush(0);
+    assert_eq!(net.status(0, 1).paths[0].sent, 1);
+    let tunnels = &mut net.nodes[0].tunnels;
+    assert!(tunnels.set_paths(now, peer, &[path(0, 1), path(1, 3)]));
+    net.run(SECOND);
+    assert_eq!(numbers(&mut net, 1).len(), 10);
+    assert!(net.status(0, 1).paths.iter().all(|path| path.up));
+    let tunnels = &mut net.nodes[0].tunnels;
+    assert!(!tunnels.set_paths(now, PeerId(9), &[]));
 }
 
 #[test]
@@ -629,6 +664,43 @@ proptest! {
         let (frames, bytes) = net.nodes[1].tunnels.assembler.held();
         prop_assert!(frames == 0 && bytes <= 64 * 70_000);
         prop_assert!(net.nodes[1].tunnels.table.len() <= 6);
+    }
+
+    #[test]
+    fn a_peer_with_keys_may_send_any_records(
+        seed: u64,
+        datagrams in proptest::collection::vec(
+            (proptest::collection::vec(any::<u8>(), 0..1400), 0_u8..6, 0_u8..70, 0_u16..3),
+            1..60,
+        ),
+    ) {
+        let mut net = Net::new(seed, 2, 1);
+        net.connect();
+        for (mut records, kind, index, high) in datagrams {
+            if records.len() > wire::RECORD {
+                // Often nearly sound.
+                (records[0], records[1], records[2]) = (kind, index, records[2] & 0x47);
+                records[6..8].copy_from_slice(&[(high >> 1) as u8, (high as u8) << 7]);
+            }
+            let mut datagram = vec![0; wire::HEADER];
+            datagram.extend(records);
+            datagram.extend([0; wire::TAG]);
+            let node = &mut net.nodes[0];
+            let peer = node.tunnels.peers[0].as_deref().expect("a peer");
+            let session = node.tunnels.table.get(peer.current.expect("keys"));
+            session.expect("a session").seal(&mut datagram);
+            net.inject(address(0, 0), address(1, 0), datagram);
+        }
+        net.run(SECOND / 20);
+        let (frames, bytes) = net.nodes[1].tunnels.assembler.held();
+        prop_assert!(frames <= 24 && bytes <= 64 * 70_000, "{} {}", frames, bytes);
+        for (_, vni, bytes, facts) in std::mem::take(&mut net.nodes[1].got) {
+            prop_assert!(wire::Facts::of(vni, bytes.len(), facts).is_ok());
+        }
+        net.run(SECOND);
+        prop_assert!(net.send(0, 1, &numbered(1, 3000)));
+        net.run(SECOND);
+        prop_assert_eq!(numbers(&mut net, 1).len(), 1);
     }
 
     #[test]
