@@ -72,6 +72,22 @@ reasons! {
     Isolated = "port_isolated",
     /// Too many frames wait for the port to become active.
     HoldFull = "hold_full",
+    /// There is no such peer.
+    NoPeer = "no_peer",
+    /// There are no keys with the peer yet, or it cannot be reached.
+    NoSession = "no_session",
+    /// A tunnel's packet that nobody who has the keys has sent.
+    Forged = "forged",
+    /// A tunnel's packet that has been taken already, or is too old to tell.
+    Replayed = "replayed",
+    /// Chunks of a frame of which others were lost.
+    Incomplete = "incomplete",
+    /// A handshake from a stranger, or one that was there already.
+    Handshake = "handshake",
+    /// A handshake, of too many.
+    HandshakeFlood = "handshake_flood",
+    /// A tunnel's packet without encryption from an unknown address.
+    Stranger = "stranger",
 }
 
 impl fmt::Display for Reason {

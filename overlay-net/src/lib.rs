@@ -16,6 +16,7 @@
 //! | [`directory`] | which node has which address, told by all to all |
 //! | [`vip`] | one address for many servers |
 //! | [`capture`] | frames in a file, and at other ports |
+//! | [`tunnel`] | between nodes: encrypted, super-frames, several paths; VXLAN and Geneve |
 //! | [`drops`] | why frames are dropped, counted |
 //!
 //! Large frames (segmentation offload) stay whole from guest to guest, and
@@ -30,3 +31,4 @@ pub mod drops;
 pub mod frame;
 pub mod port;
 pub mod vip;
+pub mod tunnel;

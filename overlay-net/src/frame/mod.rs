@@ -60,8 +60,12 @@ impl Vni {
 
     /// `None` if it is more than 24 bits.
     #[must_use]
-    pub fn new(number: u32) -> Option<Self> {
-        (number <= Self::MAX).then_some(Self(number))
+    pub const fn new(number: u32) -> Option<Self> {
+        if number <= Self::MAX {
+            Some(Self(number))
+        } else {
+            None
+        }
     }
 
     /// As a number of 24 bits.
