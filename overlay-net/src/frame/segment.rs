@@ -24,6 +24,7 @@ const CWR: u8 = 0x80;
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces<'a> {
     list: [VolatileSlice<'a>; PIECES],
+    start: usize,
     len: usize,
 }
 
@@ -31,6 +32,7 @@ impl Default for Pieces<'_> {
     fn default() -> Self {
         Self {
             list: [VolatileSlice::from(&mut [][..]); PIECES],
+            start: 0,
             len: 0,
         }
     }
@@ -49,13 +51,28 @@ impl<'a> Pieces<'a> {
 
     /// Forgets all pieces.
     pub fn clear(&mut self) {
-        self.len = 0;
+        (self.start, self.len) = (0, 0);
+    }
+
+    /// Takes the first bytes out, copied into `to`; how many there were.
+    pub fn take(&mut self, to: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < to.len() && self.start < self.len {
+            let piece = &mut self.list[self.start];
+            let len = piece.copy_to(&mut to[done..]);
+            done += len;
+            match piece.offset(len) {
+                Ok(rest) if !rest.is_empty() => *piece = rest,
+                _ => self.start += 1,
+            }
+        }
+        done
     }
 
     /// The pieces.
     #[must_use]
     pub fn list(&self) -> &[VolatileSlice<'a>] {
-        &self.list[..self.len]
+        &self.list[self.start..self.len]
     }
 }
 
