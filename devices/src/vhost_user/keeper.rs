@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 use blanket_memory::shared_log::SharedLog;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::session::Session;
+use super::session::{Inflight, Session};
 use super::watchdog::Watchdog;
 use super::{Error, Rings, State};
 
-/// How long a backend that has gone is left alone.
-const RETRY: Duration = Duration::from_secs(1);
+/// How long a backend that has gone is left alone at first, and at most: each
+/// time twice as long.
+const RETRY: Duration = Duration::from_millis(20);
+const RETRY_MOST: Duration = Duration::from_secs(1);
 
 /// What the thread is asked for.
 pub(crate) enum Command {
@@ -47,8 +49,11 @@ pub(super) struct Keeper {
     wake: Arc<OwnedFd>,
     watchdog: Watchdog,
     state: Arc<State>,
-    /// When to connect next.
+    /// What the backend is at.
+    inflight: Option<Inflight>,
+    /// When to connect next, and how long to wait after that.
     retry: Instant,
+    pause: Duration,
     /// Whether the reason for the last failure was told.
     told: bool,
 }
@@ -71,7 +76,9 @@ impl Keeper {
             wake,
             watchdog,
             state,
+            inflight: None,
             retry: Instant::now(),
+            pause: RETRY,
             told: false,
         };
         keeper.take(session);
@@ -151,7 +158,7 @@ impl Keeper {
     }
 
     fn connect(&mut self) {
-        self.retry = Instant::now() + RETRY;
+        self.wait_longer();
         match Session::open(&self.path, self.pairs, &self.watchdog) {
             Ok(session) => {
                 tracing::info!(path = %self.path.display(), "the vhost-user backend is back");
@@ -167,6 +174,11 @@ impl Keeper {
         }
     }
 
+    fn wait_longer(&mut self) {
+        self.retry = Instant::now() + self.pause;
+        self.pause = (2 * self.pause).min(RETRY_MOST);
+    }
+
     fn take(&mut self, session: Session) {
         self.session = Some(session);
         self.told = false;
@@ -179,12 +191,15 @@ impl Keeper {
         let (Some(rings), Some(session)) = (&mut self.rings, &mut self.session) else {
             return;
         };
-        let begun = rings
-            .begin()
-            .map_err(Error::Rings)
-            .and_then(|setup| session.start(&setup, self.log.as_deref(), &self.watchdog));
+        let begun = rings.begin().map_err(Error::Rings).and_then(|setup| {
+            let log = self.log.as_deref();
+            session.start(&setup, log, &mut self.inflight, &self.watchdog)
+        });
         match begun {
-            Ok(()) => self.link(true),
+            Ok(()) => {
+                self.pause = RETRY;
+                self.link(true);
+            }
             Err(error) => self.lose(&error.to_string()),
         }
     }
@@ -231,7 +246,7 @@ impl Keeper {
         let path = self.path.display();
         tracing::warn!(%path, reason, "the vhost-user backend is lost");
         self.state.connected.store(false, Ordering::Relaxed);
-        self.retry = Instant::now() + RETRY;
+        self.wait_longer();
         self.link(false);
     }
 

@@ -5,7 +5,10 @@
 //! An [`Opened`] connection is made before the monitor gives up its
 //! privileges, and tells which features there are. Then a thread of its own
 //! keeps it ([`VhostUser`]): it tells the backend of the rings, and connects
-//! again, once a second, when the backend has gone. Nobody else ever waits for
+//! again when the backend has gone: at once, and then less and less often, down
+//! to once a second, for as long as it takes. What a backend has taken from the
+//! rings and not handed back, it may keep in memory that the front end hands to
+//! its successor. Nobody else ever waits for
 //! a backend, but for the one who stops it, and he not for long.
 //!
 //! The backend is an adversary. Its answers have a length and a time-out; what

@@ -1,5 +1,6 @@
 //! One connection to a backend.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use blanket_memory::shared_log::SharedLog;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vhost::vhost_user::message::{
-    VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -62,6 +63,15 @@ pub(crate) struct Setup {
     pub(crate) memory: Memory,
     /// The rings, from the first on.
     pub(crate) rings: Vec<Ring>,
+    /// Whether another backend has served them before.
+    pub(crate) resumed: bool,
+}
+
+/// Where a backend keeps what it has taken and not handed back, for its
+/// successor: only they look into it.
+pub(super) struct Inflight {
+    is: VhostUserInflight,
+    file: File,
 }
 
 /// A connection that has been greeted.
@@ -72,6 +82,8 @@ pub(super) struct Session {
     pub(super) features: u64,
     /// Whether it can note what it writes.
     pub(super) logs: bool,
+    /// Whether it can tell its successor what it was at.
+    tracks: bool,
     /// Rings that have been begun, and the features in use with them.
     rings: Vec<VringConfigData>,
     used: u64,
@@ -139,6 +151,7 @@ impl Session {
             socket,
             logs: features & LOG_ALL != 0
                 && protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD),
+            tracks: protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD),
             features: features & !VhostUserVirtioFeatures::all().bits() & !LOG_ALL,
             rings: Vec::new(),
             used: 0,
@@ -151,7 +164,8 @@ impl Session {
         &self.socket
     }
 
-    /// Has the backend begin, and note what it writes if there is a log.
+    /// Has the backend begin, and note what it writes if there is a log. What
+    /// the last one was at is in `inflight`, and what this one will be.
     ///
     /// # Errors
     /// It lacks a feature, refuses something, or does not answer.
@@ -159,6 +173,7 @@ impl Session {
         &mut self,
         setup: &Setup,
         log: Option<&SharedLog>,
+        inflight: &mut Option<Inflight>,
         watchdog: &Watchdog,
     ) -> Result<(), Error> {
         let _guard = self.limit(watchdog)?;
@@ -169,10 +184,11 @@ impl Session {
         if let Some(log) = log {
             self.share(log)?;
         }
-        let frontend = &mut self.frontend;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.used = setup.features | protocol;
-        frontend.set_features(in_use(self.used, log))?;
+        self.frontend.set_features(in_use(self.used, log))?;
+        *inflight = self.track(setup, inflight.take())?;
+        let frontend = &mut self.frontend;
         frontend.set_mem_table(&regions(&setup.memory)?)?;
         self.rings.clear();
         for (i, ring) in setup.rings.iter().enumerate() {
@@ -200,6 +216,28 @@ impl Session {
             ring.kick.write(1).map_err(Error::Resource)?;
         }
         Ok(())
+    }
+
+    /// Hands over what the last backend was at, or has this one begin to keep
+    /// that. One whose successor refuses it is forgotten.
+    fn track(&mut self, setup: &Setup, last: Option<Inflight>) -> Result<Option<Inflight>, Error> {
+        if !self.tracks {
+            return Ok(None);
+        }
+        let size = setup.rings.iter().map(|ring| ring.size).max();
+        let (count, size) = (setup.rings.len() as u16, size.unwrap_or(0));
+        if let Some(last) = last.filter(|last| {
+            setup.resumed && (last.is.num_queues, last.is.queue_size) == (count, size)
+        }) {
+            self.frontend
+                .set_inflight_fd(&last.is, last.file.as_raw_fd())?;
+            return Ok(Some(last));
+        }
+        let wanted = VhostUserInflight::new(0, 0, count, size);
+        let (is, file) = self.frontend.get_inflight_fd(&wanted)?;
+        // Some only begin to use it when it comes back.
+        self.frontend.set_inflight_fd(&is, file.as_raw_fd())?;
+        Ok(Some(Inflight { is, file }))
     }
 
     /// Uses the first `pairs` pairs of queues only.
@@ -322,7 +360,8 @@ fn logged(ring: &VringConfigData, log: Option<&SharedLog>) -> VringConfigData {
 fn agree(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, Error> {
     let wanted = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::LOG_SHMFD;
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
     let features = frontend.get_features()?;
     if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
         return Err(Error::Old("protocol features"));

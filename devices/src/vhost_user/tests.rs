@@ -1,7 +1,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::FromRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
@@ -21,6 +21,8 @@ const GET_VRING_BASE: u32 = 11;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
 /// VERSION_1, protocol features, a log, merged buffers.
 const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 26 | 1 << 15;
 /// Many queues, a log in shared memory, and acknowledgements.
@@ -81,17 +83,31 @@ fn reply(socket: &mut UnixStream, request: u32, value: u64) {
 
 /// Serves one connection as a good backend of `pairs` pairs does, whose rings
 /// stopped at `base`; returns what it was told.
-fn serve(mut socket: UnixStream, pairs: u64, base: u32) -> Vec<Message> {
+fn serve(socket: UnixStream, pairs: u64, base: u32) -> Vec<Message> {
+    serve_with(socket, pairs, base, PROTOCOL)
+}
+
+fn serve_with(mut socket: UnixStream, pairs: u64, base: u32, protocol: u64) -> Vec<Message> {
     let mut told = Vec::new();
     while let Some(message) = receive(&mut socket) {
         let answer = match message.request {
             GET_FEATURES => Some(FEATURES),
-            GET_PROTOCOL_FEATURES => Some(PROTOCOL),
+            GET_PROTOCOL_FEATURES => Some(protocol),
             GET_QUEUE_NUM => Some(pairs),
             GET_VRING_BASE => Some(u64::from(message.word(0)) | u64::from(base) << 32),
+            GET_INFLIGHT_FD => None,
             _ if message.needs_reply => Some(0),
             _ => None,
         };
+        if message.request == GET_INFLIGHT_FD {
+            // The header, and what was asked for with a size.
+            let mut bytes = [GET_INFLIGHT_FD, 5, 24].map(u32::to_le_bytes).concat();
+            bytes.extend(4096u64.to_le_bytes());
+            bytes.extend(&message.body[8..]);
+            let memory = tempfile::tempfile().unwrap();
+            memory.set_len(4096).unwrap();
+            socket.send_with_fd(&bytes[..], memory.as_raw_fd()).unwrap();
+        }
         if message.request == SET_LOG_BASE {
             // It has written the page with this number.
             let log = message.file.as_ref().unwrap();
@@ -137,6 +153,7 @@ fn setup() -> Setup {
         features: 1 << 32,
         memory: blanket_memory::build_at(&spec, &[(GuestAddress(0), 1 << 16)]).unwrap(),
         rings: vec![ring(0), ring(0x1000)],
+        resumed: false,
     }
 }
 
@@ -148,7 +165,7 @@ fn a_backend_is_greeted_told_of_its_rings_and_stopped() {
         let watchdog = watchdog();
         let mut session = Session::greet(ours, pairs, &watchdog).unwrap();
         assert_eq!(session.features, 1 << 32 | 1 << 15);
-        session.start(&setup(), None, &watchdog).unwrap();
+        session.start(&setup(), None, &mut None, &watchdog).unwrap();
         session.enable(0, &watchdog).unwrap();
         assert_eq!(session.stop(&watchdog).unwrap(), [9, 9]);
         drop(session);
@@ -199,6 +216,49 @@ fn a_backend_notes_what_it_writes_from_when_it_is_asked_to() {
 }
 
 #[test]
+fn what_a_backend_was_at_is_handed_to_its_successor() {
+    let watchdog = watchdog();
+    let mut inflight = None;
+    let mut told = Vec::new();
+    for resumed in [false, true, false] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let tracks = PROTOCOL | 1 << 12;
+        let backend = std::thread::spawn(move || serve_with(theirs, 1, 9, tracks));
+        let mut session = Session::greet(ours, 1, &watchdog).unwrap();
+        let setup = Setup { resumed, ..setup() };
+        session
+            .start(&setup, None, &mut inflight, &watchdog)
+            .unwrap();
+        drop(session);
+        told.push(backend.join().unwrap());
+    }
+    let files = |told: &[Message], request: u32| -> Vec<_> {
+        let of = told.iter().filter(|message| message.request == request);
+        of.map(|message| {
+            let file = message.file.as_ref();
+            (
+                message.word(4),
+                file.map(|file| file.metadata().unwrap().ino()),
+            )
+        })
+        .collect()
+    };
+    let asked: Vec<_> = told
+        .iter()
+        .map(|told| files(told, GET_INFLIGHT_FD))
+        .collect();
+    let kept: Vec<_> = told
+        .iter()
+        .map(|told| files(told, SET_INFLIGHT_FD))
+        .collect();
+    // Two rings of 16 entries. A successor is not asked; other rings begin anew.
+    let rings = 2 | 16 << 16;
+    assert_eq!(asked, [vec![(rings, None)], vec![], vec![(rings, None)]]);
+    assert_eq!(kept[0], kept[1]);
+    assert_ne!(kept[1], kept[2]);
+}
+
+#[test]
 fn too_few_queues_missing_features_and_private_memory_are_named() {
     let watchdog = watchdog();
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -210,12 +270,14 @@ fn too_few_queues_missing_features_and_private_memory_are_named() {
     let mut session = Session::greet(ours, 1, &watchdog).unwrap();
     let mut lacking = setup();
     lacking.features |= 1;
-    let error = session.start(&lacking, None, &watchdog).unwrap_err();
+    let error = session
+        .start(&lacking, None, &mut None, &watchdog)
+        .unwrap_err();
     assert!(matches!(error, Error::Features(1)), "{error}");
     let mut private = setup();
     private.memory = Memory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
     let error = session
-        .start(&private, None, &watchdog)
+        .start(&private, None, &mut None, &watchdog)
         .unwrap_err()
         .to_string();
     assert!(error.contains("--shared-memory"), "{error}");
@@ -236,7 +298,7 @@ fn a_position_that_no_ring_has_is_refused() {
     std::thread::spawn(move || serve(theirs, 1, 0x1_0000));
     let watchdog = watchdog();
     let mut session = Session::greet(ours, 1, &watchdog).unwrap();
-    session.start(&setup(), None, &watchdog).unwrap();
+    session.start(&setup(), None, &mut None, &watchdog).unwrap();
     let error = session.stop(&watchdog).unwrap_err();
     assert!(matches!(error, Error::Base(0x1_0000)), "{error}");
 }
@@ -400,7 +462,7 @@ proptest! {
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
         let watchdog = watchdog();
         if let Ok(mut session) = Session::greet(ours, 1, &watchdog) {
-            prop_assert!(session.start(&setup(), None, &watchdog).is_err() || answers.len() > 3);
+            prop_assert!(session.start(&setup(), None, &mut None, &watchdog).is_err() || answers.len() > 3);
         }
     }
 }

@@ -6,11 +6,13 @@ use vm_memory::VolatileSlice;
 
 pub mod key;
 mod offload;
+mod segment;
 #[cfg(test)]
 mod tests;
 
 pub use key::{Arp, Key, Layers, Malformed, Tag, parse};
 pub use offload::{Checksum, Kind, OFFLOAD_BYTES, Offload, Segments};
+pub use segment::{PIECES, Pieces, Segmenter, Sum, finish_checksum};
 
 /// A port of the switch, as a number: 1.. in the order of creation, never used
 /// again while the switch runs.
@@ -205,6 +207,15 @@ impl Head {
         let len = len.min(HEAD);
         self.start = HEADROOM as u16;
         self.end = (HEADROOM + len) as u16;
+        self.bytes_mut()
+    }
+
+    /// As [`Head::room`], with the headroom's bytes too if it takes them: for
+    /// what was in a head that tags were pushed into.
+    pub(crate) fn wide_room(&mut self, len: usize) -> &mut [u8] {
+        let len = len.min(HEADROOM + HEAD);
+        self.start = HEADROOM.min(HEADROOM + HEAD - len) as u16;
+        self.end = self.start + len as u16;
         self.bytes_mut()
     }
 

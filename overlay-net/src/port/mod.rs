@@ -1,5 +1,7 @@
 //! Ports: where frames come in and go out.
 
+pub mod vhost_user;
+
 use std::io;
 use std::os::fd::BorrowedFd;
 

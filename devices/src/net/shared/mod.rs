@@ -205,6 +205,7 @@ impl vhost_user::Rings for Driver {
             features: self.features,
             memory,
             rings: described,
+            resumed: false,
         })
     }
 

@@ -351,11 +351,11 @@ impl Rings for GuestRings {
                 enabled: i < 2 * pairs,
             });
         }
-        self.began = true;
         Ok(Setup {
             features: self.features,
             memory: ram,
             rings,
+            resumed: std::mem::replace(&mut self.began, true),
         })
     }
 
