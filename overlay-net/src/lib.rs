@@ -12,6 +12,7 @@
 //! |---|---|
 //! | [`frame`] | a frame on its way: its head, the rest where it lies, its offloads; what its headers say |
 //! | [`port`] | where frames come in and go out |
+//! | [`flow`] | the programmable flow table, OpenFlow, stateful security groups |
 //! | [`drops`] | why frames are dropped, counted |
 //!
 //! Large frames (segmentation offload) stay whole from guest to guest, and
@@ -20,5 +21,6 @@
 //! the copy that is sent on; what the guest changes afterwards, nobody reads.
 
 pub mod drops;
+pub mod flow;
 pub mod frame;
 pub mod port;
