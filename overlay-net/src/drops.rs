@@ -88,6 +88,26 @@ reasons! {
     HandshakeFlood = "handshake_flood",
     /// A tunnel's packet without encryption from an unknown address.
     Stranger = "stranger",
+    /// An entry of the flow table says so.
+    Flow = "flow_drop",
+    /// No entry of the flow table matches it.
+    FlowMiss = "flow_miss",
+    /// Its way through the flow tables is too long.
+    FlowLoop = "flow_loop",
+    /// A meter's limit is exceeded.
+    Meter = "meter",
+    /// Its time to live is over.
+    Ttl = "ttl",
+    /// There is no room for what an entry puts into it.
+    Rewrite = "rewrite",
+    /// It belongs to no connection, and cannot begin one.
+    NoConnection = "no_connection",
+    /// It would begin a connection, of which there are too many.
+    Connections = "too_many_connections",
+    /// No rule of its port's security groups lets it through.
+    Group = "security_group",
+    /// More frames wait for a controller than it takes.
+    Controller = "controller_queue_full",
 }
 
 impl fmt::Display for Reason {

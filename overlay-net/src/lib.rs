@@ -17,6 +17,7 @@
 //! | [`vip`] | one address for many servers |
 //! | [`capture`] | frames in a file, and at other ports |
 //! | [`tunnel`] | between nodes: encrypted, super-frames, several paths; VXLAN and Geneve |
+//! | [`flow`] | the programmable flow table, OpenFlow, stateful security groups |
 //! | [`drops`] | why frames are dropped, counted |
 //!
 //! Large frames (segmentation offload) stay whole from guest to guest, and
@@ -28,6 +29,7 @@ pub mod bridge;
 pub mod capture;
 pub mod directory;
 pub mod drops;
+pub mod flow;
 pub mod frame;
 pub mod port;
 pub mod vip;

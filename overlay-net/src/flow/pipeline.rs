@@ -1,0 +1,149 @@
+//! A worker's way into the tables: the cache, and what is done with frames.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::apply::{Flow as Goes, Packet, Sink, execute};
+use super::cache::Cache;
+use super::conntrack::Connections;
+use super::control::Shared;
+use super::fields::{Field, Flat};
+use super::tables::{Tables, Words};
+pub use super::walk::{Decision, Step, ToController, Walk};
+use crate::drops::Reason;
+use crate::frame::Key;
+
+/// Decisions that a worker remembers, if nothing else is said: half a megabyte.
+pub const CACHE: usize = 4096;
+
+/// How long counts may lie in a worker's cache.
+const FOLD: Duration = Duration::from_millis(250);
+
+/// How often a frame may go on after a look at its connection.
+const RECIRCULATIONS: usize = 8;
+
+/// A worker's data path. Nothing in it is shared but the tables, which do not
+/// change but are swapped, connections, and counters.
+#[derive(Debug)]
+pub struct Pipeline {
+    shared: Arc<Shared>,
+    connections: Arc<Connections>,
+    tables: Arc<Tables>,
+    words: Words,
+    cache: Cache,
+    folded: Duration,
+}
+
+/// Where and as what a frame is looked up.
+#[derive(Clone, Copy, Debug, Default)]
+struct Start {
+    table: u8,
+    state: u8,
+    metadata: u64,
+}
+
+impl Pipeline {
+    /// A worker's, with a cache of so many decisions.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>, connections: Arc<Connections>, cache: usize) -> Self {
+        let tables = shared.tables();
+        Self {
+            words: tables.words(),
+            tables,
+            shared,
+            connections,
+            cache: Cache::new(cache),
+            folded: Duration::ZERO,
+        }
+    }
+
+    /// Takes over the tables if they have changed, and adds counts to the
+    /// entries' now and then: to be called for each burst, and before the
+    /// worker sleeps.
+    pub fn tick(&mut self, now: Duration) {
+        if self.shared.generation() != self.tables.generation() {
+            self.tables = self.shared.tables();
+            self.words = self.tables.words();
+            self.fold(now);
+        } else if now.saturating_sub(self.folded) >= FOLD {
+            self.fold(now);
+        }
+    }
+
+    /// Adds counts to the entries' at once.
+    pub fn fold(&mut self, now: Duration) {
+        self.folded = now;
+        self.cache.fold();
+    }
+
+    /// Frames whose decision was in the cache, and was not.
+    #[must_use]
+    pub fn cached(&self) -> (u64, u64) {
+        (self.cache.hits, self.cache.misses)
+    }
+
+    /// What is to be done with a frame of `len` bytes; it is counted. `now` is
+    /// since the start, for all calls.
+    pub fn classify(&mut self, now: Duration, key: &Key, len: usize) -> &Decision {
+        let at = self.lookup(key, Start::default());
+        self.cache.count(at, 1, len as u64, millis(now))
+    }
+
+    fn lookup(&mut self, key: &Key, start: Start) -> usize {
+        // Where no entry looks at anything, all frames are alike.
+        let (flat, masked) = if self.words.is_empty() {
+            (None, Flat::default())
+        } else {
+            let flat = start.flat(key);
+            (Some(flat), flat & *self.words.mask())
+        };
+        let hash = self.words.hash(&masked) ^ u64::from(start.table) << 7;
+        let generation = self.tables.generation();
+        if let Some(at) = self.cache.find(hash, &masked, start.table, generation) {
+            return at;
+        }
+        let flat = flat.unwrap_or_else(|| start.flat(key));
+        let decision = Walk::new(&self.tables, flat).decide(start.table);
+        self.cache
+            .put(hash, masked, start.table, generation, decision)
+    }
+
+    /// Does with a frame what the tables say: `sink` takes what comes out.
+    pub fn run(&mut self, now: Duration, packet: &mut Packet<'_, '_>, sink: &mut dyn Sink) {
+        let mut start = Start::default();
+        let len = packet.frame.len() as u64;
+        for _ in 0..RECIRCULATIONS {
+            let at = self.lookup(&packet.key, start);
+            // What goes on in another table was counted where it began, too.
+            let decision = self.cache.count(at, 1, len, millis(now));
+            match execute(decision, now, packet, &self.connections, sink) {
+                Goes::Done => return,
+                Goes::On {
+                    table,
+                    state,
+                    metadata,
+                } => {
+                    start = Start {
+                        table,
+                        state,
+                        metadata,
+                    };
+                }
+            }
+        }
+        sink.dropped(Reason::FlowLoop, packet);
+    }
+}
+
+impl Start {
+    fn flat(&self, key: &Key) -> Flat {
+        let mut flat = Flat::of(key);
+        flat.set(Field::CtState, self.state.into(), u128::MAX);
+        flat.set(Field::Metadata, self.metadata.into(), u128::MAX);
+        flat
+    }
+}
+
+fn millis(now: Duration) -> u64 {
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
