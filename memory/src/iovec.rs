@@ -21,7 +21,7 @@ unsafe impl Sync for IoVec {}
 impl IoVec {
     /// The vector for `len` bytes at `base`.
     #[must_use]
-    pub fn new(base: *mut u8, len: usize) -> Self {
+    pub const fn new(base: *mut u8, len: usize) -> Self {
         Self(libc::iovec {
             iov_base: base.cast(),
             iov_len: len,

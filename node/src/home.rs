@@ -14,6 +14,7 @@
 //! STATE/node/       blanketd's: keys, certificates, store, audit log
 //! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock
 //! RUN/../blanketd.sock  where blanketd takes commands
+//! RUN/../blanket-switch.sock  where the switch does
 //! ```
 //!
 //! For root STATE is `/var/lib/blanket` and RUN `/run/blanket`; for others
@@ -128,6 +129,11 @@ impl Home {
     /// Where `blanketd` takes commands. No VM's directory can be there.
     pub(crate) fn daemon_socket(&self) -> PathBuf {
         self.run.with_file_name("blanketd.sock")
+    }
+
+    /// Where the switch takes commands. No VM's directory can be there.
+    pub(crate) fn switch_socket(&self) -> PathBuf {
+        self.run.with_file_name("blanket-switch.sock")
     }
 
     /// Where guests are saved unless another place is named.

@@ -10,6 +10,7 @@ mod home;
 mod machine;
 mod name;
 mod process;
+mod switch;
 mod table;
 mod terminal;
 mod up;
@@ -21,9 +22,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    ca, clone, console, doctor, evacuate as evacuation, info, life, logs, migrate, node as nodes,
-    provider, ps, replicate, restore, run, set, snapshot, stop, store, supervise, up as node,
-    uplink,
+    ca, clone, console, doctor, evacuate as evacuation, info, life, logs, migrate, net,
+    node as nodes, provider, ps, replicate, restore, run, set, snapshot, stop, store, supervise,
+    up as node, uplink,
 };
 
 /// Virtual machines on this node.
@@ -100,6 +101,9 @@ enum Command {
     Store(store::Args),
     /// Tell who provides this machine, and what they say about it.
     Provider(provider::Args),
+    /// Networks that span nodes, and the ports of this node's switch.
+    #[command(subcommand)]
+    Net(net::Args),
     /// The nodes of the cluster that this one is in.
     #[command(subcommand)]
     Node(nodes::Args),
@@ -149,6 +153,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Uplink(args) => uplink::uplink(&home, &args),
         Command::Provider(args) => provider::provider(&args),
         Command::Store(args) => store::store(&home, &args),
+        Command::Net(args) => net::net(&home, &args),
         Command::Node(args) => nodes::node(&home, &args),
         Command::Ca(args) => ca::ca(&home, &args),
         Command::Supervise(args) => supervise::supervise(&home, &args),

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use serde::{Serialize, Serializer, ser::SerializeMap};
+use serde::de::{Deserialize, Deserializer};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
@@ -167,5 +168,17 @@ impl Serialize for Drops {
             map.serialize_entry(reason.name(), &count)?;
         }
         map.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Drops {
+    /// Reasons that are not known, from a newer switch, are left out.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let counts = std::collections::BTreeMap::<String, u64>::deserialize(deserializer)?;
+        let mut drops = Self::default();
+        for reason in Reason::ALL {
+            drops.0[*reason as usize] = counts.get(reason.name()).copied().unwrap_or(0);
+        }
+        Ok(drops)
     }
 }

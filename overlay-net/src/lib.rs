@@ -18,6 +18,8 @@
 //! | [`capture`] | frames in a file, and at other ports |
 //! | [`tunnel`] | between nodes: encrypted, super-frames, several paths; VXLAN and Geneve |
 //! | [`flow`] | the programmable flow table, OpenFlow, stateful security groups |
+//! | [`switch`] | networks and ports, the way of each frame, and the thread that moves them |
+//! | [`control`], [`api`], [`key`] | what the switch is asked, checked and kept; HTTP; who it is |
 //! | [`drops`] | why frames are dropped, counted |
 //!
 //! Large frames (segmentation offload) stay whole from guest to guest, and
@@ -25,12 +27,16 @@
 //! decisions are made on, is taken out of the guest's memory first, and it is
 //! the copy that is sent on; what the guest changes afterwards, nobody reads.
 
+pub mod api;
 pub mod bridge;
 pub mod capture;
+pub mod control;
 pub mod directory;
 pub mod drops;
 pub mod flow;
 pub mod frame;
+pub mod key;
 pub mod port;
-pub mod vip;
+pub mod switch;
 pub mod tunnel;
+pub mod vip;

@@ -9,6 +9,7 @@ pub(crate) mod info;
 pub(crate) mod life;
 pub(crate) mod logs;
 pub(crate) mod migrate;
+pub(crate) mod net;
 pub(crate) mod node;
 pub(crate) mod provider;
 pub(crate) mod ps;

@@ -6,7 +6,7 @@
 //! is on disk before it is told to anybody.
 
 mod cluster;
-mod http;
+pub(crate) mod http;
 mod limit;
 mod listen;
 pub(crate) mod local;

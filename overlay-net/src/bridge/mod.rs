@@ -540,7 +540,7 @@ pub struct Located {
 }
 
 /// What is attached to a port.
-fn stations(config: &PortConfig) -> Vec<Station> {
+pub(crate) fn stations(config: &PortConfig) -> Vec<Station> {
     let vlan = match config.vlan {
         Mode::Access { vlan } => Vlan::new(vlan),
         Mode::Customer { service } => Vlan::service(service),

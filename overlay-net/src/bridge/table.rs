@@ -32,7 +32,7 @@ pub enum Place {
 }
 
 /// Why an address is where it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
     /// Attached to, or pinned on, a port of this switch.

@@ -85,6 +85,15 @@ impl TryFrom<u32> for Vni {
     }
 }
 
+impl std::str::FromStr for Vni {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.parse::<u32>().map_err(|error| error.to_string())?;
+        Self::try_from(number)
+    }
+}
+
 impl From<Vni> for u32 {
     fn from(vni: Vni) -> Self {
         vni.0

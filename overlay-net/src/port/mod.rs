@@ -1,15 +1,60 @@
 //! Ports: where frames come in and go out.
 
-pub mod vhost_user;
-
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 
-use crate::drops::Reason;
+use crate::api::types::Attachment;
+use crate::drops::{Drops, Reason};
 use crate::frame::Frame;
+use vhost_user::VhostUser;
+
+pub mod tap;
+pub mod vhost_user;
+
+/// Pairs of queues that a vhost-user front end may have.
+const MAX_PAIRS: u16 = 16;
+
+/// Bytes in front of an IP packet at most: the Ethernet header and two tags.
+pub const ETHERNET: usize = 22;
 
 /// Frames that are taken from a port before the next one's turn.
 pub const BURST: usize = 32;
+
+/// Why a port cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The TAP.
+    #[error(transparent)]
+    Tap(#[from] blanket_drivers::tap::Error),
+    /// The socket.
+    #[error("cannot listen on {}: {source}; name another socket, or end who has it", path.display())]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Opens what is behind a port of a network with this MTU.
+///
+/// # Errors
+///
+/// It is not there, is somebody else's, or this process may not have it.
+pub fn open(attachment: &Attachment, mtu: Option<u16>) -> Result<Box<dyn Port>, OpenError> {
+    Ok(match attachment {
+        Attachment::Tap(name) => Box::new(tap::TapPort::open(name, mtu)?),
+        Attachment::VhostUser(path) => {
+            let most = usize::from(mtu.unwrap_or(1500)) + ETHERNET;
+            let port = VhostUser::listen(path, MAX_PAIRS, most);
+            Box::new(port.map_err(|source| OpenError::Socket {
+                path: path.clone(),
+                source,
+            })?)
+        }
+    })
+}
 
 /// A port's data path. One worker owns it: nothing in it is shared.
 pub trait Port: Send {
@@ -49,10 +94,21 @@ pub trait Port: Send {
     /// Notifications are not needed any more: the worker polls.
     fn disarm(&mut self) {}
 
-    /// What becomes readable when there is something to receive.
-    fn wakers(&self) -> Vec<BorrowedFd<'_>>;
+    /// What becomes readable when there is something to receive, or when the
+    /// port has something else to do. Always the same descriptor: a port with
+    /// several has an epoll of its own.
+    fn waker(&self) -> BorrowedFd<'_>;
+
+    /// Whether to look for frames costs no system call, so that it pays to
+    /// look for a while before it sleeps.
+    fn polls_cheaply(&self) -> bool {
+        false
+    }
 
     /// Bytes of a frame at most that is not to be segmented, with its Ethernet
-    /// header and tags: the MTU and 22.
+    /// header and tags: the MTU and [`ETHERNET`].
     fn max_frame(&self) -> usize;
+
+    /// What the port itself has dropped of what came.
+    fn drops(&self) -> &Drops;
 }

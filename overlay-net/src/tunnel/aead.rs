@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::wire::TAG;
 
 /// How datagrams are sealed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cipher {
     /// AES-256-GCM.
     #[serde(rename = "aes-256-gcm")]
@@ -19,6 +19,15 @@ pub enum Cipher {
 }
 
 impl Cipher {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Aes => "aes-256-gcm",
+            Self::ChaCha => "chacha20-poly1305",
+        }
+    }
+
     /// Its number in a response.
     pub(super) fn number(self) -> u8 {
         match self {

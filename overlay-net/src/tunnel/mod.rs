@@ -95,7 +95,7 @@ fn random<const N: usize>() -> [u8; N] {
 pub struct PeerId(pub u32);
 
 /// Whether large frames go as they are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// Large frames cross the tunnel whole.
@@ -157,7 +157,7 @@ pub enum Error {
 }
 
 /// What was carried.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub struct Stats {
     /// Frames sealed.
     pub frames_out: u64,
@@ -178,7 +178,7 @@ pub struct Stats {
 }
 
 /// What is known of a path.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize)]
 pub struct PathStatus {
     /// The local uplink.
     pub uplink: u8,
@@ -201,7 +201,7 @@ pub struct PathStatus {
 }
 
 /// What is known of a peer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize)]
 pub struct PeerStatus {
     /// There are keys.
     pub connected: bool,

@@ -5,6 +5,7 @@ mod drivers;
 pub mod floor;
 mod load;
 mod migrate;
+mod overlay;
 mod pv;
 pub mod row;
 mod snapshot;
@@ -52,6 +53,11 @@ const BENCHMARKS: &[Benchmark] = &[
         name: "migrate",
         about: "live migration: how long a guest stands still, against QEMU; memory and disks against the link",
         run: migrate::run,
+    },
+    Benchmark {
+        name: "overlay",
+        about: "the overlay between two nodes, encrypted, against the kernel's VXLAN",
+        run: overlay::run,
     },
     Benchmark {
         name: "pv",

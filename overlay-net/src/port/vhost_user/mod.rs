@@ -255,12 +255,6 @@ impl VhostUser {
         self.device.is_up()
     }
 
-    /// What was dropped on receipt.
-    #[must_use]
-    pub fn drops(&self) -> &Drops {
-        &self.device.drops
-    }
-
     /// Does what the control thread asks for.
     fn serve(&mut self) {
         if !self.link.pending.load(Ordering::Relaxed)
@@ -301,12 +295,20 @@ impl Port for VhostUser {
         self.device.disarm();
     }
 
-    fn wakers(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.link.poll.as_fd()]
+    fn waker(&self) -> BorrowedFd<'_> {
+        self.link.poll.as_fd()
+    }
+
+    fn polls_cheaply(&self) -> bool {
+        true
     }
 
     fn max_frame(&self) -> usize {
         self.max_frame
+    }
+
+    fn drops(&self) -> &Drops {
+        &self.device.drops
     }
 }
 

@@ -1,0 +1,4 @@
+//! How the switch is told what to do: HTTP/1.1 and JSON on a Unix socket.
+
+pub mod server;
+pub mod types;

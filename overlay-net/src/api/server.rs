@@ -1,0 +1,140 @@
+//! The API's server: routes and statuses; [`Control`] does the work.
+
+use std::sync::Arc;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, put};
+use axum::{Json, Router};
+use serde::Serialize;
+use tokio::sync::Mutex;
+
+use super::types::{NetworkSpec, PeerSpec, PortSpec, Problem};
+use crate::control::{Control, Error};
+use crate::switch;
+
+/// A request is never longer than this, in bytes.
+const MAX_BODY: usize = 1 << 20;
+
+type Shared = State<Arc<Mutex<Control>>>;
+
+/// A body that may be none.
+type Body<T> = Result<Json<T>, JsonRejection>;
+
+/// The API in front of `control`.
+pub fn router(control: Control) -> Router {
+    Router::new()
+        .route("/switch", get(info))
+        .route("/networks", get(networks))
+        .route("/networks/{name}", put(put_network).delete(remove_network))
+        .route("/networks/{name}/macs", get(macs))
+        .route("/peers", get(peers))
+        .route("/peers/{name}", put(put_peer).delete(remove_peer))
+        .route("/ports", get(ports))
+        .route("/ports/{name}", put(put_port).delete(remove_port))
+        .fallback(unknown)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Arc::new(Mutex::new(control)))
+}
+
+fn status(error: &Error) -> StatusCode {
+    match error {
+        Error::Switch(
+            switch::Error::NoNetwork(_) | switch::Error::NoPort(_) | switch::Error::NoPeer(_),
+        ) => StatusCode::NOT_FOUND,
+        Error::Switch(_) => StatusCode::CONFLICT,
+        Error::Port(_) | Error::Name(_) | Error::Key(_) => StatusCode::BAD_REQUEST,
+        Error::Save(_) | Error::Stopped(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response {
+    let remedy = remedy.map(str::to_owned);
+    (status, Json(Problem { error, remedy })).into_response()
+}
+
+fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
+    match result {
+        Ok(value) => Json(value).into_response(),
+        Err(error) => problem(status(&error), error.to_string(), None),
+    }
+}
+
+fn refuse(rejection: &JsonRejection) -> Response {
+    problem(rejection.status(), rejection.body_text(), None)
+}
+
+async fn info(State(control): Shared) -> Response {
+    answer(control.lock().await.info().await)
+}
+
+async fn networks(State(control): Shared) -> Response {
+    answer(control.lock().await.networks().await)
+}
+
+async fn put_network(
+    State(control): Shared,
+    Path(name): Path<String>,
+    spec: Body<NetworkSpec>,
+) -> Response {
+    match spec {
+        Ok(Json(spec)) => answer(control.lock().await.put_network(name, spec).await),
+        Err(rejection) => refuse(&rejection),
+    }
+}
+
+async fn remove_network(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.remove_network(name).await)
+}
+
+async fn macs(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.macs(name).await)
+}
+
+async fn peers(State(control): Shared) -> Response {
+    answer(control.lock().await.peers().await)
+}
+
+async fn put_peer(
+    State(control): Shared,
+    Path(name): Path<String>,
+    spec: Body<PeerSpec>,
+) -> Response {
+    match spec {
+        Ok(Json(spec)) => answer(control.lock().await.put_peer(name, spec).await),
+        Err(rejection) => refuse(&rejection),
+    }
+}
+
+async fn remove_peer(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.remove_peer(name).await)
+}
+
+async fn ports(State(control): Shared) -> Response {
+    answer(control.lock().await.ports().await)
+}
+
+async fn put_port(
+    State(control): Shared,
+    Path(name): Path<String>,
+    spec: Body<PortSpec>,
+) -> Response {
+    match spec {
+        Ok(Json(spec)) => answer(control.lock().await.put_port(name, spec).await),
+        Err(rejection) => refuse(&rejection),
+    }
+}
+
+async fn remove_port(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.remove_port(name).await)
+}
+
+async fn unknown() -> Response {
+    problem(
+        StatusCode::NOT_FOUND,
+        "no such path".to_owned(),
+        Some("GET /switch, /networks, /ports, /peers; see `blanket net --help`"),
+    )
+}

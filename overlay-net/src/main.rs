@@ -1,0 +1,154 @@
+//! `blanket-switch`: the data plane of a node.
+
+use std::fs::DirBuilder;
+use std::io::{ErrorKind, IsTerminal};
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail};
+use blanket_drivers::uplink::{self, Kind, Spec};
+use blanket_overlay::api::server;
+use blanket_overlay::control::Control;
+use blanket_overlay::key;
+use blanket_overlay::switch::worker::Worker;
+use blanket_overlay::switch::{Remote, Switch};
+use clap::Parser;
+use tokio::net::{UnixListener, UnixStream};
+
+/// The switch of a node: guests are its ports, tunnels join it to the switches
+/// of other nodes.
+///
+/// `blanket net` tells it what to do. What it was told it keeps, and is so again
+/// when it is started again.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Unix socket of the API (HTTP/1.1 and JSON).
+    #[arg(long, value_name = "PATH", default_value = "/run/blanket-switch.sock")]
+    socket: PathBuf,
+
+    /// Keep what it is told, and its key, in this directory.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/blanket/switch")]
+    state: PathBuf,
+
+    /// Talk to the switches of other nodes at this address of this machine, by UDP.
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "interface")]
+    listen: Option<SocketAddr>,
+
+    /// The interface that has the address.
+    #[arg(long, value_name = "NAME", requires = "listen")]
+    interface: Option<String>,
+
+    /// How datagrams reach the interface: udp, af_packet, af_xdp or tap.
+    #[arg(long, value_name = "KIND", default_value = "udp", value_parser = kind)]
+    uplink: Kind,
+
+    /// Keep looking for frames for so many microseconds after the last one, at ports where that
+    /// costs no system call, before sleeping.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 50)]
+    spin: u64,
+}
+
+fn kind(text: &str) -> Result<Kind, String> {
+    let kinds = [Kind::Udp, Kind::AfPacket, Kind::AfXdp, Kind::Tap];
+    let found = kinds.into_iter().find(|kind| kind.name() == text);
+    found.ok_or_else(|| format!("one of {}", kinds.map(Kind::name).join(", ")))
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .without_time()
+        .init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("blanket-switch: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let mut folder = DirBuilder::new();
+    folder.recursive(true).mode(0o700);
+    for path in [Some(arguments.state.as_path()), arguments.socket.parent()]
+        .into_iter()
+        .flatten()
+    {
+        let made = folder.create(path);
+        made.with_context(|| format!("cannot make {}", path.display()))?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    runtime.block_on(serve(arguments))
+}
+
+async fn serve(arguments: &Arguments) -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let listener = listen(&arguments.socket).await?;
+    let spin = Duration::from_micros(arguments.spin);
+    let switch = Switch::new(Instant::now(), remote(arguments)?);
+    let (handle, thread) = Worker::start(switch, spin)?;
+    let control = Control::restore(handle, arguments.state.join("switch.json")).await?;
+    let router = server::router(control);
+    tracing::info!("ready");
+    let served = tokio::select! {
+        served = axum::serve(listener, router) => served.context("cannot serve the API"),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    };
+    // The router is gone, and with it the last handle: the worker ends.
+    let ended = thread.join();
+    if std::fs::remove_file(&arguments.socket).is_err() {
+        tracing::debug!("{} was removed already", arguments.socket.display());
+    }
+    match ended {
+        Ok(ended) => ended.context("the worker")?,
+        Err(_) => bail!("the worker has panicked"),
+    }
+    served
+}
+
+/// The way to other nodes, if there is to be one.
+fn remote(arguments: &Arguments) -> Result<Option<Remote>> {
+    let Some((local, interface)) = arguments.listen.zip(arguments.interface.as_deref()) else {
+        return Ok(None);
+    };
+    let private = key::load(&arguments.state.join("key"))?;
+    let uplink = uplink::open(arguments.uplink, &Spec::new(interface, local))?;
+    let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let epoch = epoch.context("this machine's clock is before 1970: set it")?;
+    let remote = Remote::new(private, epoch, vec![uplink]);
+    remote.context("cannot make tunnels").map(Some)
+}
+
+/// Listens on `path`, for its owner only, unless another switch does.
+async fn listen(path: &Path) -> Result<UnixListener> {
+    if UnixStream::connect(path).await.is_ok() {
+        bail!(
+            "another switch listens on {}: stop it first, or name another --socket",
+            path.display()
+        );
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+        }
+        _ => (),
+    }
+    // What is made from here on is for its owner only, sockets among it.
+    // SAFETY: umask only changes what new files are like.
+    unsafe { libc::umask(0o077) };
+    UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))
+}

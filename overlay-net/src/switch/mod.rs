@@ -1,0 +1,63 @@
+//! The switch: networks, ports, and where each frame goes.
+//!
+//! [`Switch`] is a plain structure that one thread, the [worker], owns; it does
+//! no waiting and is told the time. Whoever wants something of it sends the
+//! worker an order.
+
+use thiserror::Error;
+
+use crate::bridge::PortError;
+use crate::frame::Vni;
+
+mod core;
+mod remote;
+pub mod saved;
+#[cfg(test)]
+mod tests;
+pub mod worker;
+
+pub use self::core::Switch;
+pub use remote::{Remote, node_of};
+
+/// Why the switch refuses something.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Error {
+    /// No such network.
+    #[error("there is no network `{0}`; blanket net ls shows those that there are")]
+    NoNetwork(String),
+    /// No such port.
+    #[error("there is no port `{0}`; blanket net port shows those that there are")]
+    NoPort(String),
+    /// No such peer.
+    #[error("there is no peer `{0}`; blanket net peer ls shows those that there are")]
+    NoPeer(String),
+    /// Nodes talk to each other in it.
+    #[error("VNI 0 is what switches talk to each other in; take 1 to 16777215")]
+    Reserved,
+    /// Another network has the identifier.
+    #[error("VNI {0} is the network `{1}` already; take another one")]
+    Taken(Vni, String),
+    /// A network's identifier cannot change.
+    #[error("the network `{0}` has VNI {1}; remove it first to give it another one")]
+    Other(String, Vni),
+    /// A network has ports.
+    #[error("the network `{0}` has {1} ports; detach them first (blanket net detach)")]
+    InUse(String, usize),
+    /// A port of that name is there.
+    #[error("there is a port `{0}` already; detach it first, or take another name")]
+    Exists(String),
+    /// There are too many.
+    #[error("there are {0} {1} already, and no more are taken")]
+    TooMany(usize, &'static str),
+    /// The bridge does not take a port.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// The tunnels do not take a peer.
+    #[error(transparent)]
+    Peer(#[from] crate::tunnel::Error),
+    /// There are no tunnels.
+    #[error(
+        "this switch has no way to others: start blanket-switch with --listen ADDRESS:PORT and --interface NAME"
+    )]
+    Alone,
+}

@@ -1,0 +1,248 @@
+//! The way to other nodes: tunnels over this node's uplinks, and what nodes
+//! tell each other in them.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use blanket_drivers::uplink::Uplink;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::api::types::PeerSpec;
+use crate::directory::NodeId;
+use crate::drops::{Drops, Reason};
+use crate::frame::{Frame, Vni};
+use crate::tunnel::io::Links;
+use crate::tunnel::{
+    Config, Costs, Mode, PathConfig, PeerConfig, PeerId, PeerStatus, PrivateKey, PublicKey,
+    TrainBuffer, Tunnels,
+};
+
+/// What nodes tell each other goes in frames of this network, which guests
+/// cannot be in.
+pub(super) const CONTROL: u32 = 0;
+
+/// A node's identifier: the first bytes of its key.
+#[must_use]
+pub fn node_of(public: &PublicKey) -> NodeId {
+    let mut first = [0; 8];
+    first.copy_from_slice(&public[..8]);
+    NodeId(u64::from_be_bytes(first))
+}
+
+/// A peer as the switch knows it.
+struct Peer {
+    id: PeerId,
+    spec: PeerSpec,
+    /// It was connected when it was last looked at.
+    up: bool,
+}
+
+/// See the module.
+pub struct Remote {
+    links: Links,
+    /// Of all uplinks.
+    epoll: Epoll,
+    tunnels: Tunnels,
+    out: TrainBuffer,
+    peers: HashMap<NodeId, Peer>,
+    nodes: HashMap<PeerId, NodeId>,
+    /// When the tunnels want to be asked again.
+    next: Duration,
+}
+
+impl Remote {
+    /// Without peers. `epoch` is the time since 1970 at the switch's time 0.
+    ///
+    /// # Errors
+    ///
+    /// The node is out of descriptors.
+    pub fn new(
+        private: PrivateKey,
+        epoch: Duration,
+        uplinks: Vec<Box<dyn Uplink>>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        for (index, uplink) in uplinks.iter().enumerate() {
+            let event = EpollEvent::new(EventSet::IN, index as u64);
+            epoll.ctl(ControlOperation::Add, uplink.fd().as_raw_fd(), event)?;
+        }
+        let payload = |uplink: &Box<dyn Uplink>| uplink.description().capabilities.payload;
+        Ok(Self {
+            tunnels: Tunnels::new(Config {
+                private,
+                epoch,
+                uplinks: uplinks.iter().map(payload).collect(),
+                costs: Costs::measure(),
+            }),
+            links: Links::new(uplinks),
+            epoll,
+            out: TrainBuffer::default(),
+            peers: HashMap::new(),
+            nodes: HashMap::new(),
+            next: Duration::ZERO,
+        })
+    }
+
+    /// Who this node is.
+    #[must_use]
+    pub fn public_key(&self) -> &PublicKey {
+        self.tunnels.public_key()
+    }
+
+    /// Its uplinks, for people.
+    #[must_use]
+    pub fn describe(&self) -> Vec<String> {
+        let describe = |uplink: &Box<dyn Uplink>| {
+            let its = uplink.description();
+            format!(
+                "{} on {} ({}, {})",
+                its.local, its.interface, its.kind, its.mode
+            )
+        };
+        self.links.uplinks().iter().map(describe).collect()
+    }
+
+    pub(super) fn waker(&self) -> BorrowedFd<'_> {
+        // SAFETY: the epoll keeps its descriptor open for as long as it lives.
+        unsafe { BorrowedFd::borrow_raw(self.epoll.as_raw_fd()) }
+    }
+
+    /// What was dropped by the tunnels, and on the way to them.
+    pub(super) fn drops(&self) -> Drops {
+        let mut drops = self.links.drops().clone();
+        drops.merge(self.tunnels.drops());
+        drops
+    }
+
+    pub(super) fn add(
+        &mut self,
+        now: Duration,
+        public: PublicKey,
+        spec: PeerSpec,
+    ) -> Result<NodeId, crate::tunnel::Error> {
+        let path = |remote: &SocketAddr| PathConfig {
+            uplink: 0,
+            remote: *remote,
+            weight: 1,
+        };
+        let config = PeerConfig {
+            public,
+            psk: None,
+            paths: spec.endpoints.iter().map(path).collect(),
+        };
+        let id = self.tunnels.add(now, &config)?;
+        let node = node_of(&public);
+        let up = false;
+        self.peers.insert(node, Peer { id, spec, up });
+        self.nodes.insert(id, node);
+        self.next = now;
+        Ok(node)
+    }
+
+    pub(super) fn remove(&mut self, node: NodeId) -> bool {
+        let Some(peer) = self.peers.remove(&node) else {
+            return false;
+        };
+        self.nodes.remove(&peer.id);
+        self.tunnels.remove(peer.id)
+    }
+
+    /// What a peer was said to be.
+    pub(super) fn spec(&self, node: NodeId) -> Option<&PeerSpec> {
+        self.peers.get(&node).map(|peer| &peer.spec)
+    }
+
+    /// Whether a peer is not connected that should be.
+    pub(super) fn waits(&self) -> bool {
+        self.peers.values().any(|peer| !peer.up)
+    }
+
+    pub(super) fn status(&mut self, now: Duration, node: NodeId) -> Option<PeerStatus> {
+        let id = self.peers.get(&node)?.id;
+        self.tunnels.status(now, id)
+    }
+
+    /// The nodes that have become reachable, or are not any more, since the
+    /// last call.
+    pub(super) fn turned(&mut self, now: Duration) -> Vec<(NodeId, bool)> {
+        let mut turned = Vec::new();
+        for (node, peer) in &mut self.peers {
+            let status = self.tunnels.status(now, peer.id);
+            let up = status.is_some_and(|status| status.connected);
+            if up != peer.up {
+                peer.up = up;
+                turned.push((*node, up));
+            }
+        }
+        turned
+    }
+
+    /// Sends a frame to a node, of a flow.
+    pub(super) fn seal(
+        &mut self,
+        now: Duration,
+        node: NodeId,
+        vni: Vni,
+        flow: u32,
+        frame: &Frame<'_>,
+    ) -> Result<(), Reason> {
+        let peer = self.peers.get(&node).ok_or(Reason::NoTunnel)?.id;
+        if self.out.is_full() {
+            self.flush(now);
+        }
+        self.tunnels
+            .seal(now, peer, vni, flow, frame, &mut self.out)
+    }
+
+    /// Bytes of a frame to a node that goes in one piece, if large ones should
+    /// be cut before they go.
+    pub(super) fn cut(&self, node: NodeId) -> Option<usize> {
+        let peer = self.peers.get(&node)?.id;
+        (self.tunnels.mode(peer) == Mode::PerPacket).then(|| self.tunnels.max_frame(peer))
+    }
+
+    /// Takes what has come, and hands the frames in it to `each`: how many
+    /// datagrams or trains there were.
+    pub(super) fn receive(
+        &mut self,
+        now: Duration,
+        each: &mut dyn FnMut(NodeId, Vni, Frame<'_>),
+    ) -> io::Result<usize> {
+        let nodes = &self.nodes;
+        let (tunnels, out) = (&mut self.tunnels, &mut self.out);
+        self.links
+            .receive(now, tunnels, out, &mut |peer, vni, frame| {
+                if let Some(node) = nodes.get(&peer) {
+                    each(*node, vni, frame);
+                }
+            })
+    }
+
+    /// Does what time asks for; when that is next.
+    pub(super) fn tick(&mut self, now: Duration) -> Duration {
+        if now >= self.next {
+            loop {
+                self.next = self.tunnels.tick(now, &mut self.out);
+                self.flush(now);
+                if self.next > now {
+                    break;
+                }
+            }
+        }
+        self.next
+    }
+
+    /// Sends what was sealed.
+    pub(super) fn flush(&mut self, now: Duration) {
+        if self.out.is_empty() {
+            return;
+        }
+        if let Err(error) = self.links.send(now, &mut self.tunnels, &mut self.out) {
+            // A link that is down: what was lost is counted.
+            tracing::debug!("an uplink: {error}");
+        }
+    }
+}
