@@ -42,7 +42,7 @@ fn sleep(ends: &mut [VhostUser; 2]) -> io::Result<()> {
         armed &= end.arm()?;
     }
     if armed {
-        let wakers: Vec<_> = ends.iter().flat_map(Port::wakers).collect();
+        let wakers: Vec<_> = ends.iter().map(Port::waker).collect();
         let mut fds: Vec<_> = wakers
             .iter()
             .map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN))

@@ -7,7 +7,7 @@ use crate::api::types::{
 };
 use crate::key;
 use crate::port::{self, Port};
-use crate::switch::saved::{self, Saved};
+use crate::switch::saved::{self, Change, Saved};
 use crate::switch::worker::{Handle, Stopped};
 use crate::switch::{self, Switch};
 
@@ -95,6 +95,20 @@ impl Control {
                 .order(move |switch| switch.add_port(&name, spec, opened))
                 .await??;
         }
+        for (network, changes) in control.saved.flows.clone() {
+            for change in changes {
+                let network = network.clone();
+                let done = control.order(move |switch| match change {
+                    Change::Add(flow) => switch.add_flow(&network, &flow),
+                    Change::Remove(filter, strict) => {
+                        switch.remove_flows(&network, &filter, strict).map(drop)
+                    }
+                });
+                if let Err(error) = done.await? {
+                    tracing::warn!("{error}");
+                }
+            }
+        }
         Ok(control)
     }
 
@@ -160,6 +174,70 @@ impl Control {
         self.saved.flows.remove(&key);
         self.saved.write(&self.path)?;
         Ok(network)
+    }
+
+    /// A network's flows, a line each.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network.
+    pub async fn flows(&self, network: String) -> Result<Vec<String>, Error> {
+        Ok(self
+            .order(move |switch| switch.dump_flows(&network))
+            .await??)
+    }
+
+    /// Adds flows to a network: all, or none but those before the first that
+    /// is wrong.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or one is no flow.
+    pub async fn add_flows(&mut self, network: String, flows: Vec<String>) -> Result<(), Error> {
+        for flow in flows {
+            let (name, kept) = (network.clone(), flow.clone());
+            self.order(move |switch| switch.add_flow(&name, &flow))
+                .await??;
+            let saved = self.saved.flows.entry(network.clone()).or_default();
+            saved.push(Change::Add(kept));
+        }
+        self.saved.write(&self.path)?;
+        Ok(())
+    }
+
+    /// Removes flows of a network; how many there were.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or that is no filter.
+    pub async fn remove_flows(
+        &mut self,
+        network: String,
+        filter: String,
+        strict: bool,
+    ) -> Result<usize, Error> {
+        let (name, kept) = (network.clone(), filter.clone());
+        let gone = self
+            .order(move |switch| switch.remove_flows(&name, &filter, strict))
+            .await??;
+        let saved = self.saved.flows.entry(network).or_default();
+        if kept.trim().is_empty() {
+            saved.clear();
+        }
+        saved.push(Change::Remove(kept, strict));
+        self.saved.write(&self.path)?;
+        Ok(gone)
+    }
+
+    /// Which flows a packet would hit, as text.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or that is no packet.
+    pub async fn trace(&self, network: String, packet: String) -> Result<String, Error> {
+        Ok(self
+            .order(move |switch| switch.trace(&network, &packet))
+            .await??)
     }
 
     /// The addresses that are known in a network.

@@ -33,6 +33,8 @@ reasons! {
     Malformed = "malformed",
     /// Its offload header says nothing sensible.
     Offload = "bad_offload",
+    /// It is for a controller, and there is none.
+    NoController = "no_controller",
     /// The port that it should go to has no room.
     Full = "port_full",
     /// The port that it should go to is down.

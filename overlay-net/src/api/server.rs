@@ -6,12 +6,12 @@ use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use serde::Serialize;
 use tokio::sync::Mutex;
 
-use super::types::{NetworkSpec, PeerSpec, PortSpec, Problem};
+use super::types::{FlowFilter, NetworkSpec, PeerSpec, PortSpec, Problem};
 use crate::control::{Control, Error};
 use crate::switch;
 
@@ -30,6 +30,11 @@ pub fn router(control: Control) -> Router {
         .route("/networks", get(networks))
         .route("/networks/{name}", put(put_network).delete(remove_network))
         .route("/networks/{name}/macs", get(macs))
+        .route(
+            "/networks/{name}/flows",
+            get(flows).post(add_flows).delete(remove_flows),
+        )
+        .route("/networks/{name}/trace", post(trace))
         .route("/peers", get(peers))
         .route("/peers/{name}", put(put_peer).delete(remove_peer))
         .route("/ports", get(ports))
@@ -91,6 +96,45 @@ async fn remove_network(State(control): Shared, Path(name): Path<String>) -> Res
 
 async fn macs(State(control): Shared, Path(name): Path<String>) -> Response {
     answer(control.lock().await.macs(name).await)
+}
+
+async fn flows(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.flows(name).await)
+}
+
+async fn add_flows(
+    State(control): Shared,
+    Path(name): Path<String>,
+    flows: Body<Vec<String>>,
+) -> Response {
+    match flows {
+        Ok(Json(flows)) => answer(control.lock().await.add_flows(name, flows).await),
+        Err(rejection) => refuse(&rejection),
+    }
+}
+
+async fn remove_flows(
+    State(control): Shared,
+    Path(name): Path<String>,
+    filter: Body<FlowFilter>,
+) -> Response {
+    match filter {
+        Ok(Json(FlowFilter { filter, strict })) => answer(
+            control
+                .lock()
+                .await
+                .remove_flows(name, filter, strict)
+                .await,
+        ),
+        Err(rejection) => refuse(&rejection),
+    }
+}
+
+async fn trace(State(control): Shared, Path(name): Path<String>, packet: Body<String>) -> Response {
+    match packet {
+        Ok(Json(packet)) => answer(control.lock().await.trace(name, packet).await),
+        Err(rejection) => refuse(&rejection),
+    }
 }
 
 async fn peers(State(control): Shared) -> Response {

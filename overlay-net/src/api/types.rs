@@ -13,6 +13,10 @@
 //! | `PUT /peers/NAME` | [`PeerSpec`] | [`Peer`] |
 //! | `DELETE /peers/NAME` | | [`Peer`] as it was |
 //! | `GET /networks/NAME/macs` | | its [`MacLine`]s |
+//! | `GET /networks/NAME/flows` | | its flows, a line of text each |
+//! | `POST /networks/NAME/flows` | flows, a line of text each | `null` |
+//! | `DELETE /networks/NAME/flows` | [`FlowFilter`] | how many there were |
+//! | `POST /networks/NAME/trace` | a packet, as text | which flows it would hit, as text |
 //!
 //! Whatever fails is answered with a 4xx or 5xx status and a [`Problem`].
 
@@ -148,6 +152,18 @@ pub struct MacLine {
     pub origin: Origin,
     /// Seconds since it was heard, if it was learned.
     pub age: Option<u64>,
+}
+
+/// Which flows are meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlowFilter {
+    /// As text; an empty one means all.
+    #[serde(default)]
+    pub filter: String,
+    /// Only the one with exactly this match and priority.
+    #[serde(default)]
+    pub strict: bool,
 }
 
 /// What went through a port in one direction.

@@ -1,6 +1,6 @@
 //! See the module above.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant, SystemTime};
@@ -9,6 +9,7 @@ use data_encoding::BASE64;
 use vm_memory::VolatileSlice;
 
 use super::Error;
+use super::flows::Flows;
 use super::remote::{CONTROL, Remote, node_of};
 use super::worker::Waker;
 use crate::api::types::{
@@ -20,6 +21,7 @@ use crate::bridge::{
 };
 use crate::directory::{Directory, Gossip, Key as Record, Limits, NodeId, Settings, Value};
 use crate::drops::{Drops, Reason};
+use crate::flow::{Packet, Sink, Target};
 use crate::frame::{Frame, HEAD, Head, Key, Offload, PortId, Segmenter, Vni, parse};
 use crate::port::{BURST, Port};
 use crate::tunnel::{PublicKey, flow_hash};
@@ -73,6 +75,7 @@ pub struct Switch {
     networks: BTreeMap<String, NetworkSpec>,
     /// Index: a port's number.
     slots: Vec<Option<Slot>>,
+    flows: HashMap<Vni, Flows>,
     names: BTreeMap<String, PortId>,
     /// Ports with something to flush.
     dirty: Vec<PortId>,
@@ -103,6 +106,7 @@ impl Switch {
             networks: BTreeMap::new(),
             // Numbers begin with 1.
             slots: vec![None],
+            flows: HashMap::new(),
             names: BTreeMap::new(),
             dirty: Vec::new(),
             drops: Drops::default(),
@@ -201,6 +205,7 @@ impl Switch {
             return Err(Error::Taken(spec.vni, other.clone()));
         }
         self.bridge.set_network(spec.vni, NetworkConfig::default());
+        self.flows.entry(spec.vni).or_insert_with(Flows::new);
         self.claim(Record::Member(spec.vni, self.directory.me()), Value::Member);
         let members = self.directory.members(spec.vni);
         self.bridge.set_members(spec.vni, &members);
@@ -222,6 +227,7 @@ impl Switch {
             return Err(Error::InUse(name.to_owned(), network.ports));
         }
         self.bridge.remove_network(network.spec.vni);
+        self.flows.remove(&network.spec.vni);
         let member = Record::Member(network.spec.vni, self.directory.me());
         self.directory.withdraw(self.now, &member);
         self.tell();
@@ -377,6 +383,72 @@ impl Switch {
         let mut lines: Vec<MacLine> = lines.collect();
         lines.sort_by_key(|line| (line.vlan, line.mac));
         Ok(lines)
+    }
+
+    /// What only a network's own ports are found by.
+    fn names(&self, vni: Vni) -> impl Fn(&str) -> Option<PortId> + use<> {
+        let ports = self.all().filter(|(_, slot)| slot.vni == vni);
+        let names: HashMap<_, _> = ports.map(|(id, slot)| (slot.name.clone(), id)).collect();
+        move |name| names.get(name).copied()
+    }
+
+    fn with_flows<R>(
+        &mut self,
+        network: &str,
+        act: impl FnOnce(&mut Flows, Duration, Vni, &dyn Fn(&str) -> Option<PortId>) -> R,
+    ) -> Result<R, Error> {
+        let vni = self.vni(network)?;
+        let names = self.names(vni);
+        let flows = self.flows.get_mut(&vni);
+        let flows = flows.ok_or_else(|| Error::NoNetwork(network.to_owned()))?;
+        Ok(act(flows, self.now, vni, &names))
+    }
+
+    /// Adds an entry to a network's flows.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or it is no entry; the message says where it
+    /// is wrong.
+    pub fn add_flow(&mut self, network: &str, entry: &str) -> Result<(), Error> {
+        self.with_flows(network, |flows, now, _, names| flows.add(now, entry, names))?
+    }
+
+    /// Removes a network's flows that `filter` means, or with `strict` the one
+    /// with exactly this match and priority; how many there were.
+    ///
+    /// # Errors
+    ///
+    /// As [`Switch::add_flow`].
+    pub fn remove_flows(
+        &mut self,
+        network: &str,
+        filter: &str,
+        strict: bool,
+    ) -> Result<usize, Error> {
+        self.with_flows(network, |flows, now, _, names| {
+            flows.delete(now, filter, strict, names)
+        })?
+    }
+
+    /// A network's flows, a line each.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network.
+    pub fn dump_flows(&mut self, network: &str) -> Result<Vec<String>, Error> {
+        self.with_flows(network, |flows, now, _, _| flows.dump(now))
+    }
+
+    /// Which flows a packet would hit, as text.
+    ///
+    /// # Errors
+    ///
+    /// As [`Switch::add_flow`].
+    pub fn trace(&mut self, network: &str, packet: &str) -> Result<String, Error> {
+        self.with_flows(network, |flows, _, vni, names| {
+            flows.trace(vni, packet, names)
+        })?
     }
 
     fn peer_name(&self, node: NodeId) -> String {
@@ -560,6 +632,9 @@ impl Switch {
         if now >= self.expire {
             self.expire = now + Duration::from_secs(1);
             self.bridge.expire(now);
+            for flows in self.flows.values_mut() {
+                flows.expire(now);
+            }
         }
         self.notice();
         let remote = self.remote.as_mut()?;
@@ -707,12 +782,32 @@ impl Switch {
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
             return self.drop(from, Reason::Malformed);
         };
+        let mut packet = Packet {
+            frame: &mut frame,
+            key,
+            layers,
+        };
+        let flows = self.flows.get_mut(&vni);
+        let Some(mut pipeline) = flows.and_then(|flows| flows.pipeline.take()) else {
+            return self.drop(from, Reason::NoNetwork);
+        };
+        let mut out = Out { switch: self, from };
+        pipeline.run(out.switch.now, &mut packet, &mut out);
+        if let Some(flows) = self.flows.get_mut(&vni) {
+            flows.pipeline = Some(pipeline);
+        }
+    }
+
+    /// The way through the bridge.
+    fn bridge(&mut self, from: Place, packet: &Packet<'_, '_>) {
+        let mut frame = packet.frame.clone();
+        let (key, layers) = (&packet.key, &packet.layers);
         let mut outputs = std::mem::take(&mut self.outputs);
         let bridge = &mut self.bridge;
         // What it drops, the bridge counts.
-        let _ = bridge.forward(self.now, from, &key, &layers, &mut frame, &mut outputs);
+        let _ = bridge.forward(self.now, from, key, layers, &mut frame, &mut outputs);
         for output in &outputs.list {
-            self.emit(output, &key, &frame);
+            self.emit(output, key, &frame);
         }
         if let Some(mut reply) = outputs.reply.take() {
             let (to, mut offload) = (reply.output, Offload::default());
@@ -722,6 +817,25 @@ impl Switch {
             }
         }
         self.outputs = outputs;
+    }
+
+    /// Out of all ports of a network but one, and to all other nodes in it
+    /// unless it came from one.
+    fn flood(&mut self, from: Place, packet: &Packet<'_, '_>) {
+        let vni = packet.key.vni;
+        let ports: Vec<PortId> = self
+            .all()
+            .filter(|(id, slot)| slot.vni == vni && Place::Port(*id) != from)
+            .map(|(id, _)| id)
+            .collect();
+        for id in ports {
+            self.send(id, packet.frame);
+        }
+        if matches!(from, Place::Port(_)) {
+            for node in self.directory.members(vni) {
+                self.seal(node, vni, flow_hash(&packet.key), packet.frame);
+            }
+        }
     }
 
     fn drop(&mut self, at: Place, reason: Reason) {
@@ -829,5 +943,41 @@ impl Switch {
                 Place::Node(node) => self.seal(node, later.vni, later.flow, &frame),
             }
         }
+    }
+}
+
+/// Where frames go that come out of a network's flows.
+struct Out<'s> {
+    switch: &'s mut Switch,
+    from: Place,
+}
+
+impl Sink for Out<'_> {
+    fn send(&mut self, target: Target, packet: &Packet<'_, '_>) {
+        let (switch, from) = (&mut *self.switch, self.from);
+        match target {
+            Target::Normal => switch.bridge(from, packet),
+            Target::Flood | Target::All => switch.flood(from, packet),
+            Target::Port(id) | Target::Mirror(id) => {
+                // Nothing leaves its network.
+                if switch
+                    .slot(id)
+                    .is_some_and(|slot| slot.vni == packet.key.vni)
+                {
+                    switch.send(id, packet.frame);
+                } else {
+                    switch.drop(from, Reason::NoPort);
+                }
+            }
+            Target::InPort => {
+                let (bytes, offload) = (packet.frame.to_vec(), packet.frame.offload);
+                switch.put_off(from, packet.key.vni, flow_hash(&packet.key), bytes, offload);
+            }
+            Target::Controller(_) => switch.drop(from, Reason::NoController),
+        }
+    }
+
+    fn dropped(&mut self, reason: Reason, _: &Packet<'_, '_>) {
+        self.switch.drop(self.from, reason);
     }
 }

@@ -10,6 +10,7 @@ use crate::bridge::PortError;
 use crate::frame::Vni;
 
 mod core;
+mod flows;
 mod remote;
 pub mod saved;
 #[cfg(test)]
@@ -17,6 +18,7 @@ mod tests;
 pub mod worker;
 
 pub use self::core::Switch;
+pub use flows::FlowError;
 pub use remote::{Remote, node_of};
 
 /// Why the switch refuses something.
@@ -55,6 +57,9 @@ pub enum Error {
     /// The tunnels do not take a peer.
     #[error(transparent)]
     Peer(#[from] crate::tunnel::Error),
+    /// No flow.
+    #[error(transparent)]
+    Flow(#[from] FlowError),
     /// There are no tunnels.
     #[error(
         "this switch has no way to others: start blanket-switch with --listen ADDRESS:PORT and --interface NAME"

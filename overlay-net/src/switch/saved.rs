@@ -27,9 +27,19 @@ pub struct Saved {
     /// Other nodes' switches by name.
     #[serde(default)]
     pub peers: BTreeMap<String, PeerSpec>,
-    /// Flows by network, in their text form, in the order in which they came.
+    /// What was done to the flows of each network, in order.
     #[serde(default)]
-    pub flows: BTreeMap<String, Vec<String>>,
+    pub flows: BTreeMap<String, Vec<Change>>,
+}
+
+/// Something that was done to flows, in their text form.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// One was added.
+    Add(String),
+    /// Those were removed that this means, or with `true` exactly that one.
+    Remove(String, bool),
 }
 
 /// Why the file cannot be used.

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use blanket_overlay::api::types::{
-    Attachment, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus, Traffic,
+    Attachment, FlowFilter, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec,
+    PortStatus, Traffic,
 };
 use blanket_overlay::bridge::{Mode, PortConfig};
 use blanket_overlay::frame::{Mac, Vni};
@@ -39,6 +40,11 @@ pub(crate) enum Args {
     Peer(PeerArgs),
     /// List the addresses that are known in a network, as `bridge fdb` does.
     Mac(MacArgs),
+    /// The flow table of a network: what happens to its frames, as `ovs-ofctl` users know it.
+    #[command(subcommand)]
+    Flow(FlowArgs),
+    /// Tell which flows a packet would hit, like in_port=a,tcp,nw_dst=10.0.0.1,tp_dst=80.
+    Trace(TraceArgs),
     /// Describe this node's switch.
     Info(ListArgs),
 }
@@ -63,6 +69,44 @@ pub(crate) struct PeerAddArgs {
     /// Where it listens; none if it is behind a translating router: then it calls.
     #[arg(long, value_name = "ADDRESS:PORT", value_delimiter = ',')]
     endpoint: Vec<SocketAddr>,
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum FlowArgs {
+    /// Add flows, like priority=100,ip,nw_dst=10.0.0.0/8,actions=output:a
+    Add {
+        /// The network.
+        network: String,
+        /// Flows; ports by their names or numbers.
+        #[arg(required = true)]
+        flows: Vec<String>,
+    },
+    /// Remove flows.
+    Del {
+        /// The network.
+        network: String,
+        /// Those that match this, like ip,nw_dst=10.0.0.0/8; all without it.
+        #[arg(default_value = "")]
+        filter: String,
+        /// Only the one with exactly this match and priority.
+        #[arg(long)]
+        strict: bool,
+    },
+    /// List flows, with how many packets and bytes each has had.
+    Ls {
+        /// The network.
+        network: String,
+        #[command(flatten)]
+        list: ListArgs,
+    },
+}
+
+#[derive(clap::Args)]
+pub(crate) struct TraceArgs {
+    /// The network.
+    network: String,
+    /// The packet.
+    packet: String,
 }
 
 #[derive(clap::Args)]
@@ -238,12 +282,46 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
             let macs: Vec<MacLine> = ask(home, Method::GET, &path, None::<&()>)?;
             show(&args.list, &macs, |macs| mac_rows(macs))?;
         }
+        Args::Flow(args) => flow(home, args)?,
+        Args::Trace(args) => {
+            let path = format!("/networks/{}/trace", args.network);
+            let text: String = ask(home, Method::POST, &path, Some(&args.packet))?;
+            print(&text)?;
+        }
         Args::Info(args) => {
             let info: Info = ask(home, Method::GET, "/switch", None::<&()>)?;
             show(args, &info, info_rows)?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn flow(home: &Home, args: &FlowArgs) -> Result<()> {
+    let path = |network: &str| format!("/networks/{network}/flows");
+    match args {
+        FlowArgs::Add { network, flows } => {
+            let () = ask(home, Method::POST, &path(network), Some(flows))?;
+        }
+        FlowArgs::Del {
+            network,
+            filter,
+            strict,
+        } => {
+            let filter = FlowFilter {
+                filter: filter.clone(),
+                strict: *strict,
+            };
+            let gone: usize = ask(home, Method::DELETE, &path(network), Some(&filter))?;
+            print(&format!("{gone} removed\n"))?;
+        }
+        FlowArgs::Ls { network, list } => {
+            let flows: Vec<String> = ask(home, Method::GET, &path(network), None::<&()>)?;
+            show(list, &flows, |flows| {
+                flows.iter().map(|flow| vec![flow.clone()]).collect()
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// Prints a value as JSON, or as a table.
