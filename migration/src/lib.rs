@@ -122,6 +122,7 @@ mod forecast;
 mod frames;
 mod journal;
 mod keep;
+pub mod records;
 mod source;
 mod squeeze;
 mod status;

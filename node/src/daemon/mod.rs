@@ -7,6 +7,7 @@
 
 mod cluster;
 mod http;
+mod lend;
 mod limit;
 mod listen;
 pub(crate) mod local;
