@@ -46,14 +46,19 @@ impl Sealer {
         self.most = most;
     }
 
-    /// A record with any content, also with one that is never sent.
-    #[cfg(test)]
-    pub(super) fn record(&mut self, kind: u8, content: &[u8]) -> Vec<u8> {
+    /// A record with content of any type, also one that no end sends: for tests and
+    /// the fuzzer.
+    ///
+    /// # Errors
+    /// It is too long for any header, or there is no number for it.
+    pub fn record(&mut self, kind: u8, content: &[u8]) -> io::Result<Vec<u8>> {
         let mut bytes = [content, &[0]].concat();
         self.around.clear();
-        self.seal(kind, &mut bytes, 0, content.len()).unwrap();
-        let (header, trailer) = self.around.split_at(HEADER);
-        [header, &bytes[..content.len()], trailer].concat()
+        self.seal(kind, &mut bytes, 0, content.len())?;
+        bytes.truncate(content.len());
+        let around = self.around.split_at_checked(HEADER);
+        let (header, trailer) = around.ok_or(Error::Malformed)?;
+        Ok([header, &bytes, trailer].concat())
     }
 
     /// The other end has said that it wants new keys.

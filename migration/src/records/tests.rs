@@ -231,7 +231,7 @@ fn had(opener: &mut Opener, from: &mut impl Read) -> Result<Vec<u8>, Error> {
 fn records(sealer: &mut Sealer, contents: &[(u8, &[u8])]) -> Vec<Vec<u8>> {
     let sealed = contents.iter();
     sealed
-        .map(|(kind, content)| sealer.record(*kind, content))
+        .map(|(kind, content)| sealer.record(*kind, content).unwrap())
         .collect()
 }
 
