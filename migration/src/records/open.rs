@@ -9,7 +9,7 @@ use super::{ALERT, CLOSE_NOTIFY, DATA, Error, HANDSHAKE, HEADER, KEY_UPDATE};
 use super::{MOST_BODY, MOST_CONTENT, TAG, TRAILER, VERSION};
 
 /// Bytes that are received at once.
-const ROOM: usize = 512 << 10;
+const ROOM: usize = 1 << 20;
 /// No less is received at once than fits in so many.
 const LITTLE: usize = 64 << 10;
 /// Records in a row that have nothing in them: as rustls has it.
