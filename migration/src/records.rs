@@ -35,8 +35,8 @@ const TAG: usize = 16;
 const TRAILER: usize = 1 + TAG;
 /// What every protected record says of its version: that of TLS 1.2.
 const VERSION: [u8; 2] = [3, 3];
-/// Records under one key: half of the square root that AES-GCM has for whole
-/// ones (section 5.5), and as many as rustls has. 256 GiB.
+/// Records under one key; then come new ones. AES-GCM is safe for some more
+/// (2^24.5, section 5.5), and rustls has the same number. 256 GiB.
 const RECORDS_PER_KEY: u64 = 1 << 24;
 
 const ALERT: u8 = 21;

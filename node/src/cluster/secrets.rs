@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 /// What rustls calls the secrets of application data: the client's, the server's.
 const LABELS: [&str; 2] = ["CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0"];
 
-/// The secrets of one connection. They are gone with it.
+/// The secrets of one connection, until they are given away or forgotten.
 ///
 /// What rustls extracts are keys. The secrets that these were made of are needed,
 /// too: the next keys are made of them ([`blanket_migration::records`]).
@@ -62,6 +62,11 @@ impl Kept {
         known.is_some() && kept.iter().all(Option::is_some)
     }
 
+    /// Keeps them no more.
+    pub(crate) fn forget(&self) -> [Option<Zeroizing<Vec<u8>>>; 2] {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Those of a server's connection, on which nothing comes but what was read.
     pub(crate) fn of_server(&self, mut connection: ServerConnection) -> Result<Secrets> {
         let state = connection.process_new_packets()?;
@@ -82,7 +87,7 @@ impl Kept {
 
     /// Whose secrets, in which order, with the numbers of the next records.
     fn secrets(&self, suite: Suite, whose: [usize; 2], numbers: [u64; 2]) -> Result<Secrets> {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.forget();
         let traffic = |which: usize| {
             let secret = kept[whose[which]].as_deref();
             let secret = secret.context("there are no secrets of a connection")?;

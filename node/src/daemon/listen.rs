@@ -142,6 +142,9 @@ async fn serve(
     };
     let connection = tls.get_ref().1;
     let protocol = Protocol::of(connection.alpn_protocol());
+    if protocol != Some(Protocol::Stream) {
+        drop(kept.forget());
+    }
     if protocol == Some(Protocol::Join) {
         // A stranger still: the permit is held.
         http::serve(tls, cluster::join_routes(node, from), JOIN).await;

@@ -174,7 +174,10 @@ pub(super) async fn serve(
             let secrets = kept.of_server(connection)?;
             node.lend(local, tcp, Some(secrets), &peer.id).await
         }
-        answer => answer_and_carry(node, tls, answer, &peer.id).await,
+        answer => {
+            drop(kept.forget());
+            answer_and_carry(node, tls, answer, &peer.id).await
+        }
     }
 }
 
@@ -421,7 +424,10 @@ impl Node {
                 let (tcp, connection) = tls.into_inner();
                 Ok(Way::Sealed(tcp, kept.of_client(connection)?))
             }
-            (Answer::Open, tls) => Ok(Way::Relayed(Box::new(tls))),
+            (Answer::Open, tls) => {
+                drop(kept.forget());
+                Ok(Way::Relayed(Box::new(tls)))
+            }
             _ => Err(unclear(member)),
         }
     }
