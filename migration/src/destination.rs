@@ -20,7 +20,7 @@ use crate::follow::{Follower, Lost, Remote, SPARES};
 use crate::frames::{self, Place};
 use crate::squeeze;
 use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
-use crate::way;
+use crate::way::{self, Stream};
 use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
 
 /// How long a destination that could run the guest asks whether it may, when
@@ -137,7 +137,7 @@ pub struct Destination {
     path: PathBuf,
     offer: Offer,
     control: UnixStream,
-    data: Vec<UnixStream>,
+    data: Vec<Stream>,
     /// For a question at the end: a monitor that has given up its privileges
     /// may not connect any more.
     spare: UnixStream,
@@ -169,7 +169,8 @@ impl Destination {
             .collect::<Result<_, _>>()?;
         // After the data streams.
         let spare = connect(path)?;
-        let spare = join(spare, offer.session, offer.streams.min(MOST_STREAMS))?;
+        let spare = join(spare.into(), offer.session, offer.streams.min(MOST_STREAMS))?;
+        let spare = spare.into_socket().ok_or(wire::Error::Cut)?;
         // Last, as the source hears nothing of them for now.
         let spares = (0..if offer.follows { SPARES } else { 0 })
             .map(|_| UnixStream::connect(path))
@@ -311,7 +312,7 @@ impl Destination {
         self.control.set_read_timeout(None)?;
         let endings: Vec<_> = streams
             .iter()
-            .map(UnixStream::try_clone)
+            .map(|stream| stream.socket().try_clone())
             .collect::<io::Result<_>>()?;
         std::thread::scope(|scope| {
             let takers: Vec<_> = streams
@@ -451,15 +452,15 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
 }
 
 /// Says what a stream is for.
-fn join(mut stream: UnixStream, session: [u8; 16], index: u32) -> Result<UnixStream, Error> {
-    stream.set_read_timeout(None)?;
+fn join(mut stream: Stream, session: [u8; 16], index: u32) -> Result<Stream, Error> {
+    stream.socket().set_read_timeout(None)?;
     wire::send_value(&mut stream, Kind::Join, &Join { session, index })?;
     Ok(stream)
 }
 
 /// Has `put` put what comes on a data stream in its place, until the stream ends.
 fn take_all(
-    mut stream: UnixStream,
+    mut stream: Stream,
     put: impl Fn(Kind, &[u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let taken = take_frames(&mut stream, put);
@@ -467,26 +468,29 @@ fn take_all(
         // The source waits for the round's end on this stream.
         let _ = wire::send(&mut stream, Kind::Abort, error.to_string().as_bytes());
         // Nobody reads on: it need not write on.
-        let _ = stream.shutdown(std::net::Shutdown::Read);
+        let _ = stream.socket().shutdown(std::net::Shutdown::Read);
     }
     taken
 }
 
 fn take_frames(
-    mut stream: &mut UnixStream,
+    stream: &mut Stream,
     put: impl Fn(Kind, &[u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let mut payload = Vec::new();
+    let mut room = Vec::new();
     loop {
-        let kind = match wire::receive(&mut stream, &mut payload) {
+        let (kind, payload) = match stream.receive(&mut room) {
             // It ends between two frames when all is done, and when the source
             // is gone: the control stream tells which.
             Err(wire::Error::Cut) => return Ok(()),
             other => other?,
         };
         match kind {
-            Kind::Sync => wire::send(&mut stream, Kind::Sync, &payload)?,
-            kind => put(kind, &payload)?,
+            Kind::Sync => {
+                let number = payload.to_vec();
+                wire::send(stream, Kind::Sync, &number)?;
+            }
+            kind => put(kind, payload)?,
         }
     }
 }

@@ -5,7 +5,7 @@
 //! streams that the source asks for, and once to be able to ask, whatever
 //! happens, who has the guest. Neither knows whether the other end is
 //! on the same machine, or what carries the bytes there; that may hand over a
-//! [shorter way](way) for the data streams.
+//! [shorter way](way) for the data streams, [encrypted](records) or not.
 //!
 //! ```text
 //! source                                   destination
@@ -122,6 +122,7 @@ mod forecast;
 mod frames;
 mod journal;
 mod keep;
+pub mod records;
 mod source;
 mod squeeze;
 mod status;

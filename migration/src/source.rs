@@ -22,7 +22,7 @@ use crate::keep::Keeper;
 use crate::squeeze::Squeeze;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
 use crate::throttle;
-use crate::way;
+use crate::way::{self, Stream};
 use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
 
 use rounds::{Fresh, Load, note};
@@ -166,7 +166,7 @@ impl<'a> How<'a> {
 pub struct Source {
     session: [u8; 16],
     control: UnixStream,
-    data: Vec<UnixStream>,
+    data: Vec<Stream>,
     /// Where it asks if `control` is lost, and for memory that follows the guest.
     spares: Vec<UnixStream>,
     /// Its disks that have nothing but zeros.
@@ -197,17 +197,17 @@ pub struct Terms<'a> {
 /// `control` first. Those that have nothing to say yet wait in `silent`.
 fn accept(
     listener: &UnixListener,
-    silent: &mut Vec<UnixStream>,
+    silent: &mut Vec<Stream>,
     control: Option<&UnixStream>,
     progress: &Progress,
     end: Instant,
-) -> Result<Option<UnixStream>, Error> {
+) -> Result<Option<Stream>, Error> {
     listener.set_nonblocking(true)?;
     while Instant::now() < end {
         if progress.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        let speaks = |stream: &UnixStream| is_readable(stream, Duration::ZERO);
+        let speaks = |stream: &Stream| is_readable(stream, Duration::ZERO);
         if let Some(index) = silent.iter().position(speaks) {
             let mut stream = silent.swap_remove(index);
             match way::answer(&mut stream)? {
@@ -218,10 +218,10 @@ fn accept(
         }
         match listener.accept() {
             Ok((stream, _)) => {
-                silent.push(patient(stream)?);
+                silent.push(patient(stream.into())?);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if control.is_some_and(speaks) {
+                if control.is_some_and(|control| is_readable(control, Duration::ZERO)) {
                     return Ok(None);
                 }
                 std::thread::sleep(LOOK);
@@ -232,10 +232,11 @@ fn accept(
     Err(Error::Silent("connect"))
 }
 
-fn patient(stream: UnixStream) -> io::Result<UnixStream> {
-    stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+fn patient(stream: Stream) -> io::Result<Stream> {
+    let socket = stream.socket();
+    socket.set_nonblocking(false)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
 
@@ -268,6 +269,7 @@ impl Source {
         let mut silent = Vec::new();
         let (mut control, hello) = loop {
             let stream = accept(listener, &mut silent, None, progress, deadline)?;
+            let stream = stream.and_then(Stream::into_socket);
             let mut stream = stream.ok_or(wire::Error::Cut)?;
             match wire::expect(&mut stream, Kind::Hello) {
                 Ok(hello) => break (stream, wire::decode::<Hello>(&hello)?),
@@ -299,7 +301,7 @@ impl Source {
         wire::send_value(&mut control, Kind::Offer, &offer)?;
         descriptors::send(&control, terms.descriptors)?;
         // The last one is for questions.
-        let mut data: Vec<Option<UnixStream>> = (0..=streams).map(|_| None).collect();
+        let mut data: Vec<Option<Stream>> = (0..=streams).map(|_| None).collect();
         let mut accepted = None;
         while data.iter().any(Option::is_none) {
             let control_too = accepted.is_none().then_some(&control);
@@ -323,10 +325,11 @@ impl Source {
         let accepted: Accepted = wire::decode(&accepted)?;
         let mut data: Vec<_> = data.into_iter().flatten().collect();
         silent.extend(data.pop());
+        progress.lock().way = data.first().map(Stream::way);
         Ok(Self {
             session: terms.session,
             control,
-            spares: silent,
+            spares: silent.into_iter().filter_map(Stream::into_socket).collect(),
             data,
             blank: accepted.blank,
             unable: accepted.unable,

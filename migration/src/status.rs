@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::way::Way;
+
 /// Most data streams.
 pub const MOST_STREAMS: u32 = 16;
 
@@ -215,6 +217,9 @@ pub struct Status {
     pub error: Option<String>,
     /// Data streams.
     pub streams: u32,
+    /// How they get to the other end, once they are there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub way: Option<Way>,
     /// Bytes of the disks that move along.
     #[serde(default)]
     pub disks: u64,

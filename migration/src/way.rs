@@ -1,33 +1,65 @@
 //! A shorter way for data streams.
 //!
-//! Whatever carries bytes between the two monitors may have a socket that leads
-//! to the other end. A data stream therefore begins with a question, one byte:
-//! [`ASK`]. Who is in between and has a socket answers with the same byte and
-//! the socket, and hands the other end of it to the source in the same way; who
-//! has none passes the question on, and the source answers that there is none.
+//! Whatever carries bytes between the two monitors may have a connection that
+//! leads to the other end. A data stream therefore begins with a question, one
+//! byte: [`ASK`]. Who is in between and has one answers with the same byte and
+//! its socket, or with another byte, the socket and the [`Secrets`] of what goes
+//! over it; and hands the other end of it to the source in the same way. Who has
+//! none passes the question on, and the source answers that there is none.
+//!
+//! The stream on which the question was asked is kept beside the connection: its
+//! end tells who was in between that this one is not used any more.
 //! Nothing is used of a socket that those of one family have and others have not.
 
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use zeroize::Zeroizing;
+
+use crate::records::{Opener, Sealer, Secrets};
+use crate::wire::{self, Frames, Header, Kind};
 
 /// "Is there a socket?", and with one: "here it is". No frame begins like this.
 pub const ASK: u8 = b'+';
+/// "Here it is, with its secrets."
+const SEALED: u8 = b'#';
 /// "There is none."
 const NONE: u8 = b'-';
 
-/// Hands a socket over to the monitor at the other end of `stream`.
+/// How data streams get to the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// Somebody carries what is on the monitors' sockets; or they are at the same
+    /// place.
+    Relayed,
+    /// The monitors have the connections.
+    Direct,
+    /// They have them, and encrypt what is on them.
+    Sealed,
+}
+
+/// Hands a socket over to the monitor at the other end of `stream`; with
+/// `secrets`, one for what is sealed with them.
 ///
 /// # Errors
 /// It is not there any more.
-pub fn hand_over(stream: &UnixStream, socket: impl AsFd) -> io::Result<()> {
-    let sent = stream.send_with_fd(&[ASK][..], socket.as_fd().as_raw_fd())?;
-    if sent == 1 {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::WriteZero.into())
+pub fn hand_over(
+    mut stream: &UnixStream,
+    socket: impl AsFd,
+    secrets: Option<&Secrets>,
+) -> io::Result<()> {
+    let word = [if secrets.is_some() { SEALED } else { ASK }];
+    let sent = stream.send_with_fd(&word[..], socket.as_fd().as_raw_fd())?;
+    if sent != 1 {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    match secrets {
+        Some(secrets) => stream.write_all(&*secrets.to_bytes()),
+        None => Ok(()),
     }
 }
 
@@ -35,24 +67,24 @@ pub fn hand_over(stream: &UnixStream, socket: impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 /// It is cut, or the answer is none.
-pub(crate) fn ask(mut stream: UnixStream) -> io::Result<UnixStream> {
+pub fn ask(mut stream: UnixStream) -> io::Result<Stream> {
     stream.write_all(&[ASK])?;
     match receive(&stream)? {
-        (ASK, Some(socket)) => Ok(socket),
-        (NONE, None) => Ok(stream),
-        _ => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "no answer to a question for a socket",
-        )),
+        (NONE, None) => Ok(stream.into()),
+        (word, Some(socket)) => Stream::handed(word, socket, stream),
+        _ => Err(nonsense()),
     }
 }
 
 /// What the source does with a stream on which something has come: where it
-/// begins with the question, the stream to be used instead.
+/// begins with the question or its answer, the stream to be used instead.
 ///
 /// # Errors
 /// It is cut.
-pub(crate) fn answer(stream: &mut UnixStream) -> io::Result<Option<UnixStream>> {
+pub fn answer(stream: &mut Stream) -> io::Result<Option<Stream>> {
+    if stream.way() != Way::Relayed {
+        return Ok(None);
+    }
     let mut byte = 0u8;
     // SAFETY: the one byte is ours.
     let n = unsafe {
@@ -63,14 +95,18 @@ pub(crate) fn answer(stream: &mut UnixStream) -> io::Result<Option<UnixStream>> 
             libc::MSG_PEEK | libc::MSG_DONTWAIT,
         )
     };
-    if n != 1 || byte != ASK {
+    if n != 1 || !matches!(byte, ASK | SEALED) {
         return Ok(None);
     }
-    if let (_, Some(socket)) = receive(stream)? {
-        return Ok(Some(socket));
+    let asked = stream.socket.try_clone()?;
+    match receive(&asked)? {
+        (ASK, None) => {
+            stream.write_all(&[NONE])?;
+            Ok(Some(asked.into()))
+        }
+        (word, Some(socket)) => Stream::handed(word, socket, asked).map(Some),
+        _ => Err(nonsense()),
     }
-    stream.write_all(&[NONE])?;
-    stream.try_clone().map(Some)
 }
 
 /// One byte, and the socket that came with it.
@@ -83,60 +119,192 @@ fn receive(stream: &UnixStream) -> io::Result<(u8, Option<UnixStream>)> {
     Ok((byte[0], file.map(|file| OwnedFd::from(file).into())))
 }
 
-#[cfg(test)]
-mod tests {
-    use std::io::Read;
-    use std::net::{TcpListener, TcpStream};
-    use std::os::fd::OwnedFd;
+fn nonsense() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "no answer to a question for a socket",
+    )
+}
 
-    use super::*;
+/// One data stream.
+pub struct Stream {
+    socket: UnixStream,
+    sealed: Option<Box<(Sealer, Opener)>>,
+    /// What the socket came on: that it is used still.
+    asked: Option<UnixStream>,
+}
 
-    fn is_the_way(mut here: UnixStream, mut there: UnixStream) {
-        here.write_all(b"page").unwrap();
-        let mut four = [0; 4];
-        there.read_exact(&mut four).unwrap();
-        assert_eq!(four, *b"page");
-    }
-
-    #[test]
-    fn without_anybody_between_them_the_stream_stays() {
-        let (here, mut there) = UnixStream::pair().unwrap();
-        let asked = std::thread::spawn(move || ask(here).unwrap());
-        let found = loop {
-            if let Some(found) = answer(&mut there).unwrap() {
-                break found;
-            }
-        };
-        is_the_way(asked.join().unwrap(), found);
-    }
-
-    #[test]
-    fn who_is_between_them_hands_a_connection_to_both() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (other, _) = listener.accept().unwrap();
-        let (destination, its) = UnixStream::pair().unwrap();
-        let (mut source, ours) = UnixStream::pair().unwrap();
-        hand_over(&its, &tcp).unwrap();
-        hand_over(&ours, &other).unwrap();
-        drop((tcp, other, ours));
-        let found = answer(&mut source).unwrap().unwrap();
-        is_the_way(ask(destination).unwrap(), found);
-        drop(its);
-    }
-
-    #[test]
-    fn frames_are_left_alone_and_nonsense_is_an_error() {
-        let (mut here, mut there) = UnixStream::pair().unwrap();
-        here.write_all(b"join").unwrap();
-        assert!(answer(&mut there).unwrap().is_none());
-        let mut four = [0; 4];
-        there.read_exact(&mut four).unwrap();
-        // An answer without the socket that it promises.
-        there.write_all(&[ASK]).unwrap();
-        assert!(ask(here).is_err());
-        let (here, there) = UnixStream::pair().unwrap();
-        drop::<OwnedFd>(there.into());
-        assert!(ask(here).is_err());
+impl From<UnixStream> for Stream {
+    fn from(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            sealed: None,
+            asked: None,
+        }
     }
 }
+
+impl Stream {
+    /// What came on `asked`.
+    fn handed(word: u8, socket: UnixStream, mut asked: UnixStream) -> io::Result<Self> {
+        let sealed = match word {
+            ASK => None,
+            SEALED => {
+                let mut secrets = Zeroizing::new([0; Secrets::LEN]);
+                asked.read_exact(&mut *secrets)?;
+                Some(Box::new(Secrets::from_bytes(&secrets)?.ends()?))
+            }
+            _ => return Err(nonsense()),
+        };
+        Ok(Self {
+            socket,
+            sealed,
+            asked: Some(asked),
+        })
+    }
+
+    /// How it gets to the other end.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        match (&self.sealed, &self.asked) {
+            (Some(_), _) => Way::Sealed,
+            (None, Some(_)) => Way::Direct,
+            (None, None) => Way::Relayed,
+        }
+    }
+
+    pub(crate) fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// The socket of one that is no more than that.
+    pub(crate) fn into_socket(self) -> Option<UnixStream> {
+        let relayed = self.way() == Way::Relayed;
+        relayed.then(|| self.socket.try_clone().ok()).flatten()
+    }
+
+    /// Sends `frames`, which are gone then.
+    ///
+    /// # Errors
+    /// The connection fails.
+    pub(crate) fn send(&mut self, frames: &mut Frames) -> io::Result<()> {
+        let sent = match self.sealer() {
+            Some((sealer, mut socket)) => sealer.send(&mut socket, frames.bytes_mut()),
+            None => self.socket.write_all(frames.bytes()),
+        };
+        frames.clear();
+        sent
+    }
+
+    /// Receives the next frame: its payload, which may be in `room`.
+    ///
+    /// # Errors
+    /// As [`wire::receive`].
+    pub(crate) fn receive<'a>(
+        &'a mut self,
+        room: &'a mut Vec<u8>,
+    ) -> Result<(Kind, &'a [u8]), wire::Error> {
+        let Some(ends) = &mut self.sealed else {
+            let kind = wire::receive(&mut self.socket, room)?;
+            return Ok((kind, room));
+        };
+        let (opener, mut socket) = (&mut ends.1, &self.socket);
+        opener.have(&mut socket, wire::HEADER)?;
+        let header = opener.content().first_chunk().ok_or(wire::Error::Cut)?;
+        let header = Header::of(header)?;
+        let whole = wire::HEADER + header.len;
+        if whole > Opener::MOST {
+            let kind = wire::receive(&mut Opening(opener, socket), room)?;
+            return Ok((kind, room));
+        }
+        opener.have(&mut socket, whole)?;
+        let frame = opener.take(whole);
+        let payload = frame.get(wire::HEADER..whole).ok_or(wire::Error::Cut)?;
+        Ok((header.check(payload)?, payload))
+    }
+
+    /// What seals, and the socket for what is sealed.
+    fn sealer(&mut self) -> Option<(&mut Sealer, &UnixStream)> {
+        let (sealer, opener) = &mut **self.sealed.as_mut()?;
+        if opener.wants_update() {
+            sealer.owe_update();
+        }
+        Some((sealer, &self.socket))
+    }
+}
+
+impl AsRawFd for Stream {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match &mut self.sealed {
+            Some(ends) => Opening(&mut ends.1, &self.socket).read(into),
+            None => self.socket.read(into),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.sealer() {
+            Some((sealer, mut socket)) => {
+                sealer.send_copy(&mut socket, bytes)?;
+                Ok(bytes.len())
+            }
+            None => self.socket.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(ends) = &mut self.sealed {
+            let (sealer, opener) = &mut **ends;
+            // Whoever is gone need not be told.
+            let _ = sealer.close(&mut AtOnce(&self.socket), opener.error());
+        }
+    }
+}
+
+/// What is opened of what comes on a socket.
+struct Opening<'a>(&'a mut Opener, &'a UnixStream);
+
+impl Read for Opening<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let Self(opener, socket) = self;
+        opener.have(socket, into.len().min(1))?;
+        let taken = opener.take(into.len());
+        if let Some(place) = into.get_mut(..taken.len()) {
+            place.copy_from_slice(taken);
+        }
+        Ok(taken.len())
+    }
+}
+
+/// Writes what can be written at once.
+struct AtOnce<'a>(&'a UnixStream);
+
+impl Write for AtOnce<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        let (fd, start) = (self.0.as_raw_fd(), bytes.as_ptr());
+        // SAFETY: the bytes are there, and as many.
+        let n = unsafe { libc::send(fd, start.cast(), bytes.len(), flags) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -18,13 +18,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both ends must have the same.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Most bytes of memory, or of a disk, in one frame.
 pub const MOST_MEMORY: usize = 256 << 10;
 /// Longest payload of a frame that is not memory.
 const MOST_OTHER: u64 = 64 << 20;
 /// Bytes of a frame's header.
-const HEADER: usize = 20;
+pub(crate) const HEADER: usize = 20;
 /// What precedes the memory of a [`Kind::Pages`] frame: where it belongs.
 pub const PLACE: usize = 8;
 /// What precedes the bytes of a [`Kind::Blocks`] frame: on which disk, and where.
@@ -346,6 +346,11 @@ impl Frames {
         &self.bytes
     }
 
+    /// All of them, for who has them be something else: they are to be cleared then.
+    pub(crate) fn bytes_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.bytes
+    }
+
     /// Forgets them but keeps the room.
     pub fn clear(&mut self) {
         self.bytes.clear();
@@ -395,6 +400,55 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     ciborium::from_reader(bytes).map_err(|_| Error::Damaged("a part of it cannot be decoded"))
 }
 
+/// What a frame's header says.
+pub(crate) struct Header {
+    kind: Kind,
+    sum: u32,
+    /// Bytes of the payload.
+    pub(crate) len: usize,
+}
+
+impl Header {
+    /// Reads one.
+    ///
+    /// # Errors
+    /// It is damaged, or one of no frame.
+    pub(crate) fn of(header: &[u8; HEADER]) -> Result<Self, Error> {
+        let word = |at: usize| [header[at], header[at + 1], header[at + 2], header[at + 3]];
+        // Before its length is believed: a reader would wait for what never comes.
+        if crc32fast::hash(&header[..16]) != u32::from_le_bytes(word(16)) {
+            return Err(Error::Damaged("a checksum is wrong"));
+        }
+        let kind = Kind::from_bytes(word(0)).ok_or(Error::Damaged("a frame of no known kind"))?;
+        let len =
+            u64::from(u32::from_le_bytes(word(8))) | u64::from(u32::from_le_bytes(word(12))) << 32;
+        if len > kind.longest() {
+            return Err(Error::Damaged("a frame is too long"));
+        }
+        Ok(Self {
+            kind,
+            sum: u32::from_le_bytes(word(4)),
+            len: len as usize,
+        })
+    }
+
+    /// What came with it.
+    ///
+    /// # Errors
+    /// It is damaged, or says that the other end has given up.
+    pub(crate) fn check(&self, payload: &[u8]) -> Result<Kind, Error> {
+        if crc32fast::hash(payload) != self.sum {
+            return Err(Error::Damaged("a checksum is wrong"));
+        }
+        if self.kind == Kind::Abort {
+            return Err(Error::Aborted(
+                String::from_utf8_lossy(payload).into_owned(),
+            ));
+        }
+        Ok(self.kind)
+    }
+}
+
 /// Receives the next frame; its payload replaces what is in `payload`.
 ///
 /// # Errors
@@ -402,28 +456,10 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
 pub fn receive(stream: &mut impl Read, payload: &mut Vec<u8>) -> Result<Kind, Error> {
     let mut header = [0; HEADER];
     stream.read_exact(&mut header)?;
-    let word = |at: usize| [header[at], header[at + 1], header[at + 2], header[at + 3]];
-    // Before its length is believed: a reader would wait for what never comes.
-    if crc32fast::hash(&header[..16]) != u32::from_le_bytes(word(16)) {
-        return Err(Error::Damaged("a checksum is wrong"));
-    }
-    let kind = Kind::from_bytes(word(0)).ok_or(Error::Damaged("a frame of no known kind"))?;
-    let len =
-        u64::from(u32::from_le_bytes(word(8))) | u64::from(u32::from_le_bytes(word(12))) << 32;
-    if len > kind.longest() {
-        return Err(Error::Damaged("a frame is too long"));
-    }
-    payload.resize(len as usize, 0);
+    let header = Header::of(&header)?;
+    payload.resize(header.len, 0);
     stream.read_exact(payload)?;
-    if crc32fast::hash(payload) != u32::from_le_bytes(word(4)) {
-        return Err(Error::Damaged("a checksum is wrong"));
-    }
-    if kind == Kind::Abort {
-        return Err(Error::Aborted(
-            String::from_utf8_lossy(payload).into_owned(),
-        ));
-    }
-    Ok(kind)
+    header.check(payload)
 }
 
 /// Receives the one kind of frame that may come next.

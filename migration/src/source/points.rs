@@ -61,8 +61,8 @@ impl Source {
     ) -> Result<(), Error> {
         self.control.set_read_timeout(Some(PATIENCE))?;
         for stream in &self.data {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.socket().set_read_timeout(Some(PATIENCE))?;
+            stream.socket().set_write_timeout(Some(PATIENCE))?;
         }
         let mut left = self.copy_disks(guest, how)?;
         how.progress.lock().phase = Phase::Replicating;

@@ -1,8 +1,6 @@
 //! What goes over the streams: round after round, all of the disks and of
 //! memory, then what was written meanwhile.
 
-use std::io;
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -15,6 +13,7 @@ use crate::batch::Batch;
 use crate::disk::{self, Disks, Extent, Whole};
 use crate::squeeze::{Packer, Squeeze};
 use crate::status::{Mode, Pace, Phase, Progress, Round, micros};
+use crate::way::Stream;
 use crate::wire::{self, Kind, MOST_MEMORY};
 
 /// Bytes that are sent at once.
@@ -284,7 +283,7 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn send(&self, stream: &mut UnixStream) -> Result<(), Error> {
+    fn send(&self, stream: &mut Stream) -> Result<(), Error> {
         let sent = self.send_runs(stream);
         if sent.is_err() {
             self.failed.store(true, Ordering::Relaxed);
@@ -297,7 +296,7 @@ impl Work<'_> {
         sent
     }
 
-    fn send_runs(&self, stream: &mut UnixStream) -> Result<(), Error> {
+    fn send_runs(&self, stream: &mut Stream) -> Result<(), Error> {
         let mut batch = Batch::default();
         let mut packer = self.squeeze.packer(Some(self.number));
         let mut buffer = vec![0; MOST_MEMORY];
@@ -355,7 +354,7 @@ impl Work<'_> {
 
     fn flush(
         &self,
-        stream: &mut UnixStream,
+        stream: &mut Stream,
         packer: &mut Packer<'_>,
         batch: &mut Batch,
     ) -> Result<(), Error> {
@@ -365,12 +364,12 @@ impl Work<'_> {
             Fresh::Disks => batch.forget_holes(),
         }
         batch.add_zeros();
-        let bytes = batch.frames.bytes();
+        let bytes = batch.frames.bytes().len();
         let began = Instant::now();
-        self.pace.wait(bytes.len());
-        io::Write::write_all(stream, bytes).map_err(wire::Error::from)?;
-        self.progress.sent(bytes.len() as u64);
-        packer.sent(bytes.len(), began.elapsed());
+        self.pace.wait(bytes);
+        stream.send(&mut batch.frames).map_err(wire::Error::from)?;
+        self.progress.sent(bytes as u64);
+        packer.sent(bytes, began.elapsed());
         batch.clear();
         Ok(())
     }

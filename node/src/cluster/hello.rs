@@ -50,6 +50,9 @@ pub struct Ticket(pub String);
 pub enum Hello {
     /// A stream to a service, here. Only within TLS.
     Open(ServiceName),
+    /// The same; a service that takes connections itself gets the socket after
+    /// the answer, and the secrets of what goes over it. Only within TLS.
+    Sealed(ServiceName),
     /// A ticket for a stream to a service over plain TCP. Only within TLS.
     Ticket(ServiceName),
     /// The stream that a ticket is for, here. Only over plain TCP.
@@ -64,6 +67,9 @@ pub enum Hello {
 pub enum Answer {
     /// The stream is open.
     Open,
+    /// It is open, and the service has the connection: TLS goes on with who has its
+    /// secrets there. The node that has connected hands it over, too.
+    Sealed,
     /// The ticket that was asked for.
     Ticket(Ticket),
     /// There will be no stream.
@@ -128,6 +134,7 @@ mod tests {
         let service = || "migrate/web".parse().unwrap();
         for hello in [
             Hello::Open(service()),
+            Hello::Sealed(service()),
             Hello::Ticket(service()),
             Hello::Redeem(Ticket("x".into())),
         ] {

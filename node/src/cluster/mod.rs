@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | `blanket-join/1` | the server's only | HTTP: a new node joins |
 //! | `blanket-node/1` | both | HTTP: nodes ask each other |
-//! | `blanket-stream/1` | both | [`hello`], then a service's bytes |
+//! | `blanket-stream/2` | both | [`hello`], then a service's bytes |
 
 pub(crate) mod ca;
 pub mod hello;
@@ -18,6 +18,7 @@ pub(crate) mod identity;
 pub(crate) mod members;
 pub mod names;
 pub mod parcel;
+pub(crate) mod secrets;
 pub(crate) mod store;
 pub(crate) mod tls;
 pub mod token;

@@ -38,7 +38,7 @@ impl Protocol {
         let name: &[u8] = match self {
             Self::Join => b"blanket-join/1",
             Self::Node => b"blanket-node/1",
-            Self::Stream => b"blanket-stream/1",
+            Self::Stream => b"blanket-stream/2",
         };
         name.to_vec()
     }

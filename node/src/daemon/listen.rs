@@ -17,6 +17,7 @@ use tokio_rustls::server::TlsStream;
 use super::{Node, cluster, http, peer, stream};
 use crate::cluster::hello;
 use crate::cluster::identity::Peer;
+use crate::cluster::secrets::Kept;
 use crate::cluster::tls::Protocol;
 use crate::failure::failure;
 
@@ -129,7 +130,8 @@ async fn serve(
     if first[0] == hello::MAGIC[0] {
         return stream::serve_plain(node, tcp, permit).await;
     }
-    let acceptor = TlsAcceptor::from(Arc::clone(&trust.server));
+    let (config, kept) = Kept::serving(&trust.server);
+    let acceptor = TlsAcceptor::from(config);
     let accepted = tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp).into_fallible()).await?;
     let tls = match accepted {
         Ok(tls) => tls,
@@ -140,6 +142,9 @@ async fn serve(
     };
     let connection = tls.get_ref().1;
     let protocol = Protocol::of(connection.alpn_protocol());
+    if protocol != Some(Protocol::Stream) {
+        drop(kept.forget());
+    }
     if protocol == Some(Protocol::Join) {
         // A stranger still: the permit is held.
         http::serve(tls, cluster::join_routes(node, from), JOIN).await;
@@ -151,19 +156,20 @@ async fn serve(
         anyhow::bail!("it has shown no certificate");
     };
     drop(permit);
-    dispatch(node, tls, peer, protocol).await
+    dispatch(node, tls, &kept, peer, protocol).await
 }
 
 /// Serves a node whose certificate is of this cluster.
 async fn dispatch(
     node: &Arc<Node>,
     tls: TlsStream<TcpStream>,
+    kept: &Kept,
     peer: Peer,
     protocol: Protocol,
 ) -> Result<()> {
     let checked = node.check_peer(&peer);
     match (protocol, checked) {
-        (Protocol::Stream, checked) => stream::serve(node, tls, peer, checked).await,
+        (Protocol::Stream, checked) => stream::serve(node, tls, kept, peer, checked).await,
         (_, Ok(())) => {
             http::serve(tls, peer::routes(node, peer), REQUEST).await;
             Ok(())

@@ -7,6 +7,8 @@
 
 mod cluster;
 pub(crate) mod http;
+mod http;
+mod lend;
 mod limit;
 mod listen;
 pub(crate) mod local;

@@ -3,7 +3,7 @@
 //! A service is a Unix stream socket that has a name on its node. A stream to
 //! it is carried in one TCP connection of its own: bytes, the end of either
 //! direction, and the wish to wait pass through as they are. Who needs more
-//! throughput opens several.
+//! throughput opens several; or has the connections itself ([`super::lend`]).
 
 use std::collections::HashMap;
 use std::io;
@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use blanket_migration::way;
-use rustix::net::RecvFlags;
+use blanket_migration::records::Secrets;
+use rustls::ClientConfig;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
@@ -24,12 +24,14 @@ use tokio_rustls::client;
 use tokio_rustls::server::TlsStream;
 
 use super::http::Io;
+use super::lend::{asks_for_socket, used};
 use super::listen::HANDSHAKE;
 use super::{Node, cluster, lock, peer};
 use crate::cluster::hello::{self, Answer, Hello, Ticket};
 use crate::cluster::identity::{NodeId, Peer};
 use crate::cluster::members::{Member, Membership};
 use crate::cluster::names::{NodeName, ServiceName};
+use crate::cluster::secrets::Kept;
 use crate::cluster::tls;
 use crate::failure::{answered, failure, problem};
 
@@ -61,6 +63,14 @@ pub(crate) enum Opened {
     /// When something is to be sent on it, or its end: who connects has to speak
     /// first, and can do so when there was no way to the other node before.
     WhenUsed,
+}
+
+/// How a stream within TLS gets to the other node.
+enum Way {
+    /// Its ends have the connection, and its secrets.
+    Sealed(TcpStream, Secrets),
+    /// By the daemons.
+    Relayed(Box<dyn Io>),
 }
 
 /// What a ticket is for.
@@ -126,10 +136,11 @@ fn refusal(error: &anyhow::Error) -> Answer {
     }
 }
 
-/// Serves a stream that came within TLS.
+/// Serves a stream that came within TLS, whose secrets are in `kept`.
 pub(super) async fn serve(
     node: &Arc<Node>,
     mut tls: TlsStream<TcpStream>,
+    kept: &Kept,
     peer: Peer,
     checked: Result<()>,
 ) -> Result<()> {
@@ -138,6 +149,12 @@ pub(super) async fn serve(
         checked?;
         match wanted {
             Hello::Open(service) => Ok((Answer::Open, Some(node.reach(&service, &peer.id).await?))),
+            Hello::Sealed(service) => {
+                let local = node.reach(&service, &peer.id).await?;
+                let can = node.takes_sockets(&service) && kept.has(tls.get_ref().1);
+                let answer = if can { Answer::Sealed } else { Answer::Open };
+                Ok((answer, Some(local)))
+            }
             Hello::Ticket(service) => {
                 node.service(&service, &peer.id)?;
                 let ticket = node.tickets.make(peer.id.clone(), service)?;
@@ -148,7 +165,20 @@ pub(super) async fn serve(
             }
         }
     };
-    answer_and_carry(node, tls, answer.await, &peer.id).await
+    match answer.await {
+        Ok((Answer::Sealed, Some(local))) => {
+            send(&mut tls, &Answer::Sealed).await?;
+            // The other node says nothing before it has this answer: there is
+            // nothing of it in rustls.
+            let (tcp, connection) = tls.into_inner();
+            let secrets = kept.of_server(connection)?;
+            node.lend(local, tcp, Some(secrets), &peer.id).await
+        }
+        answer => {
+            drop(kept.forget());
+            answer_and_carry(node, tls, answer, &peer.id).await
+        }
+    }
 }
 
 /// Serves a stream that came over plain TCP.
@@ -171,7 +201,7 @@ pub(super) async fn serve_plain(
     match node.reach(&service, &from).await {
         Ok(local) if direct && node.takes_sockets(&service) => {
             send(&mut tcp, &Answer::Open).await?;
-            hand_over(local, tcp)
+            node.lend(local, tcp, None, &from).await
         }
         Ok(_) if direct => {
             let error = anyhow::anyhow!("the service {service} takes no sockets");
@@ -182,13 +212,6 @@ pub(super) async fn serve_plain(
             answer_and_carry(node, tcp, answer, &from).await
         }
     }
-}
-
-/// Leaves a connection to who is at the other end of `local`.
-fn hand_over(local: UnixStream, tcp: TcpStream) -> Result<()> {
-    let (local, tcp) = (local.into_std()?, tcp.into_std()?);
-    tcp.set_nonblocking(false)?;
-    way::hand_over(&local, tcp).context("a socket cannot be handed over")
 }
 
 async fn answer_and_carry(
@@ -230,7 +253,7 @@ pub(super) struct Service {
     at: PathBuf,
     /// The one node that may, if not all.
     only: Option<NodeId>,
-    /// It takes plain connections itself: [`way`].
+    /// It takes connections itself: [`blanket_migration::way`].
     takes_sockets: bool,
 }
 
@@ -247,7 +270,7 @@ pub(crate) struct Offer {
 }
 
 impl Offer {
-    /// The service takes plain connections itself: [`way`].
+    /// The service takes connections itself: [`blanket_migration::way`].
     pub(crate) fn with_sockets(self) -> Self {
         if let Some(service) = lock(&self.node.services).get_mut(&self.service) {
             service.takes_sockets = true;
@@ -341,10 +364,14 @@ impl Node {
                 let tcp = self.open_plain(member, service, Hello::Redeem).await?;
                 Ok(Box::new(tcp))
             }
-            Carriage::Tls => match self.greet(member, Hello::Open(service.clone())).await? {
-                (Answer::Open, tls) => Ok(Box::new(tls)),
-                _ => Err(unclear(member)),
-            },
+            Carriage::Tls => {
+                let (trust, _) = self.joined()?;
+                let wanted = Hello::Open(service.clone());
+                match self.greet(member, &trust.stream, wanted).await? {
+                    (Answer::Open, tls) => Ok(Box::new(tls)),
+                    _ => Err(unclear(member)),
+                }
+            }
         }
     }
 
@@ -352,11 +379,11 @@ impl Node {
     async fn greet(
         &self,
         member: &Member,
+        config: &Arc<ClientConfig>,
         wanted: Hello,
     ) -> Result<(Answer, client::TlsStream<TcpStream>)> {
-        let (trust, _) = self.joined()?;
         let who = peer::called(member);
-        let config = Arc::clone(&trust.stream);
+        let config = Arc::clone(config);
         let server = tls::server_name(&member.name)?;
         let mut tls = peer::dial(&who, &member.address, config, server).await?;
         let answer = exchange(&mut tls, &wanted).await;
@@ -370,7 +397,9 @@ impl Node {
         service: &ServiceName,
         redeem: fn(Ticket) -> Hello,
     ) -> Result<TcpStream> {
-        let (answer, tls) = self.greet(member, Hello::Ticket(service.clone())).await?;
+        let (trust, _) = self.joined()?;
+        let wanted = Hello::Ticket(service.clone());
+        let (answer, tls) = self.greet(member, &trust.stream, wanted).await?;
         drop(tls);
         let Answer::Ticket(ticket) = answer else {
             return Err(unclear(member));
@@ -381,6 +410,25 @@ impl Node {
             Ok(Answer::Open) => Ok(tcp),
             Ok(_) => Err(unclear(member)),
             Err(error) => Err(peer::tell(&who, &error)),
+        }
+    }
+
+    /// Opens a stream within TLS to a service that may take its connection itself.
+    async fn open_sealed(&self, member: &Member, service: &ServiceName) -> Result<Way> {
+        let (trust, _) = self.joined()?;
+        let (config, kept) = Kept::asking(&trust.stream);
+        let wanted = Hello::Sealed(service.clone());
+        match self.greet(member, &config, wanted).await? {
+            // The service says nothing before this end has.
+            (Answer::Sealed, tls) => {
+                let (tcp, connection) = tls.into_inner();
+                Ok(Way::Sealed(tcp, kept.of_client(connection)?))
+            }
+            (Answer::Open, tls) => {
+                drop(kept.forget());
+                Ok(Way::Relayed(Box::new(tls)))
+            }
+            _ => Err(unclear(member)),
         }
     }
 
@@ -415,7 +463,7 @@ impl Node {
                 while streams.try_join_next().is_some() {}
                 let (node, name, service) = (Arc::clone(&node), name.clone(), service.clone());
                 streams.spawn(async move {
-                    if opened == Opened::WhenUsed && local.readable().await.is_err() {
+                    if opened == Opened::WhenUsed && used(&local).await.is_err() {
                         return;
                     }
                     if let Err(error) = node.forward_one(local, &name, &service, carriage).await {
@@ -437,40 +485,47 @@ impl Node {
         service: &ServiceName,
         carriage: Carriage,
     ) -> Result<()> {
-        if carriage == Carriage::Plain && asks_for_socket(&local) {
-            let (_, membership) = self.joined()?;
-            let member = known(&membership, name)?;
-            let tcp = self.open_plain(member, service, Hello::Direct).await?;
-            local.try_read(&mut [0])?;
-            return hand_over(local, tcp);
-        }
-        let remote = self.open_stream(name, service, carriage).await?;
         let (_, membership) = self.joined()?;
-        let member = membership.member(name).context("the node was removed")?;
-        Ok(self.carry(remote, local, &member.id).await?)
+        let member = known(&membership, name)?;
+        let (tcp, secrets) = match (carriage, asks_for_socket(&local)) {
+            (_, false) => {
+                let remote = self.open_stream(name, service, carriage).await?;
+                return Ok(self.carry(remote, local, &member.id).await?);
+            }
+            (Carriage::Plain, true) => {
+                (self.open_plain(member, service, Hello::Direct).await?, None)
+            }
+            (Carriage::Tls, true) => match self.open_sealed(member, service).await? {
+                Way::Sealed(tcp, secrets) => (tcp, Some(secrets)),
+                // The service answers the question.
+                Way::Relayed(remote) => {
+                    return Ok(self.carry(remote, local, &member.id).await?);
+                }
+            },
+        };
+        // The question is answered here.
+        local.try_read(&mut [0])?;
+        self.lend(local, tcp, secrets, &member.id).await
     }
 
     /// Moves bytes both ways until both have ended, one has failed, or the node
     /// `with` is removed from the cluster.
     async fn carry(&self, mut a: impl Io, mut b: UnixStream, with: &NodeId) -> io::Result<()> {
-        let mut membership = self.membership.subscribe();
-        let removed = membership.wait_for(|membership| {
-            let gone = |all: &Membership| all.is_removed(with);
-            membership.as_deref().is_none_or(gone)
-        });
         tokio::select! {
             done = copy_bidirectional_with_sizes(&mut a, &mut b, PIECE, PIECE) => done.map(drop),
-            _ = removed => Err(io::Error::other("the node was removed from the cluster")),
+            () = self.removed(with) => Err(io::Error::other("the node was removed from the cluster")),
         }
     }
-}
 
-/// Whether what has come on it is the question for a socket.
-fn asks_for_socket(local: &UnixStream) -> bool {
-    let mut first = [0];
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    let seen = rustix::net::recv(local, &mut first[..], flags);
-    seen.is_ok_and(|(n, _)| n == 1) && first[0] == way::ASK
+    /// Waits until a node is removed from the cluster.
+    pub(super) async fn removed(&self, node: &NodeId) {
+        let mut membership = self.membership.subscribe();
+        let removed = membership.wait_for(|membership| {
+            let gone = |all: &Membership| all.is_removed(node);
+            membership.as_deref().is_none_or(gone)
+        });
+        let _ = removed.await;
+    }
 }
 
 fn unclear(member: &Member) -> anyhow::Error {

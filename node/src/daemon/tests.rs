@@ -1,5 +1,6 @@
 //! Nodes in one process, on the loopback interface.
 
+mod lend;
 mod throughput;
 
 use std::net::SocketAddr;

@@ -194,6 +194,8 @@ const MIGRATE: &[libc::c_long] = &[
     libc::SYS_setsockopt,
     libc::SYS_shutdown,
     libc::SYS_socket,
+    // Records and what is in them.
+    libc::SYS_writev,
 ];
 
 /// Type byte of KVM's ioctls.

@@ -61,6 +61,13 @@ fn a_guest_with_its_disks_moves_to_another_node_and_back() {
                 (&name.into(), &"web".into())
             );
             assert_eq!(report["disks"], 64 << 20, "{report}");
+            // From monitor to monitor.
+            let way = if flags.contains("--plain") {
+                "direct"
+            } else {
+                "sealed"
+            };
+            assert_eq!(report["way"], way, "{report}");
             drop(guest);
             guest = to.vm("web").guest().unwrap();
             goes_on(&guest);
