@@ -5,7 +5,7 @@ mod forwarding;
 mod groups;
 mod limits;
 mod migration;
-// mod properties;
+mod properties;
 mod vlans;
 
 use std::time::Duration;
