@@ -91,11 +91,6 @@ impl Sent {
         self.out.list.iter().map(|output| output.to).collect()
     }
 
-    #[allow(dead_code)]
-    pub(super) fn edits(&self) -> Vec<Edit> {
-        self.out.list.iter().map(|output| output.edit).collect()
-    }
-
     /// The frame as it leaves at this output.
     pub(super) fn leaves(&self, at: usize) -> Vec<u8> {
         let mut head = Head::of(&self.head);
