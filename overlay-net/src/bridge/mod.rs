@@ -138,7 +138,7 @@ struct Network {
     nodes: Vec<NodeId>,
 }
 
-/// Bytes of answers, errors and attached addresses: see the fields.
+/// Who has which IP address.
 type Neighbours = HashMap<(Vni, Vlan, IpAddr), Mac, RandomState>;
 
 /// The bridge.
@@ -199,6 +199,15 @@ impl Bridge {
         network.nodes = nodes.to_vec();
         network.nodes.sort_unstable();
         network.nodes.dedup();
+        self.tidy(vni);
+    }
+
+    /// Forgets a network that has nothing any more.
+    fn tidy(&mut self, vni: Vni) {
+        let empty = |it: &Network| !it.kept && it.ports.is_empty() && it.nodes.is_empty();
+        if self.networks.get(&vni).is_some_and(empty) {
+            self.networks.remove(&vni);
+        }
     }
 
     /// There is a tunnel to this node, or it is not as it was.
@@ -363,10 +372,8 @@ impl Bridge {
         self.snoop.expire(now, |place| place == Place::Port(id));
         if let Some(network) = self.networks.get_mut(&port.config.vni) {
             network.ports.retain(|other| *other != id);
-            if network.ports.is_empty() && !network.kept && network.nodes.is_empty() {
-                self.networks.remove(&port.config.vni);
-            }
         }
+        self.tidy(port.config.vni);
         Ok(())
     }
 
@@ -398,6 +405,15 @@ impl Bridge {
             let vni = port.config.vni;
             self.table.detach(&Station { vni, vlan, mac }, id);
         }
+    }
+
+    /// Who asks for this IP address is answered with that address (or, `None`,
+    /// not any more): a service's, which is no station's.
+    pub fn set_neighbour(&mut self, vni: Vni, vlan: Vlan, ip: IpAddr, mac: Option<Mac>) {
+        match mac {
+            Some(mac) => self.neighbours.insert((vni, vlan, ip), mac),
+            None => self.neighbours.remove(&(vni, vlan, ip)),
+        };
     }
 
     /// What the directory says of a station now: which other node has it, or
@@ -470,6 +486,13 @@ impl Bridge {
         now: Duration,
     ) -> impl Iterator<Item = (Station, Place, Origin, Option<Duration>)> + '_ {
         self.table.iter(now)
+    }
+
+    /// Where a station is, and why.
+    #[must_use]
+    pub fn find(&self, now: Duration, station: &Station) -> Option<(Place, Origin)> {
+        let found = self.table.find(now, station)?;
+        Some((found.place, found.origin))
     }
 
     /// How many stations there are in the table.

@@ -124,6 +124,12 @@ impl Gossip {
         self.traffic
     }
 
+    /// Pushes that peers have not acknowledged yet.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.peers.values().map(|peer| peer.unacked.len()).sum()
+    }
+
     /// A message from a peer. Afterwards, [`Gossip::poll`].
     ///
     /// # Errors

@@ -223,6 +223,8 @@ pub struct Directory {
     own: HashMap<Key, Value>,
     per_node: HashMap<NodeId, usize>,
     hashes: [u64; BUCKETS],
+    /// Which nodes are in which network.
+    members: BTreeSet<(Vni, NodeId)>,
     /// Tombstones, by their `until`.
     tombstones: BTreeSet<(Duration, Key)>,
     changed: BTreeSet<Key>,
@@ -256,6 +258,7 @@ impl Directory {
             own: HashMap::new(),
             per_node: HashMap::new(),
             hashes: [0; BUCKETS],
+            members: BTreeSet::new(),
             tombstones: BTreeSet::new(),
             changed: BTreeSet::new(),
             fresh: BTreeSet::new(),
@@ -496,6 +499,9 @@ impl Directory {
             self.hashes[usize::from(at)] ^= hash;
         }
         *self.per_node.entry(node).or_default() += 1;
+        if let (Key::Member(vni, node), Some(_)) = (key, &record.value) {
+            self.members.insert((vni, node));
+        }
         let slot = Slot {
             record,
             hash,
@@ -512,6 +518,9 @@ impl Directory {
             return;
         };
         self.tombstones.remove(&(slot.until, place.1));
+        if let Key::Member(vni, node) = place.1 {
+            self.members.remove(&(vni, node));
+        }
         if slot.told {
             self.hashes[usize::from(place.0)] ^= slot.hash;
         }
@@ -576,13 +585,9 @@ impl Directory {
     /// [`crate::bridge::Bridge::set_members`] takes.
     #[must_use]
     pub fn members(&self, vni: Vni) -> Vec<NodeId> {
-        let nodes = self.iter().filter_map(|record| match record.key {
-            Key::Member(its, node) if its == vni && node != self.me => Some(node),
-            _ => None,
-        });
-        let mut nodes: Vec<NodeId> = nodes.collect();
-        nodes.sort_unstable();
-        nodes
+        let all = (vni, NodeId(0))..=(vni, NodeId(u64::MAX));
+        let nodes = self.members.range(all).map(|(_, node)| *node);
+        nodes.filter(|node| *node != self.me).collect()
     }
 
     /// All records but tombstones.

@@ -11,6 +11,10 @@
 //! function of the backends alone, so all nodes come to the same table without
 //! talking, and a backend that comes or goes moves its own tokens only.
 //!
+//! A switch asks [`Services::choose`] before the bridge, for frames to a
+//! service's address, and has the bridge answer who asks for it
+//! ([`crate::bridge::Bridge::set_neighbour`]): the address is no station's.
+//!
 //! The frame's destination address is replaced by the backend's; the packet
 //! stays as it is. The backend has the service's IP address on its loopback
 //! interface, and answers its client directly: answers meet no mux.

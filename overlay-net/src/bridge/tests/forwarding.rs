@@ -270,3 +270,37 @@ fn groups_of_the_next_bridge_only_pass_where_they_may() {
     let bpdu = plain(Mac([1, 0x80, 0xc2, 0, 0, 0x0e]), mac(2));
     assert!(send(&mut bridge, at(0), port(2), &bpdu).result.is_ok());
 }
+
+#[test]
+fn a_thousand_ports_and_ten_thousand_addresses_are_found() {
+    let mut bridge = bridge(0);
+    for number in 1..=1000_u32 {
+        let [_, _, high, low] = number.to_be_bytes();
+        let config = PortConfig {
+            vni: vni(7),
+            macs: (0..10).map(|it| Mac([2, 1, 0, high, low, it])).collect(),
+            ..PortConfig::default()
+        };
+        bridge.add_port(PortId(number), config).expect("a new port");
+    }
+    assert_eq!(bridge.len(), 10_000);
+    let from = Mac([2, 1, 0, 0, 1, 0]);
+    for number in 2..=1000_u32 {
+        let [_, _, high, low] = number.to_be_bytes();
+        for last in 0..10 {
+            let frame = plain(Mac([2, 1, 0, high, low, last]), from);
+            assert_eq!(
+                send(&mut bridge, at(0), port(1), &frame).to(),
+                [port(number)]
+            );
+        }
+    }
+    let sent = send(&mut bridge, at(0), port(1), &plain(Mac::BROADCAST, from));
+    assert_eq!(sent.to().len(), 999 + 2);
+    for number in 1..=1000 {
+        bridge
+            .remove_port(at(0), PortId(number))
+            .expect("it is there");
+    }
+    assert!(bridge.is_empty());
+}

@@ -36,7 +36,10 @@ fn two(kind: u8, group: [u8; 4]) -> Vec<u8> {
     igmp([10, 0, 0, 9], group, &message)
 }
 
-fn three(records: &[(u8, &[[u8; 4]], [u8; 4])]) -> Vec<u8> {
+/// Its kind, its sources, its group.
+type Said<'a> = (u8, &'a [[u8; 4]], [u8; 4]);
+
+fn three(records: &[Said<'_>]) -> Vec<u8> {
     let mut message = vec![0x22, 0, 0, 0, 0, 0, 0, records.len() as u8];
     for (kind, sources, group) in records {
         message.extend([*kind, 0, 0, sources.len() as u8]);

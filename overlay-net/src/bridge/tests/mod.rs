@@ -5,7 +5,7 @@ mod forwarding;
 mod groups;
 mod limits;
 mod migration;
-// mod properties;
+mod properties;
 mod vlans;
 
 use std::time::Duration;
@@ -89,11 +89,6 @@ impl Sent {
     pub(super) fn to(&self) -> Vec<Place> {
         assert_eq!(self.result, Ok(()));
         self.out.list.iter().map(|output| output.to).collect()
-    }
-
-    #[allow(dead_code)]
-    pub(super) fn edits(&self) -> Vec<Edit> {
-        self.out.list.iter().map(|output| output.edit).collect()
     }
 
     /// The frame as it leaves at this output.

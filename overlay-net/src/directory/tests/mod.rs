@@ -326,6 +326,12 @@ fn a_file_says_where_stations_are() {
     let mut directory = Directory::new(NodeId(1), Limits::default());
     directory.load(Duration::ZERO, records.clone());
     assert_eq!(directory.members(vni(7)), [NodeId(2)]);
+    assert_eq!(directory.members(vni(6)), []);
+    directory.remove_node(Duration::ZERO, NodeId(2));
+    assert_eq!(directory.members(vni(7)), []);
+    assert_eq!(directory.located(&key(5)), None);
+    let mut directory = Directory::new(NodeId(1), Limits::default());
+    directory.load(Duration::ZERO, records.clone());
     assert_eq!(
         directory.located(&key(5)).map(|it| it.node),
         Some(NodeId(2))

@@ -24,7 +24,12 @@ fn spread(nodes: usize, stations: u32) -> (Sim, f64, f64) {
     }
     sim.run(sim.now + Duration::from_secs(1));
     for node in &sim.nodes {
+        // Memory: as many records as stations, and nothing left from telling.
         assert_eq!(node.directory.iter().count(), stations as usize);
+        assert_eq!(
+            (node.directory.len(), node.gossip.waiting()),
+            (stations as usize, 0)
+        );
     }
     let per_node = |count: u64| count as f64 / nodes as f64;
     let messages = per_node(sim.messages - messages);
