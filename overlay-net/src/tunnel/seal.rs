@@ -183,7 +183,14 @@ impl Tunnels {
         if !out.open.as_ref().is_some_and(fits) {
             let same = |open: &super::train::Open| open.peer == id && open.path == path;
             let pad = out.open.as_ref().is_some_and(same);
-            close(&mut self.peers, &mut self.table, now, pad, out);
+            close(
+                &mut self.peers,
+                &mut self.table,
+                &mut self.due,
+                now,
+                pad,
+                out,
+            );
             let ready = self.ready(now, id, flow)?;
             let way = &ready.peer.paths[usize::from(path)];
             if !out.begin(id, path, (way.uplink, way.remote), way.size) {
@@ -210,7 +217,14 @@ impl Tunnels {
         frame: &Frame<'_>,
         out: &mut TrainBuffer,
     ) -> Result<(), Reason> {
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
         let ready = self.ready(now, id, flow)?;
         let path = &mut ready.peer.paths[usize::from(ready.path)];
         // All chunks have the same size: those of the next frame can be in
@@ -231,7 +245,9 @@ impl Tunnels {
             seal_chunk(ready.session, facts, index, bytes);
             out.push(path.uplink, path.remote, datagram);
         }
-        path.used(now, chunks);
+        if path.used(now, chunks) {
+            self.due = now;
+        }
         Ok(())
     }
 
@@ -301,15 +317,25 @@ impl Tunnels {
             let to = (path.uplink, path.remote);
             push(trains, closed, to, index * size, size);
         }
-        path.used(now, chunks);
+        let hurry = path.used(now, chunks);
         ready.peer.stats.frames_out += 1;
         ready.peer.stats.bytes_out += len as u64;
+        if hurry {
+            self.due = now;
+        }
         Ok(true)
     }
 
     /// Seals what still had room for small frames. Then `out` can be sent.
     pub fn finish(&mut self, now: Time, out: &mut TrainBuffer) {
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
     }
 }
 
@@ -324,6 +350,7 @@ fn seal_chunk(session: &mut Session, facts: Facts, index: usize, bytes: &mut [u8
 pub(super) fn close(
     peers: &mut [Option<Box<Peer>>],
     table: &mut Table,
+    due: &mut Time,
     now: Time,
     pad: bool,
     out: &mut TrainBuffer,
@@ -353,7 +380,9 @@ pub(super) fn close(
         session.seal(datagram);
         out.push(open.uplink, open.to, len);
     }
-    if let Some(path) = peer.paths.get_mut(usize::from(open.path)) {
-        path.used(now, 1);
+    if let Some(path) = peer.paths.get_mut(usize::from(open.path))
+        && path.used(now, 1)
+    {
+        *due = now;
     }
 }
