@@ -152,9 +152,9 @@ impl Tunnels {
     ) -> Result<(), Reason> {
         let facts = Facts::of(vni, frame.len(), frame.offload)?;
         let ready = self.ready(now, peer, flow)?;
-        let path = &ready.peer.paths[usize::from(ready.path)];
-        if facts.len + OVERHEAD <= path.size {
-            self.seal_small(now, peer, flow, facts, frame, out)?;
+        let path = ready.path;
+        if facts.len + OVERHEAD <= ready.peer.paths[usize::from(path)].size {
+            self.seal_small(now, peer, path, facts, frame, out)?;
         } else {
             self.seal_large(now, peer, flow, facts, frame, out)?;
         }
@@ -169,12 +169,11 @@ impl Tunnels {
         &mut self,
         now: Time,
         id: PeerId,
-        flow: u32,
+        path: u8,
         facts: Facts,
         frame: &Frame<'_>,
         out: &mut TrainBuffer,
     ) -> Result<(), Reason> {
-        let path = self.ready(now, id, flow)?.path;
         let need = RECORD + facts.len;
         let start = out.start();
         let fits = |open: &super::train::Open| {
@@ -191,8 +190,8 @@ impl Tunnels {
                 pad,
                 out,
             );
-            let ready = self.ready(now, id, flow)?;
-            let way = &ready.peer.paths[usize::from(path)];
+            let way = self.peer(id).map(|peer| &peer.paths[usize::from(path)]);
+            let way = way.ok_or(Reason::NoPeer)?;
             if !out.begin(id, path, (way.uplink, way.remote), way.size) {
                 return Err(Reason::Full);
             }
