@@ -12,7 +12,7 @@ const FRAMES: usize = 64;
 /// And of one peer.
 const OF_PEER: usize = 24;
 /// How long a frame may stay incomplete.
-const AGE: Duration = Duration::from_millis(100);
+pub(super) const AGE: Duration = Duration::from_millis(100);
 
 /// What names a frame: the session, and the counter of its first chunk.
 pub(super) type Name = (u32, u64);

@@ -1,5 +1,24 @@
 //! Tunnels over uplinks: what has come is opened, what was sealed is sent, in
 //! batches.
+//!
+//! ```no_run
+//! # use std::time::Instant;
+//! # use blanket_overlay::tunnel::{TrainBuffer, Tunnels, io::Links};
+//! # fn work(mut tunnels: Tunnels, mut links: Links) -> std::io::Result<()> {
+//! let (start, mut out) = (Instant::now(), TrainBuffer::default());
+//! loop {
+//!     let now = start.elapsed();
+//!     links.receive(now, &mut tunnels, &mut out, &mut |peer, vni, frame| {
+//!         println!("{} bytes of network {vni} from peer {}", frame.len(), peer.0);
+//!     })?;
+//!     // Frames of ports: `tunnels.seal`, and `links.send` when `out.is_full()`.
+//!     if now >= tunnels.due() {
+//!         tunnels.tick(now, &mut out);
+//!     }
+//!     links.send(now, &mut tunnels, &mut out)?;
+//! }
+//! # }
+//! ```
 
 use std::io;
 

@@ -81,9 +81,11 @@ const MAX_PEERS: usize = 8192;
 
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    // It never fails on Linux once it has worked; what comes of zeros is a
-    // handshake that the peer refuses, or a private key that nobody uses.
-    let _ = SystemRandom::new().fill(&mut bytes);
+    if SystemRandom::new().fill(&mut bytes).is_err() {
+        // Linux has random numbers from the start of user space on. Without
+        // them there are no secrets, and nothing here is worth going on with.
+        std::process::abort();
+    }
     bytes
 }
 
@@ -233,6 +235,8 @@ pub struct Tunnels {
     probe: u64,
     /// Where [`Tunnels::tick`] was when there was no room any more.
     resume: usize,
+    /// When it is to come again.
+    due: Time,
 }
 
 impl Tunnels {
@@ -257,6 +261,7 @@ impl Tunnels {
             drops: Drops::default(),
             probe: 0,
             resume: 0,
+            due: Time::ZERO,
         }
     }
 
@@ -285,6 +290,7 @@ impl Tunnels {
         let peer = peer::Peer::new(config, &self.uplinks, now);
         self.peers.push(Some(Box::new(peer)));
         self.keys.insert(config.public, id);
+        self.due = now;
         Ok(id)
     }
 
@@ -313,6 +319,7 @@ impl Tunnels {
             return false;
         };
         peer.set_paths(now, paths, &self.uplinks);
+        self.due = now;
         true
     }
 

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use blanket_drivers::uplink::RxBuffer;
 use vm_memory::VolatileSlice;
 
-use super::assemble::Name;
+use super::assemble::{self, Name};
 use super::wire::{Datagram, Facts, HEADER, MAX_CHUNKS, Record, u64_at};
 use super::{PeerId, Time, TrainBuffer, Tunnels};
 use crate::drops::Reason;
@@ -182,6 +182,7 @@ impl Tunnels {
             Some(path) => (Some(path), false),
             None if newest => {
                 let path = peer.learn(now, near.uplink, near.from, &self.uplinks);
+                self.due = now;
                 (Some(path), true)
             }
             None => (None, false),
@@ -282,6 +283,7 @@ impl Tunnels {
         each: &mut Each<'_>,
         copy: impl FnOnce(&mut [u8]),
     ) {
+        self.due = self.due.min(now + assemble::AGE);
         let drops = &mut self.drops;
         let assembler = &mut self.assembler;
         let whole = assembler.add(now, peer, name, facts, index, size, copy, drops);

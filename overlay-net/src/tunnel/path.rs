@@ -168,13 +168,15 @@ impl Path {
         (self.sample, self.next) = (None, now);
     }
 
-    /// A frame goes this way.
-    pub(super) fn used(&mut self, now: Time, datagrams: usize) {
+    /// A frame goes this way. True: there is to be a probe, soon.
+    pub(super) fn used(&mut self, now: Time, datagrams: usize) -> bool {
         self.sent += datagrams as u64;
         self.in_use = now + IN_USE;
-        if self.next > now + ACTIVE {
+        let idle = self.next > now + ACTIVE;
+        if idle {
             self.next = now;
         }
+        idle
     }
 
     /// Probes at once.

@@ -152,9 +152,9 @@ impl Tunnels {
     ) -> Result<(), Reason> {
         let facts = Facts::of(vni, frame.len(), frame.offload)?;
         let ready = self.ready(now, peer, flow)?;
-        let path = &ready.peer.paths[usize::from(ready.path)];
-        if facts.len + OVERHEAD <= path.size {
-            self.seal_small(now, peer, flow, facts, frame, out)?;
+        let path = ready.path;
+        if facts.len + OVERHEAD <= ready.peer.paths[usize::from(path)].size {
+            self.seal_small(now, peer, path, facts, frame, out)?;
         } else {
             self.seal_large(now, peer, flow, facts, frame, out)?;
         }
@@ -169,12 +169,11 @@ impl Tunnels {
         &mut self,
         now: Time,
         id: PeerId,
-        flow: u32,
+        path: u8,
         facts: Facts,
         frame: &Frame<'_>,
         out: &mut TrainBuffer,
     ) -> Result<(), Reason> {
-        let path = self.ready(now, id, flow)?.path;
         let need = RECORD + facts.len;
         let start = out.start();
         let fits = |open: &super::train::Open| {
@@ -183,9 +182,16 @@ impl Tunnels {
         if !out.open.as_ref().is_some_and(fits) {
             let same = |open: &super::train::Open| open.peer == id && open.path == path;
             let pad = out.open.as_ref().is_some_and(same);
-            close(&mut self.peers, &mut self.table, now, pad, out);
-            let ready = self.ready(now, id, flow)?;
-            let way = &ready.peer.paths[usize::from(path)];
+            close(
+                &mut self.peers,
+                &mut self.table,
+                &mut self.due,
+                now,
+                pad,
+                out,
+            );
+            let way = self.peer(id).map(|peer| &peer.paths[usize::from(path)]);
+            let way = way.ok_or(Reason::NoPeer)?;
             if !out.begin(id, path, (way.uplink, way.remote), way.size) {
                 return Err(Reason::Full);
             }
@@ -210,7 +216,14 @@ impl Tunnels {
         frame: &Frame<'_>,
         out: &mut TrainBuffer,
     ) -> Result<(), Reason> {
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
         let ready = self.ready(now, id, flow)?;
         let path = &mut ready.peer.paths[usize::from(ready.path)];
         // All chunks have the same size: those of the next frame can be in
@@ -231,7 +244,9 @@ impl Tunnels {
             seal_chunk(ready.session, facts, index, bytes);
             out.push(path.uplink, path.remote, datagram);
         }
-        path.used(now, chunks);
+        if path.used(now, chunks) {
+            self.due = now;
+        }
         Ok(())
     }
 
@@ -301,15 +316,25 @@ impl Tunnels {
             let to = (path.uplink, path.remote);
             push(trains, closed, to, index * size, size);
         }
-        path.used(now, chunks);
+        let hurry = path.used(now, chunks);
         ready.peer.stats.frames_out += 1;
         ready.peer.stats.bytes_out += len as u64;
+        if hurry {
+            self.due = now;
+        }
         Ok(true)
     }
 
     /// Seals what still had room for small frames. Then `out` can be sent.
     pub fn finish(&mut self, now: Time, out: &mut TrainBuffer) {
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
     }
 }
 
@@ -324,6 +349,7 @@ fn seal_chunk(session: &mut Session, facts: Facts, index: usize, bytes: &mut [u8
 pub(super) fn close(
     peers: &mut [Option<Box<Peer>>],
     table: &mut Table,
+    due: &mut Time,
     now: Time,
     pad: bool,
     out: &mut TrainBuffer,
@@ -353,7 +379,9 @@ pub(super) fn close(
         session.seal(datagram);
         out.push(open.uplink, open.to, len);
     }
-    if let Some(path) = peer.paths.get_mut(usize::from(open.path)) {
-        path.used(now, 1);
+    if let Some(path) = peer.paths.get_mut(usize::from(open.path))
+        && path.used(now, 1)
+    {
+        *due = now;
     }
 }

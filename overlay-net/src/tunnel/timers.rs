@@ -18,11 +18,22 @@ const APART: Duration = Duration::from_millis(20);
 const REST: Duration = Duration::from_secs(10);
 
 impl Tunnels {
+    /// When [`Tunnels::tick`] should come, at the latest: all other calls may
+    /// make it earlier.
+    #[must_use]
+    pub fn due(&self) -> Time {
+        self.due
+    }
+
     /// Does what is due: handshakes, probes, new keys. Returns when to come
-    /// again at the latest ([`Tunnels::seal`] and [`Tunnels::open`] may make
-    /// it earlier by up to 150 ms, which does not matter). What is to be sent
-    /// is in `out`, after [`Tunnels::finish`].
+    /// again ([`Tunnels::due`]); at once, if `out` is full and is to be sent
+    /// first. What is to be sent is in `out`, after [`Tunnels::finish`].
     pub fn tick(&mut self, now: Time, out: &mut TrainBuffer) -> Time {
+        self.due = self.do_tick(now, out);
+        self.due
+    }
+
+    fn do_tick(&mut self, now: Time, out: &mut TrainBuffer) -> Time {
         self.assembler.age(now, &mut self.drops);
         let mut next = now + REST;
         for at in 0..self.peers.len() {
@@ -125,7 +136,14 @@ impl Tunnels {
         size: usize,
         out: &mut TrainBuffer,
     ) {
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
         let session = self.peer(id).and_then(|peer| peer.current);
         let session = session.and_then(|id| self.table.get(id));
         let Some(session) = session.filter(|session| session.usable(now)) else {
@@ -152,7 +170,14 @@ impl Tunnels {
     }
 
     fn initiate(&mut self, now: Time, id: PeerId, out: &mut TrainBuffer) {
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
         // It grows even if the time does not.
         let time = u64::try_from((self.epoch + now).as_nanos()).unwrap_or(u64::MAX);
         self.stamp = time.max(self.stamp.saturating_add(1));
@@ -217,7 +242,9 @@ impl Tunnels {
                     return Err(Reason::Forged);
                 }
                 // Come again with it, soon.
-                peer.next_try = peer.next_try.min(now + Duration::from_millis(100));
+                let soon = now + Duration::from_millis(100);
+                peer.next_try = peer.next_try.min(soon);
+                self.due = self.due.min(soon);
                 Ok(())
             }
             Datagram::Data { .. } => Err(Reason::Malformed),
@@ -234,7 +261,14 @@ impl Tunnels {
     ) -> Result<(), Reason> {
         let message: &[u8; INITIATION] = bytes.try_into().map_err(|_| Reason::Malformed)?;
         if let Verdict::Answer(cookie) = self.gate.judge(now, from.1, sender, message)? {
-            close(&mut self.peers, &mut self.table, now, false, out);
+            close(
+                &mut self.peers,
+                &mut self.table,
+                &mut self.due,
+                now,
+                false,
+                out,
+            );
             self.message(from, &cookie, out);
             return Err(Reason::HandshakeFlood);
         }
@@ -258,7 +292,14 @@ impl Tunnels {
         self.table.open(session, made);
         peer.add_session(session, &mut self.table);
         peer.to.mark(now, &mut message);
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
         self.message(from, &message, out);
         Ok(())
     }
@@ -282,13 +323,21 @@ impl Tunnels {
         let keys = shake.started.finish(message)?;
         peer.handshake = None;
         // What is open was meant for the session before.
-        close(&mut self.peers, &mut self.table, now, false, out);
+        close(
+            &mut self.peers,
+            &mut self.table,
+            &mut self.due,
+            now,
+            false,
+            out,
+        );
         let session = Session::new(id, sender, keys, now, true);
         self.table.open(receiver, session);
         let slot = self.peers.get_mut(id.0 as usize);
         let peer = slot.and_then(Option::as_deref_mut).ok_or(Reason::NoPeer)?;
         peer.add_session(receiver, &mut self.table);
         peer.switch(now, receiver);
+        self.due = now;
         peer.stats.handshakes += 1;
         if peer.path(from.0, from.1).is_none() {
             peer.learn(now, from.0, from.1, &self.uplinks);
@@ -324,6 +373,7 @@ impl Tunnels {
             return;
         }
         peer.switch(now, session);
+        self.due = now;
         for path in &mut peer.paths {
             path.hurry(now);
         }

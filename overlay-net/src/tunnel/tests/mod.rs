@@ -389,6 +389,50 @@ fn a_dead_path_is_left_within_a_second_and_comes_back() {
 }
 
 #[test]
+fn a_path_that_died_while_nothing_was_sent_is_left_within_a_second() {
+    let mut net = Net::new(17, 2, 2);
+    net.connect();
+    net.run(SECOND * 20);
+    let dead = Faults {
+        lost: 10_000,
+        ..Faults::default()
+    };
+    // Just after the last probe, the next one is two seconds away.
+    net.on_path.insert(address(1, 1), dead);
+    let (start, mut number) = (net.now, 0);
+    loop {
+        for flow in 0..40 {
+            number += 1;
+            net.seal(0, 1, flow, &numbered(number, 1000)).expect("room");
+        }
+        net.flush(0);
+        net.run(SECOND / 50);
+        if numbers(&mut net, 1).len() == 40 {
+            break;
+        }
+        assert!(net.now - start < SECOND, "still used");
+    }
+}
+
+#[test]
+fn a_partition_heals() {
+    for (seconds, soon) in [(20, 3), (400, 8)] {
+        let mut net = Net::new(18, 2, 1);
+        net.connect();
+        net.faults.lost = 10_000;
+        net.run(SECOND * seconds);
+        assert_eq!(net.connected(0), seconds < 180);
+        net.faults.lost = 0;
+        net.run(SECOND * soon);
+        for (from, to) in [(0, 1), (1, 0)] {
+            assert!(net.send(from, to, &numbered(1, 3000)), "after {seconds} s");
+            net.run(SECOND / 10);
+            assert_eq!(numbers(&mut net, to).len(), 1, "after {seconds} s");
+        }
+    }
+}
+
+#[test]
 fn a_lossy_path_is_left_while_another_is_clean_and_loss_changes_the_mode() {
     let mut net = Net::new(12, 2, 2);
     net.connect();

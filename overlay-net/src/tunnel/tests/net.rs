@@ -51,7 +51,13 @@ pub(super) struct Node {
     /// For each uplink.
     pub(super) addresses: Vec<SocketAddr>,
     pub(super) got: Vec<(PeerId, Vni, Vec<u8>, Offload)>,
-    next: Time,
+    rest: Time,
+}
+
+impl Node {
+    fn next(&self) -> Time {
+        self.tunnels.due().max(self.rest)
+    }
 }
 
 struct Packet {
@@ -98,7 +104,7 @@ impl Net {
                         private,
                         addresses: (0..uplinks).map(|uplink| address(node, uplink)).collect(),
                         got: Vec::new(),
-                        next: Duration::ZERO,
+                        rest: Duration::ZERO,
                     }
                 })
                 .collect(),
@@ -137,7 +143,7 @@ impl Net {
         let uplinks = self.nodes[node].addresses.len();
         let private = self.nodes[node].private;
         self.nodes[node].tunnels = tunnels(private, 0, uplinks);
-        self.nodes[node].next = self.now;
+        self.nodes[node].rest = self.now;
         self.introduce(node);
     }
 
@@ -257,7 +263,7 @@ impl Net {
     pub(super) fn run(&mut self, time: Duration) {
         let end = self.now + time;
         loop {
-            let ticks = self.nodes.iter().map(|node| node.next).min();
+            let ticks = self.nodes.iter().map(Node::next).min();
             let wire = self.wire.first_key_value().map(|(key, _)| key.0);
             let next = ticks.into_iter().chain(wire).min().unwrap_or(end);
             if next > end {
@@ -273,15 +279,12 @@ impl Net {
             }
             for at in 0..self.nodes.len() {
                 let node = &mut self.nodes[at];
-                if node.next <= self.now {
-                    let next = node.tunnels.tick(self.now, &mut node.out);
+                if node.next() <= self.now {
+                    node.tunnels.tick(self.now, &mut node.out);
                     // Workers do not come more often.
-                    node.next = next.max(self.now + Duration::from_millis(1));
+                    node.rest = self.now + Duration::from_millis(1);
                     self.flush(at);
                 }
-                let soon = self.now + Duration::from_millis(50);
-                let node = &mut self.nodes[at];
-                node.next = node.next.min(soon);
             }
         }
     }
