@@ -180,6 +180,21 @@ impl<'a> Walk<'a> {
         Arc::new(self.decision())
     }
 
+    /// Walks, beginning with these actions, as if an entry had them.
+    #[must_use]
+    pub fn follow(mut self, actions: &[Action]) -> Decision {
+        let entry = Arc::new(Entry::of(actions.to_vec()));
+        for action in actions {
+            if self.stopped.is_none() && !self.recirculates {
+                self.act(action, &entry);
+            }
+        }
+        if !self.recirculates && !self.written.is_empty() && self.stopped.is_none() {
+            self.finally();
+        }
+        self.decision()
+    }
+
     fn decision(self) -> Decision {
         let sends = |step: &Step| {
             !matches!(
