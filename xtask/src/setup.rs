@@ -9,7 +9,13 @@ use crate::run::{Output, checked};
 
 /// What building and testing need. The testbed installs what its machines
 /// are made of when it makes them.
-const PACKAGES: [&str; 4] = ["gcc", "libc6-dev", "qemu-system-x86", "qemu-utils"];
+const PACKAGES: [&str; 5] = [
+    "gcc",
+    "libc6-dev",
+    "openvswitch-common",
+    "qemu-system-x86",
+    "qemu-utils",
+];
 
 /// A version that the workspace's Rust can build.
 const NEXTEST: &str = "cargo-nextest@0.9.143";

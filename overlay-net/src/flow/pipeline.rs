@@ -84,12 +84,14 @@ impl Pipeline {
 
     fn lookup(&mut self, key: &Key, start: Start) -> usize {
         // Where no entry looks at anything, all frames are alike.
-        let (flat, masked) = if self.words.is_empty() {
+        let (flat, mut masked) = if self.words.is_empty() {
             (None, Flat::default())
         } else {
             let flat = start.flat(key);
             (Some(flat), flat & *self.words.mask())
         };
+        // Decisions tell controllers, and other tables, what was handed on.
+        masked.set(Field::Metadata, start.metadata.into(), u128::MAX);
         let hash = self.words.hash(&masked) ^ u64::from(start.table) << 7;
         let generation = self.tables.generation();
         if let Some(at) = self.cache.find(hash, &masked, start.table, generation) {

@@ -116,6 +116,8 @@ pub struct Walk<'a> {
     /// The frame, as it is now.
     pub flat: Flat,
     metadata: u64,
+    /// Nothing was handed on to it.
+    fresh: bool,
     steps: Vec<Step>,
     /// What is to be done in the end.
     written: Vec<Action>,
@@ -137,6 +139,7 @@ impl<'a> Walk<'a> {
             tables,
             flat,
             metadata: flat.get(Field::Metadata) as u64,
+            fresh: flat.get(Field::Metadata) == 0,
             steps: Vec::new(),
             written: Vec::new(),
             entries: Vec::new(),
@@ -170,9 +173,11 @@ impl<'a> Walk<'a> {
             self.tell(|| Event::Finally);
             self.finally();
         }
-        // A decision of one entry that looks at no other is always the same.
+        // A decision of one entry that looks at no other is always the same, but
+        // for what entries before have handed on.
         if let [only] = &self.entries[..]
             && self.lookups == 1
+            && self.fresh
         {
             let only = Arc::clone(only);
             return Arc::clone(only.alone.get_or_init(|| Arc::new(self.decision())));

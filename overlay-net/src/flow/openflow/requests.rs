@@ -8,6 +8,7 @@ use super::oxm;
 use super::session::Session;
 use super::wire::Reader;
 use super::{Datapath, Event};
+use crate::flow::actions::Action;
 use crate::flow::control::{Filter, Gone};
 use crate::flow::matches::Match;
 use crate::flow::meter::{BANDS, Band, Excess, MeterSpec};
@@ -127,6 +128,11 @@ pub(super) fn packet_out(mut body: Reader<'_>, datapath: &mut dyn Datapath) -> R
     body.skip(6)?;
     let list = Reader(body.take(len).map_err(|_| Code::ACTION_LENGTH)?);
     let actions = actions::read(list, true)?;
+    let fixed =
+        |action: &Action| matches!(action, Action::Set { field, .. } if !field.is_settable());
+    if actions.iter().any(fixed) {
+        return Err(Code::SET_TYPE);
+    }
     if buffer != u32::MAX {
         return Err(Code::BUFFER);
     }

@@ -147,6 +147,24 @@ fn connections_are_matched_in_a_second_table() {
 }
 
 #[test]
+fn what_is_handed_on_through_connections_stays_with_its_frame() {
+    let control = control(&[
+        "in_port=1,actions=set_field:5->metadata,ct(table=1)",
+        "in_port=2,actions=set_field:6->metadata,ct(table=1)",
+        "table=1,actions=controller",
+    ]);
+    let mut pipeline = pipeline(&control);
+    for (port, handed) in [(1, 5), (2, 6), (1, 5), (2, 6)] {
+        let now = Duration::from_secs(1);
+        let seen = run_at(&mut pipeline, now, port, &frame(), Offload::default());
+        let Target::Controller(what) = seen.sent[0].0 else {
+            panic!("{:?}", seen.sent)
+        };
+        assert_eq!(what.metadata, handed);
+    }
+}
+
+#[test]
 fn a_trace_tells_which_entries_are_hit() {
     let control = control(&[
         "priority=100,cookie=0x7,tcp,nw_dst=10.0.0.0/8,actions=mod_nw_dst:10.1.1.1,goto_table:4",
