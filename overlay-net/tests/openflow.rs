@@ -1,6 +1,8 @@
 //! OpenFlow with real tools: Open vSwitch's `ovs-ofctl`, and os-ken's learning
 //! switch as a controller.
 
+#![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
+
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
@@ -186,7 +188,7 @@ fn ovs_ofctl_adds_shows_changes_and_deletes_entries() {
     }
     sound(at, &["mod-flows", "priority=84,rarp actions=output:1"]);
     assert!(sound(at, &["dump-flows", "rarp"]).contains("actions=output:1"));
-    sound(at, &["--strict", "del-flows", "priority=84,rarp"]);
+    sound(at, &["del-flows", "--strict", "priority=84,rarp"]);
     sound(at, &["del-flows", "cookie=0x0/-1,tcp"]);
     let left = sound(at, &["dump-aggregate"]);
     assert!(
@@ -216,6 +218,12 @@ fn ovs_ofctl_shows_ports_tables_and_meters_and_is_told_errors() {
     assert!(sound(at, &["dump-desc"]).contains("Manufacturer: Blanket"));
     assert!(sound(at, &["dump-ports-desc"]).contains("2(web2)"));
     assert!(sound(at, &["dump-ports"]).contains("rx pkts=7"));
+    assert!(sound(at, &["dump-tables"]).contains("table 0"));
+    assert!(sound(at, &["dump-table-features"]).contains("max_entries=262144"));
+    sound(at, &["probe"]);
+    sound(at, &["ping"]);
+    sound(at, &["queue-stats"]);
+    sound(at, &["dump-groups"]);
     sound(at, &["mod-port", "1", "down"]);
     assert!(sound(at, &["dump-ports-desc"]).contains("PORT_DOWN"));
     sound(
@@ -379,7 +387,7 @@ fn os_kens_learning_switch_controls_it() {
         .port();
     let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/learning_switch.py");
     let controller = Command::new(python)
-        .args([program, &port.to_string()])
+        .args(["-B", program, &port.to_string()])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

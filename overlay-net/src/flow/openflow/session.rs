@@ -288,12 +288,11 @@ impl Session {
                 });
             }
             kind::SET_ASYNC => {
-                let mut wants = self.wants;
-                for event in 0..3 {
-                    wants[0][event] = body.u32()?;
-                    wants[1][event] = body.u32()?;
+                let [mut master, mut slave] = self.wants;
+                for (master, slave) in master.iter_mut().zip(&mut slave) {
+                    (*master, *slave) = (body.u32()?, body.u32()?);
                 }
-                self.wants = wants;
+                self.wants = [master, slave];
             }
             _ => return Err(Code::TYPE),
         }
