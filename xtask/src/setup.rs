@@ -15,6 +15,9 @@ const PACKAGES: [&str; 5] = [
     "qemu-system-x86",
     "qemu-utils",
     "tcpdump",
+    "openvswitch-common",
+    "qemu-system-x86",
+    "qemu-utils",
 ];
 
 /// A version that the workspace's Rust can build.

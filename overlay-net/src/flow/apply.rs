@@ -49,20 +49,24 @@ pub trait Sink {
     fn dropped(&mut self, reason: Reason, packet: &Packet<'_, '_>);
 }
 
+/// Where and as what a frame is looked up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Start {
+    /// In which table.
+    pub(super) table: u8,
+    /// What is known of its connection.
+    pub(super) state: u8,
+    /// What entries handed on.
+    pub(super) metadata: u64,
+}
+
 /// How it goes on after a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flow {
+pub(super) enum Goes {
     /// It does not.
     Done,
     /// In another table.
-    On {
-        /// Which.
-        table: u8,
-        /// What is known of its connection.
-        state: u8,
-        /// What entries handed on.
-        metadata: u64,
-    },
+    On(Start),
 }
 
 impl Packet<'_, '_> {
@@ -97,21 +101,21 @@ pub(super) fn execute(
     packet: &mut Packet<'_, '_>,
     connections: &Connections,
     sink: &mut dyn Sink,
-) -> Flow {
+) -> Goes {
     for step in &decision.steps {
         match one(step, now, packet, connections, sink) {
-            Ok(Flow::Done) => {}
+            Ok(Goes::Done) => {}
             Ok(on) => return on,
             Err(reason) => {
                 sink.dropped(reason, packet);
-                return Flow::Done;
+                return Goes::Done;
             }
         }
     }
     if let Some(reason) = decision.drop {
         sink.dropped(reason, packet);
     }
-    Flow::Done
+    Goes::Done
 }
 
 fn one(
@@ -120,7 +124,7 @@ fn one(
     packet: &mut Packet<'_, '_>,
     connections: &Connections,
     sink: &mut dyn Sink,
-) -> Result<Flow, Reason> {
+) -> Result<Goes, Reason> {
     match *step {
         Step::Output(port) if port == packet.key.port => {}
         Step::Output(port) => sink.send(Target::Port(port), packet),
@@ -172,13 +176,13 @@ fn one(
             let (key, layers) = (&packet.key, packet.layers);
             let state = connections.track(now, zone.into(), key, layers, head, commit);
             if let Some((table, metadata)) = table {
-                return Ok(Flow::On {
+                return Ok(Goes::On(Start {
                     table,
                     state,
                     metadata,
-                });
+                }));
             }
         }
     }
-    Ok(Flow::Done)
+    Ok(Goes::Done)
 }

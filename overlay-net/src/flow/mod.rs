@@ -12,7 +12,8 @@
 //! | [`text`] | the same as text, as users of Open vSwitch write it |
 //! | [`tables`], [`control`] | entries; who may change them, while workers look |
 //! | [`pipeline`] | a worker's: cache, decision, what is done |
-//! | [`conntrack`] | connections |
+//! | [`conntrack`], [`groups`] | connections; security groups, which let them through |
+//! | [`openflow`] | external controllers |
 //!
 //! One [`Control`] owns the tables. Each worker has a [`Pipeline`], which sees
 //! them as they were when it last looked ([`Pipeline::tick`]): they are never
@@ -26,8 +27,10 @@ mod cache;
 pub mod conntrack;
 pub mod control;
 pub mod fields;
+pub mod groups;
 pub mod matches;
 pub mod meter;
+pub mod openflow;
 pub mod pipeline;
 mod rewrite;
 pub mod tables;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::apply::{Flow as Goes, Packet, Sink, execute};
+use super::actions::Action;
+use super::apply::{Goes, Packet, Sink, Start, execute};
 use super::cache::Cache;
 use super::conntrack::Connections;
 use super::control::Shared;
@@ -32,14 +33,6 @@ pub struct Pipeline {
     words: Words,
     cache: Cache,
     folded: Duration,
-}
-
-/// Where and as what a frame is looked up.
-#[derive(Clone, Copy, Debug, Default)]
-struct Start {
-    table: u8,
-    state: u8,
-    metadata: u64,
 }
 
 impl Pipeline {
@@ -91,12 +84,14 @@ impl Pipeline {
 
     fn lookup(&mut self, key: &Key, start: Start) -> usize {
         // Where no entry looks at anything, all frames are alike.
-        let (flat, masked) = if self.words.is_empty() {
+        let (flat, mut masked) = if self.words.is_empty() {
             (None, Flat::default())
         } else {
             let flat = start.flat(key);
             (Some(flat), flat & *self.words.mask())
         };
+        // Decisions tell controllers, and other tables, what was handed on.
+        masked.set(Field::Metadata, start.metadata.into(), u128::MAX);
         let hash = self.words.hash(&masked) ^ u64::from(start.table) << 7;
         let generation = self.tables.generation();
         if let Some(at) = self.cache.find(hash, &masked, start.table, generation) {
@@ -110,25 +105,42 @@ impl Pipeline {
 
     /// Does with a frame what the tables say: `sink` takes what comes out.
     pub fn run(&mut self, now: Duration, packet: &mut Packet<'_, '_>, sink: &mut dyn Sink) {
-        let mut start = Start::default();
+        self.go(now, Start::default(), RECIRCULATIONS, packet, sink);
+    }
+
+    /// Does `actions` with a frame, as a controller wants that sends it out.
+    pub fn run_actions(
+        &mut self,
+        now: Duration,
+        actions: &[Action],
+        packet: &mut Packet<'_, '_>,
+        sink: &mut dyn Sink,
+    ) {
+        let flat = Start::default().flat(&packet.key);
+        let decision = Walk::new(&self.tables, flat).follow(actions);
+        for stats in &decision.stats {
+            stats.add(1, packet.frame.len() as u64, millis(now));
+        }
+        if let Goes::On(start) = execute(&decision, now, packet, &self.connections, sink) {
+            self.go(now, start, RECIRCULATIONS - 1, packet, sink);
+        }
+    }
+
+    fn go(
+        &mut self,
+        now: Duration,
+        mut start: Start,
+        times: usize,
+        packet: &mut Packet<'_, '_>,
+        sink: &mut dyn Sink,
+    ) {
         let len = packet.frame.len() as u64;
-        for _ in 0..RECIRCULATIONS {
+        for _ in 0..times {
             let at = self.lookup(&packet.key, start);
-            // What goes on in another table was counted where it began, too.
             let decision = self.cache.count(at, 1, len, millis(now));
             match execute(decision, now, packet, &self.connections, sink) {
                 Goes::Done => return,
-                Goes::On {
-                    table,
-                    state,
-                    metadata,
-                } => {
-                    start = Start {
-                        table,
-                        state,
-                        metadata,
-                    };
-                }
+                Goes::On(on) => start = on,
             }
         }
         sink.dropped(Reason::FlowLoop, packet);

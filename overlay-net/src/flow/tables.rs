@@ -102,6 +102,21 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// One that is in no table.
+    pub(super) fn of(actions: Vec<Action>) -> Self {
+        Self {
+            flow: Flow {
+                priority: DEFAULT_PRIORITY,
+                actions,
+                ..Flow::default()
+            },
+            created: Duration::ZERO,
+            stats: Arc::default(),
+            id: 0,
+            alone: OnceLock::new(),
+        }
+    }
+
     fn rank(&self) -> (u16, Reverse<u64>) {
         (self.flow.priority, Reverse(self.id))
     }

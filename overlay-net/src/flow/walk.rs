@@ -116,6 +116,8 @@ pub struct Walk<'a> {
     /// The frame, as it is now.
     pub flat: Flat,
     metadata: u64,
+    /// Nothing was handed on to it.
+    fresh: bool,
     steps: Vec<Step>,
     /// What is to be done in the end.
     written: Vec<Action>,
@@ -137,6 +139,7 @@ impl<'a> Walk<'a> {
             tables,
             flat,
             metadata: flat.get(Field::Metadata) as u64,
+            fresh: flat.get(Field::Metadata) == 0,
             steps: Vec::new(),
             written: Vec::new(),
             entries: Vec::new(),
@@ -170,14 +173,31 @@ impl<'a> Walk<'a> {
             self.tell(|| Event::Finally);
             self.finally();
         }
-        // A decision of one entry that looks at no other is always the same.
+        // A decision of one entry that looks at no other is always the same, but
+        // for what entries before have handed on.
         if let [only] = &self.entries[..]
             && self.lookups == 1
+            && self.fresh
         {
             let only = Arc::clone(only);
             return Arc::clone(only.alone.get_or_init(|| Arc::new(self.decision())));
         }
         Arc::new(self.decision())
+    }
+
+    /// Walks, beginning with these actions, as if an entry had them.
+    #[must_use]
+    pub fn follow(mut self, actions: &[Action]) -> Decision {
+        let entry = Arc::new(Entry::of(actions.to_vec()));
+        for action in actions {
+            if self.stopped.is_none() && !self.recirculates {
+                self.act(action, &entry);
+            }
+        }
+        if !self.recirculates && !self.written.is_empty() && self.stopped.is_none() {
+            self.finally();
+        }
+        self.decision()
     }
 
     fn decision(self) -> Decision {

@@ -1,5 +1,6 @@
 //! Tables, cache and rewriting.
 
+mod groups;
 mod model;
 mod rewriting;
 mod walking;

@@ -147,6 +147,62 @@ fn connections_are_matched_in_a_second_table() {
 }
 
 #[test]
+fn what_is_handed_on_through_connections_stays_with_its_frame() {
+    let control = control(&[
+        "in_port=1,actions=set_field:5->metadata,ct(table=1)",
+        "in_port=2,actions=set_field:6->metadata,ct(table=1)",
+        "table=1,actions=controller",
+    ]);
+    let mut pipeline = pipeline(&control);
+    for (port, handed) in [(1, 5), (2, 6), (1, 5), (2, 6)] {
+        let now = Duration::from_secs(1);
+        let seen = run_at(&mut pipeline, now, port, &frame(), Offload::default());
+        let Target::Controller(what) = seen.sent[0].0 else {
+            panic!("{:?}", seen.sent)
+        };
+        assert_eq!(what.metadata, handed);
+    }
+}
+
+#[test]
+fn workers_see_changes_and_nothing_is_counted_twice() {
+    const FRAMES: u64 = 5000;
+    let mut control = control(&["tcp,actions=output:2", "priority=1,actions=drop"]);
+    let (key, _) =
+        super::super::text::parse_packet("in_port=1,tcp,tp_dst=80", &super::super::text::no_names)
+            .expect("a packet");
+    let worker = |control: &Control| {
+        let mut pipeline = pipeline(control);
+        move || {
+            for index in 0..FRAMES {
+                let now = Duration::from_micros(index);
+                pipeline.tick(now);
+                let decision = pipeline.classify(now, &key, 100);
+                assert!(decision.drop.is_none() && decision.steps.len() == 1);
+            }
+            pipeline.fold(Duration::ZERO);
+        }
+    };
+    let workers = [(); 3].map(|()| std::thread::spawn(worker(&control)));
+    let filter = Filter {
+        matches: flow("tcp,actions=drop").matches,
+        ..Filter::default()
+    };
+    for port in 3..200 {
+        let changed = control.modify(&filter, &flow(&format!("actions={port}")).actions, false);
+        assert_eq!(changed, Ok(1));
+        control.publish();
+        std::thread::yield_now();
+    }
+    for worker in workers {
+        worker.join().expect("a worker");
+    }
+    let entries = control.tables().entries();
+    let counted = entries.iter().map(|entry| entry.stats.packets());
+    assert_eq!(counted.collect::<Vec<_>>(), [3 * FRAMES, 0]);
+}
+
+#[test]
 fn a_trace_tells_which_entries_are_hit() {
     let control = control(&[
         "priority=100,cookie=0x7,tcp,nw_dst=10.0.0.0/8,actions=mod_nw_dst:10.1.1.1,goto_table:4",
