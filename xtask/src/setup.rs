@@ -9,15 +9,13 @@ use crate::run::{Output, checked};
 
 /// What building and testing need. The testbed installs what its machines
 /// are made of when it makes them.
-const PACKAGES: [&str; 5] = [
+const PACKAGES: [&str; 6] = [
     "gcc",
     "libc6-dev",
-    "qemu-system-x86",
-    "qemu-utils",
-    "tcpdump",
     "openvswitch-common",
     "qemu-system-x86",
     "qemu-utils",
+    "tcpdump",
 ];
 
 /// A version that the workspace's Rust can build.

@@ -7,7 +7,6 @@
 
 mod cluster;
 pub(crate) mod http;
-mod http;
 mod lend;
 mod limit;
 mod listen;

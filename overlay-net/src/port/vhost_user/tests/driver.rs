@@ -440,7 +440,7 @@ impl Worker {
         }
         let wakers: Vec<OwnedFd> = held
             .iter()
-            .flat_map(Port::wakers)
+            .map(Port::waker)
             .map(|fd| fd.try_clone_to_owned().unwrap())
             .collect();
         drop(held);
