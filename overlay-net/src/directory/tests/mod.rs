@@ -4,6 +4,8 @@ mod model;
 mod scale;
 mod sim;
 
+use std::net::{IpAddr, SocketAddr};
+
 use proptest::prelude::*;
 
 use super::wire::{MESSAGE, Message};
