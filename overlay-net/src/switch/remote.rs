@@ -69,12 +69,14 @@ impl Remote {
             let event = EpollEvent::new(EventSet::IN, index as u64);
             epoll.ctl(ControlOperation::Add, uplink.fd().as_raw_fd(), event)?;
         }
-        let payload = |uplink: &Box<dyn Uplink>| uplink.description().capabilities.payload;
         Ok(Self {
             tunnels: Tunnels::new(Config {
                 private,
                 epoch,
-                uplinks: uplinks.iter().map(payload).collect(),
+                uplinks: uplinks
+                    .iter()
+                    .map(|uplink| uplink.description().capabilities.payload)
+                    .collect(),
                 costs: Costs::measure(),
             }),
             links: Links::new(uplinks),
@@ -95,14 +97,15 @@ impl Remote {
     /// Its uplinks, for people.
     #[must_use]
     pub fn describe(&self) -> Vec<String> {
-        let describe = |uplink: &Box<dyn Uplink>| {
-            let its = uplink.description();
+        let uplinks = self.links.uplinks().iter();
+        let descriptions = uplinks.map(|uplink| uplink.description());
+        let lines = descriptions.map(|its| {
             format!(
                 "{} on {} ({}, {})",
                 its.local, its.interface, its.kind, its.mode
             )
-        };
-        self.links.uplinks().iter().map(describe).collect()
+        });
+        lines.collect()
     }
 
     pub(super) fn waker(&self) -> BorrowedFd<'_> {
