@@ -15,7 +15,7 @@ use blanket_devices::virtio::{Device, blk::Block, console::Console, rng::Rng};
 use blanket_devices::worker::{STACK, Workers};
 use blanket_memory::GuestRam;
 use kvm_bindings::kvm_cpuid_entry2;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
 use super::boot::{Entry, Payload};
@@ -31,12 +31,13 @@ use crate::jail::Class;
 use crate::machine::health::{self, Health};
 use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
-    self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
-    setup, spawn_workers,
+    self, Error, RequestError, TargetError, dirty, kvm, lock, map_memory, memory_metrics, named,
+    resource, setup, spawn_workers,
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
 use crate::vcpu::{Brake, EventSink, OnBus, Vcpu};
 use blanket_drivers::cpu::Shown;
+use blanket_drivers::rings::Rings;
 
 /// An `hvm` machine.
 ///
@@ -60,6 +61,7 @@ pub struct Machine {
     /// The MSRs that make up a vCPU's state.
     pub(super) msrs: Vec<u32>,
     pub(super) vm: Arc<VmFd>,
+    rings: Option<Arc<Rings>>,
     /// The guest's clocks, while it is paused.
     pub(super) stopped: Option<Stopped>,
     _workers: Workers,
@@ -75,6 +77,7 @@ impl Machine {
     pub fn build(config: &VmConfig, mut parts: Parts, events: &EventSink) -> Result<Self, Error> {
         let (vm, entry) = make_vm_and_load(&mut parts, config.cpus())?;
         let vm = Arc::new(vm);
+        let rings = dirty::enable(&vm, config)?;
         map_memory(&vm, &parts.ram)?;
         let wiring = KvmWiring::new(vm.clone()).map_err(resource("set up interrupts"))?;
         let line = |gsi| wiring.line(gsi).map_err(resource("set up an interrupt"));
@@ -114,7 +117,9 @@ impl Machine {
             power: Mutex::new(power),
             pci: builder.pci,
         });
-        let (vcpus, power_on) = make_vcpus(&parts.host, &vm, config.cpus(), &bus, events)?;
+        let fds = make_vcpus(&parts.host, &vm, config.cpus())?;
+        let rings = dirty::map(&vm, &fds, rings)?;
+        let (vcpus, power_on) = start_vcpus(fds, &parts.host.msrs, &bus, events, rings.as_ref())?;
         let cpuid = cpuid_of(&parts.host, 0, config.cpus());
         // Last: what maps memory meanwhile would wait for each page's zeroing.
         populate(parts.payload.populate_ahead(&parts.ram))?;
@@ -133,6 +138,7 @@ impl Machine {
             cpu: parts.host.cpu,
             msrs: parts.host.msrs,
             vm,
+            rings,
             stopped: None,
             _workers: workers,
         })
@@ -274,6 +280,10 @@ impl machine::Machine for Machine {
         Arc::clone(&self.vm)
     }
 
+    fn rings(&self) -> Option<Arc<Rings>> {
+        self.rings.clone()
+    }
+
     fn likeness(&self) -> Result<SavedState, lifecycle::Error> {
         self.look()
     }
@@ -332,6 +342,7 @@ impl machine::Machine for Machine {
                         ("exits_io", counters.io.get()),
                         ("exits_mmio", counters.mmio.get()),
                         ("kicks", counters.kicks.get()),
+                        ("ring_full", counters.ring_full.get()),
                     ])
                 })
                 .collect(),
@@ -385,13 +396,7 @@ fn cpuid_of(host: &Host, index: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
     cpuid
 }
 
-fn make_vcpus(
-    host: &Host,
-    vm: &VmFd,
-    count: u8,
-    bus: &Arc<HvmBus>,
-    events: &EventSink,
-) -> Result<(Vec<Vcpu>, Vec<VcpuState>), Error> {
+fn make_vcpus(host: &Host, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
     let mut fds = Vec::new();
     for index in 0..count {
         let fd = vm
@@ -400,16 +405,28 @@ fn make_vcpus(
         set_cpuid(&fd, &cpuid_of(host, index, count))?;
         fds.push(fd);
     }
+    Ok(fds)
+}
+
+/// Starts their threads, at rest; and their state after power-on.
+fn start_vcpus(
+    fds: Vec<VcpuFd>,
+    msrs: &[u32],
+    bus: &Arc<HvmBus>,
+    events: &EventSink,
+    rings: Option<&Arc<Rings>>,
+) -> Result<(Vec<Vcpu>, Vec<VcpuState>), Error> {
     let power_on = fds
         .iter()
-        .map(|fd| VcpuState::read(fd, &host.msrs))
+        .map(|fd| VcpuState::read(fd, msrs))
         .collect::<Result<Vec<_>, _>>()?;
     let vcpus = fds
         .into_iter()
         .zip(0u8..)
         .map(|(fd, index)| {
             let processor = Box::new(OnBus(bus.clone()));
-            Vcpu::spawn(index, fd, processor, events.clone(), setup(Class::Vcpu))
+            let (events, setup) = (events.clone(), setup(Class::Vcpu));
+            Vcpu::spawn(index, fd, processor, events, setup, rings.cloned())
         })
         .collect::<io::Result<Vec<_>>>()
         .map_err(resource("start a vCPU"))?;

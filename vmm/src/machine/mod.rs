@@ -1,5 +1,6 @@
 //! What all kinds of machines have in common, and which kind a guest gets.
 
+pub(crate) mod dirty;
 mod error;
 pub(crate) mod health;
 pub(crate) mod open;
@@ -27,6 +28,7 @@ use crate::migrate::HandOver;
 use crate::vcpu::{Brake, EventSink};
 use crate::{hvm, pv};
 use blanket_drivers::cpu::Shown;
+use blanket_drivers::rings::Rings;
 
 /// A machine, whole. The monitor's states say when each step makes sense.
 pub trait Machine: Send {
@@ -98,6 +100,9 @@ pub trait Machine: Send {
 
     /// KVM's end of the machine: it knows which pages the guest writes.
     fn vm(&self) -> Arc<VmFd>;
+
+    /// Where KVM lists those pages, if it is not in its log.
+    fn rings(&self) -> Option<Arc<Rings>>;
 
     /// What slows each vCPU down.
     fn brakes(&self) -> Vec<Brake>;

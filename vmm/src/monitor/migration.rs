@@ -95,7 +95,10 @@ impl Monitor {
     /// # Errors
     /// There is no VM.
     pub fn migration(&mut self) -> Result<Status, Error> {
-        Ok(self.vm()?.migrator.progress().status())
+        let vm = self.vm()?;
+        let mut status = vm.migrator.progress().status();
+        status.dirty_by = Some(vm.dirty_by().to_owned());
+        Ok(status)
     }
 
     /// Ends the migration, if the guest has not been handed over.
@@ -151,11 +154,20 @@ impl Monitor {
 }
 
 impl Vm {
+    /// In which way KVM tells what its guest writes.
+    fn dirty_by(&self) -> &'static str {
+        match self.machine.rings() {
+            Some(_) => "ring",
+            None => "log",
+        }
+    }
+
     /// What the guest is in, with KVM's knowledge of it.
     fn memory(&self) -> Tracked {
         Tracked {
             ram: self.machine.memory().clone(),
             vm: self.machine.vm(),
+            rings: self.machine.rings(),
             touched: self.touched.clone(),
             loggers: self.devices.loggers().to_vec(),
             logs: Vec::new(),
