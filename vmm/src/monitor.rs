@@ -160,6 +160,8 @@ struct Vm {
     devices: HandOver,
     /// Its taps are not those that its guest had where it came from.
     own_taps: bool,
+    /// Its guest was paused when it left, or came: it stays so.
+    at_rest: bool,
     /// It is another monitor's.
     moved: bool,
 }
@@ -258,6 +260,7 @@ impl Monitor {
             migrator,
             devices,
             own_taps: false,
+            at_rest: false,
             moved: false,
         });
         Ok(())

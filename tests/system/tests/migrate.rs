@@ -3,6 +3,8 @@
 
 #[path = "migrate/between_nodes.rs"]
 mod between_nodes;
+#[path = "migrate/paused.rs"]
+mod paused;
 
 use std::time::{Duration, Instant};
 
