@@ -144,6 +144,7 @@ pub struct Monitor {
 }
 
 struct Vm {
+    name: String,
     config: VmConfig,
     machine: Box<dyn Machine>,
     state: VmState,
@@ -240,7 +241,8 @@ impl Monitor {
             // The receiver lives as long as the process serves.
             let _ = events.send(event);
         });
-        let machine = parts.build(&config, &sink)?;
+        let mut machine = parts.build(&config, &sink)?;
+        machine.set_name(&self.id)?;
         let migrator = Migrator::spawn(self.orders.clone()).map_err(Error::Jail)?;
         self.timeline.mark("machine built");
         let cpu = machine.cpu();
@@ -249,6 +251,7 @@ impl Monitor {
         let pager = pager(&config, machine.memory(), uffd);
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {
+            name: self.id.clone(),
             config,
             machine,
             state: VmState::Created,
@@ -310,6 +313,7 @@ impl Monitor {
             }
         }
         vm.machine.restore(snapshot.state())?;
+        vm.machine.set_name(&vm.name)?;
         vm.machine.new_generation()?;
         self.timeline.mark("machine restored");
         vm.booted = Some(Instant::now());

@@ -246,6 +246,13 @@ impl machine::Machine for Machine {
             })
     }
 
+    fn set_name(&mut self, name: &str) -> Result<(), lifecycle::Error> {
+        generation::set_name(&self.ram, name).map_err(|error| lifecycle::Error::Device {
+            device: "name".to_owned(),
+            message: error.to_string(),
+        })
+    }
+
     fn new_generation(&mut self) -> Result<(), lifecycle::Error> {
         let failed = |message: String| lifecycle::Error::Device {
             device: "generation ID".to_owned(),

@@ -143,6 +143,13 @@ pub trait Machine: Send {
     /// device refuses its part: the machine must be reset then.
     fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error>;
 
+    /// Tells the guest, which may go on from where another one was, what its VM is
+    /// called, where it can look for that.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn set_name(&mut self, name: &str) -> Result<(), lifecycle::Error>;
+
     /// Tells a guest that has just been restored that it may be one of several
     /// that go on from there, if its machine can: the guest of a `pv` machine
     /// only finds out if it had suspended itself.

@@ -255,6 +255,7 @@ impl Vm {
                     decode(&bytes).map_err(|error| Error::Unmovable(error.to_string()))?;
                 self.machine.check(&handed.state)?;
                 self.machine.restore(&handed.state)?;
+                self.machine.set_name(&self.name)?;
                 self.at_rest = handed.paused;
                 self.booted = Some(Instant::now());
                 self.state = VmState::Paused;

@@ -385,6 +385,10 @@ impl machine::Machine for Machine {
             })
     }
 
+    fn set_name(&mut self, name: &str) -> Result<(), lifecycle::Error> {
+        self.bus.set_name(name)
+    }
+
     fn new_generation(&mut self) -> Result<(), lifecycle::Error> {
         Ok(())
     }
