@@ -28,7 +28,7 @@ use crate::api::types::{self, Action, Metrics, Problem, Target, VmInfo, VmState}
 use crate::config::{HugePages, MachineChoice, OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
-use crate::machine::{Given, Machine, Parts, setup};
+use crate::machine::{Ahead, Given, Machine, Parts, setup};
 use crate::migrate::{HandOver, Migrator, Order};
 use crate::snapshot::pager::{Live, Pager, WorkingSet};
 use crate::snapshot::{self, Head, Pieces, Regions, Snapshot, Touched};
@@ -141,6 +141,8 @@ pub struct Monitor {
     orders: UnboundedSender<Order>,
     /// Where a guest's destination comes.
     exit: Option<Arc<UnixListener>>,
+    /// What the machine's VM will be.
+    ahead: Option<Ahead>,
 }
 
 struct Vm {
@@ -201,6 +203,7 @@ impl Monitor {
             events,
             orders,
             exit: None,
+            ahead: None,
         };
         (monitor, wishes)
     }
@@ -208,6 +211,11 @@ impl Monitor {
     /// The steps so far.
     pub fn timeline(&mut self) -> &mut Timeline {
         &mut self.timeline
+    }
+
+    /// Has the machine be built on a VM that is being made.
+    pub fn set_ahead(&mut self, vm: Ahead) {
+        self.ahead = Some(vm);
     }
 
     /// Builds the machine and confines this process for good.
@@ -229,7 +237,12 @@ impl Monitor {
         }
         config.validate()?;
         let shared = given.shared;
-        let parts = Parts::open(&config, given)?;
+        let ahead = self.ahead.take();
+        let made = ahead.as_ref().map(Ahead::made);
+        let parts = Parts::open(&config, given.with_vm(ahead))?;
+        if let Some(at) = made.as_ref().and_then(|made| made.get()) {
+            self.timeline.mark_at("VM made ahead", *at);
+        }
         let mut devices = parts.hand_over().map_err(Error::Jail)?;
         devices.share(shared);
         let touched = Touched::open();

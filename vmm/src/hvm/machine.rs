@@ -75,8 +75,9 @@ impl Machine {
     /// KVM or the kernel refuses something, or the guest's kernel cannot be
     /// loaded.
     pub fn build(config: &VmConfig, mut parts: Parts, events: &EventSink) -> Result<Self, Error> {
-        let (vm, entry) = make_vm_and_load(&mut parts, config.cpus())?;
-        let vm = Arc::new(vm);
+        populate(parts.payload.populate_loaded(&parts.ram))?;
+        let entry = parts.payload.load(&parts.ram, config.cpus())?;
+        let vm = Arc::new(parts.vm);
         let rings = dirty::enable(&vm, config)?;
         map_memory(&vm, &parts.ram)?;
         let wiring = KvmWiring::new(vm.clone()).map_err(resource("set up interrupts"))?;
@@ -356,28 +357,6 @@ impl machine::Machine for Machine {
             memory: memory_metrics(&self.ram),
         }
     }
-}
-
-/// Makes the VM, and loads the kernel while KVM waits. Other steps do not run
-/// beside the loading: what maps memory would wait for each page's zeroing.
-fn make_vm_and_load(parts: &mut Parts, cpus: u8) -> Result<(VmFd, Entry), Error> {
-    populate(parts.payload.populate_loaded(&parts.ram))?;
-    let Parts {
-        host, payload, ram, ..
-    } = parts;
-    std::thread::scope(|scope| {
-        // Under the filter of this thread, which waits for it.
-        let vm = std::thread::Builder::new()
-            .name("kvm".to_owned())
-            .stack_size(STACK)
-            .spawn_scoped(scope, || host.make_vm())
-            .map_err(resource("start a thread"))?;
-        let entry = payload.load(ram, cpus);
-        let vm = vm
-            .join()
-            .map_err(|_| resource("make a VM")(io::Error::other("the thread that made it died")))?;
-        Ok((vm?, entry?))
-    })
 }
 
 /// Starts a thread that populates memory for the kernel; it ends by itself.

@@ -1,5 +1,6 @@
 //! What all kinds of machines have in common, and which kind a guest gets.
 
+pub(crate) mod ahead;
 pub(crate) mod dirty;
 mod error;
 pub(crate) mod health;
@@ -18,6 +19,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+pub use ahead::Ahead;
 pub use error::Error;
 pub use open::Given;
 
