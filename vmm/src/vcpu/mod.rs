@@ -16,6 +16,7 @@
 mod brake;
 mod bus;
 pub mod exits;
+mod nested;
 mod signal;
 pub mod state;
 
