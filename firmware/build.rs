@@ -2,8 +2,9 @@
 //! linker script states.
 
 /// Each payload and the linker script that lays it out.
-const SCRIPTS: [(&str, &str); 6] = [
+const SCRIPTS: [(&str, &str); 7] = [
     ("hello", "pvh.ld"),
+    ("count", "pvh.ld"),
     ("idle", "pvh.ld"),
     ("evil", "pvh.ld"),
     ("evil-pv", "pv.ld"),

@@ -6,6 +6,7 @@ mod kept;
 pub mod mac;
 pub mod probe;
 pub mod provider;
+pub mod rings;
 pub mod store;
 pub mod tap;
 pub mod uplink;

@@ -244,6 +244,12 @@ pub struct Status {
     pub memory_rate: u64,
     /// Bytes per second that the guest writes anew, to memory and disks.
     pub dirty_rate: u64,
+    /// The guest was paused before, and is paused where it has come.
+    #[serde(default)]
+    pub paused: bool,
+    /// In which way KVM tells what the guest writes: `ring` or `log`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_by: Option<String>,
     /// Percent of the time of the guest's processors that is taken from them, so
     /// that it writes less; in the end, what it took.
     #[serde(default)]

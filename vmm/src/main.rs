@@ -13,7 +13,7 @@ use blanket_vmm::config::VmConfig;
 use blanket_vmm::jail::privileges::{self, User};
 use blanket_vmm::jail::{Class, seccomp};
 use blanket_vmm::log;
-use blanket_vmm::machine::Given;
+use blanket_vmm::machine::{Ahead, Given};
 use blanket_vmm::migrate::Offered;
 use blanket_vmm::monitor::{Ending, Loading, Monitor, Wishes};
 use blanket_vmm::snapshot::pager::WorkingSet;
@@ -113,6 +113,8 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
     seccomp::report_refusals()
         .and_then(|()| seccomp::confine(Class::Setup))
         .context("cannot install the system call filter")?;
+    // Under that filter, and while all that follows is read and opened.
+    let ahead = Ahead::begin().context("cannot start a thread")?;
     let mut snapshot = match &arguments.restore {
         Some(path) => {
             let opened = Snapshot::open_with(path, &arguments.opening.access()?);
@@ -147,6 +149,7 @@ fn run(arguments: Arguments, timeline: Timeline) -> anyhow::Result<Ending> {
         .context("cannot start the event loop")?;
     let (mut monitor, wishes) =
         Monitor::new(arguments.id, arguments.user.unwrap_or_default(), timeline);
+    monitor.set_ahead(ahead);
     runtime.block_on(async {
         // Bound first: who connects early waits for its answer, not for a file.
         let listener = arguments.api_socket.as_deref().map(listen).transpose()?;

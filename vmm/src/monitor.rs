@@ -28,7 +28,7 @@ use crate::api::types::{self, Action, Metrics, Problem, Target, VmInfo, VmState}
 use crate::config::{HugePages, MachineChoice, OnReboot, VmConfig};
 use crate::jail::privileges::{self, User};
 use crate::jail::{Class, seccomp};
-use crate::machine::{Given, Machine, Parts, setup};
+use crate::machine::{Ahead, Given, Machine, Parts, setup};
 use crate::migrate::{HandOver, Migrator, Order};
 use crate::snapshot::pager::{Live, Pager, WorkingSet};
 use crate::snapshot::{self, Head, Pieces, Regions, Snapshot, Touched};
@@ -141,9 +141,12 @@ pub struct Monitor {
     orders: UnboundedSender<Order>,
     /// Where a guest's destination comes.
     exit: Option<Arc<UnixListener>>,
+    /// What the machine's VM will be.
+    ahead: Option<Ahead>,
 }
 
 struct Vm {
+    name: String,
     config: VmConfig,
     machine: Box<dyn Machine>,
     state: VmState,
@@ -160,6 +163,8 @@ struct Vm {
     devices: HandOver,
     /// Its taps are not those that its guest had where it came from.
     own_taps: bool,
+    /// Its guest was paused when it left, or came: it stays so.
+    at_rest: bool,
     /// It is another monitor's.
     moved: bool,
 }
@@ -198,6 +203,7 @@ impl Monitor {
             events,
             orders,
             exit: None,
+            ahead: None,
         };
         (monitor, wishes)
     }
@@ -205,6 +211,11 @@ impl Monitor {
     /// The steps so far.
     pub fn timeline(&mut self) -> &mut Timeline {
         &mut self.timeline
+    }
+
+    /// Has the machine be built on a VM that is being made.
+    pub fn set_ahead(&mut self, vm: Ahead) {
+        self.ahead = Some(vm);
     }
 
     /// Builds the machine and confines this process for good.
@@ -226,7 +237,12 @@ impl Monitor {
         }
         config.validate()?;
         let shared = given.shared;
-        let parts = Parts::open(&config, given)?;
+        let ahead = self.ahead.take();
+        let made = ahead.as_ref().map(Ahead::made);
+        let parts = Parts::open(&config, given.with_vm(ahead))?;
+        if let Some(at) = made.as_ref().and_then(|made| made.get()) {
+            self.timeline.mark_at("VM made ahead", *at);
+        }
         let mut devices = parts.hand_over().map_err(Error::Jail)?;
         devices.share(shared);
         let touched = Touched::open();
@@ -238,7 +254,8 @@ impl Monitor {
             // The receiver lives as long as the process serves.
             let _ = events.send(event);
         });
-        let machine = parts.build(&config, &sink)?;
+        let mut machine = parts.build(&config, &sink)?;
+        machine.set_name(&self.id)?;
         let migrator = Migrator::spawn(self.orders.clone()).map_err(Error::Jail)?;
         self.timeline.mark("machine built");
         let cpu = machine.cpu();
@@ -247,6 +264,7 @@ impl Monitor {
         let pager = pager(&config, machine.memory(), uffd);
         seccomp::confine(Class::Main).map_err(Error::Jail)?;
         self.vm = Some(Vm {
+            name: self.id.clone(),
             config,
             machine,
             state: VmState::Created,
@@ -258,6 +276,7 @@ impl Monitor {
             migrator,
             devices,
             own_taps: false,
+            at_rest: false,
             moved: false,
         });
         Ok(())
@@ -307,6 +326,7 @@ impl Monitor {
             }
         }
         vm.machine.restore(snapshot.state())?;
+        vm.machine.set_name(&vm.name)?;
         vm.machine.new_generation()?;
         self.timeline.mark("machine restored");
         vm.booted = Some(Instant::now());

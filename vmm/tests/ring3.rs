@@ -3,6 +3,8 @@
 //! KVM has no hardware virtualization.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
+mod user;
+
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
@@ -11,11 +13,11 @@ use std::time::Duration;
 use blanket_memory::{Backing, GuestRam, Spec};
 use blanket_vmm::vcpu::state::VcpuState;
 use blanket_vmm::vcpu::{Bus, Event, OnBus, Outcome, Vcpu};
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::{Kvm, VmFd};
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::Elf;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress};
 
 const PATTERN: u64 = 0x424c_414e_4b45_5421;
 const END: u32 = 0x0e4d_0e4d;
@@ -24,9 +26,6 @@ const SCRATCH: u64 = 0x10_0000;
 const SCRATCH_LEN: u64 = 0x8000;
 /// Behind the guest's 16 MiB.
 const DEVICE: u64 = 0x200_0000;
-const PAGE_TABLES: u64 = 0x9000;
-const TSS: u64 = 0x2_0000;
-const GDT: u64 = 0x500;
 
 /// Writes down what the guest does.
 #[derive(Default)]
@@ -85,87 +84,6 @@ fn load(ram: &GuestRam) -> u64 {
     Elf::load(ram, None, &mut file, None).unwrap().kernel_load.0
 }
 
-/// Maps the first GiB to itself for user code, with 2 MiB pages.
-fn page_tables(ram: &GuestRam) {
-    const USER: u64 = 7;
-    const LARGE: u64 = 1 << 7;
-    let entry = |value: u64, at: u64| ram.write_obj(value, GuestAddress(at)).unwrap();
-    entry((PAGE_TABLES + 0x1000) | USER, PAGE_TABLES);
-    entry((PAGE_TABLES + 0x2000) | USER, PAGE_TABLES + 0x1000);
-    for page in 0..512 {
-        entry(page << 21 | USER | LARGE, PAGE_TABLES + 0x2000 + 8 * page);
-    }
-}
-
-/// A task state segment whose permission map allows every port.
-fn task_state(ram: &GuestRam) {
-    const MAP: u16 = 0x68;
-    ram.write_slice(&[0; 0x2068], GuestAddress(TSS)).unwrap();
-    ram.write_obj(MAP, GuestAddress(TSS + 0x66)).unwrap();
-    ram.write_obj(0xffu8, GuestAddress(TSS + 0x2067)).unwrap();
-    // Null, kernel code and data, user data and code: flat.
-    let descriptors = [
-        0u64,
-        0x00af_9b00_0000_ffff,
-        0x00cf_9300_0000_ffff,
-        0x00cf_f300_0000_ffff,
-        0x00af_fb00_0000_ffff,
-    ];
-    for (i, descriptor) in descriptors.iter().enumerate() {
-        let at = GuestAddress(GDT + 8 * i as u64);
-        ram.write_obj(*descriptor, at).unwrap();
-    }
-}
-
-fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
-    kvm_segment {
-        limit: 0xffff_ffff,
-        selector,
-        type_: kind,
-        present: 1,
-        dpl: 3,
-        s: 1,
-        l: u8::from(long),
-        db: u8::from(!long),
-        g: 1,
-        ..Default::default()
-    }
-}
-
-fn into_ring3(fd: &VcpuFd, entry: u64) {
-    let mut sregs = fd.get_sregs().unwrap();
-    sregs.cs = segment(0x23, 0xb, true);
-    let data = segment(0x1b, 3, false);
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment {
-        base: TSS,
-        limit: 0x2067,
-        selector: 0x28,
-        type_: 0xb,
-        present: 1,
-        ..Default::default()
-    };
-    sregs.gdt.base = GDT;
-    sregs.gdt.limit = 39;
-    sregs.cr3 = PAGE_TABLES;
-    // PAE, OSFXSR; long mode; protection, ET, NE, WP, paging.
-    sregs.cr4 = 1 << 5 | 1 << 9;
-    sregs.efer = 1 << 8 | 1 << 10;
-    sregs.cr0 = 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
-    fd.set_sregs(&sregs).unwrap();
-    fd.set_regs(&kvm_regs {
-        rip: entry,
-        rflags: 2,
-        rdi: SCRATCH,
-        rsi: SCRATCH_LEN,
-        rdx: u64::from(PORT),
-        rcx: DEVICE,
-        r8: 20_000_000,
-        ..Default::default()
-    })
-    .unwrap();
-}
-
 fn guest() -> Guest {
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
@@ -175,24 +93,23 @@ fn guest() -> Guest {
         shared: true,
     })
     .unwrap();
-    for (slot, region) in ram.iter().enumerate() {
-        let mapping = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the guest's memory outlives its vCPU: see the order in Guest.
-        unsafe { vm.set_user_memory_region(mapping) }.unwrap();
-    }
+    // The guest's memory outlives its vCPU: see the order in Guest.
+    user::map(&vm, &ram, 0);
     let entry = load(&ram);
-    page_tables(&ram);
-    task_state(&ram);
+    user::tables(&ram);
     let fd = vm.create_vcpu(0).unwrap();
     let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
     fd.set_cpuid2(&cpuid.unwrap()).unwrap();
-    into_ring3(&fd, entry);
+    let regs = kvm_regs {
+        rip: entry,
+        rdi: SCRATCH,
+        rsi: SCRATCH_LEN,
+        rdx: u64::from(PORT),
+        rcx: DEVICE,
+        r8: 20_000_000,
+        ..Default::default()
+    };
+    user::enter(&fd, &regs);
     let recorder = Arc::new(Recorder::default());
     let (sender, events) = channel();
     let sink = Arc::new(move |event| sender.send(event).unwrap());
@@ -202,6 +119,7 @@ fn guest() -> Guest {
         Box::new(OnBus(recorder.clone())),
         sink,
         Box::new(|| Ok(())),
+        None,
     )
     .unwrap();
     Guest {

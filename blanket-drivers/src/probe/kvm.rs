@@ -253,7 +253,7 @@ const CAPABILITIES: &[Capability] = &[
     Capability(
         "dirty_ring",
         kvm::KVM_CAP_DIRTY_LOG_RING,
-        "finding dirty pages scans all of memory",
+        "migrating large guests takes longer",
     ),
     Capability(
         "guest_memfd",

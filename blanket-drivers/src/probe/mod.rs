@@ -7,6 +7,7 @@
 //! [`provider`](crate::provider) tells who provides the machine.
 
 mod confinement;
+mod dirty;
 mod host;
 mod io;
 mod kvm;
@@ -166,6 +167,7 @@ pub const CHECKS: &[Check] = &[
     check("kvm", "processor", kvm::processor),
     check("kvm", "nested", kvm::nested),
     check("kvm", "capabilities", kvm::capabilities),
+    check("kvm", "dirty pages", dirty::pages),
     check("memory", "userfaultfd", memory::userfaultfd),
     check("memory", "thp", memory::thp),
     check("memory", "hugetlb", memory::hugetlb),

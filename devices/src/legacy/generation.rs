@@ -4,6 +4,9 @@
 //! random numbers, above all.
 //!
 //! It stays through pauses, resets and migrations: nothing is used twice there.
+//!
+//! In the same page, at [`NAME`], is what the VM is called: a guest that finds
+//! itself with another number can look there who it is now.
 
 use std::io;
 
@@ -13,6 +16,10 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::platform;
 
 const ADDRESS: GuestAddress = GuestAddress(platform::GENERATION);
+/// Where the name is, in guest memory.
+pub const NAME: u64 = platform::GENERATION + 0x100;
+/// Bytes of the name, with at least one zero at its end.
+const NAME_LEN: usize = 64;
 
 /// The number cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +59,18 @@ pub fn ensure(ram: &GuestRam) -> Result<(), Error> {
     }
 }
 
+/// Says what the VM is called; the first 63 bytes of it.
+///
+/// # Errors
+/// It cannot be written.
+pub fn set_name(ram: &GuestRam, name: &str) -> Result<(), Error> {
+    let mut bytes = [0; NAME_LEN];
+    for (to, from) in bytes[..NAME_LEN - 1].iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    Ok(ram.write_slice(&bytes, GuestAddress(NAME))?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,7 +86,15 @@ mod tests {
         assert_eq!(number(), first);
         renew(&ram).unwrap();
         assert_ne!(number(), first);
+        let renewed = number();
+        set_name(&ram, &"long".repeat(99)).unwrap();
+        set_name(&ram, "web-2").unwrap();
+        let mut name = [1; NAME_LEN + 1];
+        ram.read_slice(&mut name, GuestAddress(NAME)).unwrap();
+        assert_eq!((&name[..6], &name[6..]), (&b"web-2\0"[..], &[0; 59][..]));
+        assert_eq!(number(), renewed);
         let small = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
         assert!(ensure(&small).is_err() && renew(&small).is_err());
+        assert!(set_name(&small, "web").is_err());
     }
 }

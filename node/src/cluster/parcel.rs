@@ -149,7 +149,7 @@ pub enum Verdict {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// It runs.
+    /// It runs, or is paused as it was.
     Runs,
     /// Nothing.
     Gone,

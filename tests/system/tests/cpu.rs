@@ -84,13 +84,27 @@ fn a_pv_guest_where_programs_see_the_nodes_processor_gets_no_other() {
 const HYPERVISOR: &str = r#"
 set -e
 mkdir -p /run/extra/usr/bin && cd /run/extra
-cp /usr/bin/blanket /usr/bin/blanket-vmm usr/bin && cp /hello hello
+cp /usr/bin/blanket /usr/bin/blanket-vmm usr/bin && cp /hello /count .
 for module in irqbypass kvm kvm-amd; do
     find "/lib/modules/$(uname -r)" -name "$module.ko*" -exec cp {} . \;
 done
 find . | busybox cpio -o -H newc >/run/extra.cpio
 cat /payload/guest/initrd.cpio /run/extra.cpio >/run/initrd.cpio
 "#;
+
+/// The guest's guest `count` counts on from `said`, leaving no number out; how far.
+fn counts(above: &Client, said: usize) -> usize {
+    let goal = said + 5;
+    let wait = format!(
+        "for i in $(seq 600); do blanket logs count | grep -qw 'number {goal}' && break; \
+         sleep 0.5; done; blanket ps -a; blanket logs count | tr -d '\\r' | sed -n 's/^number //p'"
+    );
+    let said = above.sh(wait).timeout(GUEST_LIMIT).text().unwrap();
+    let numbers: Vec<usize> = said.lines().filter_map(|it| it.parse().ok()).collect();
+    assert!(numbers.len() > goal, "{said}");
+    assert!(numbers.iter().copied().eq(0..numbers.len()), "{said}");
+    numbers.len()
+}
 
 #[test]
 fn a_guest_that_may_runs_a_guest_of_its_own() {
@@ -99,11 +113,12 @@ fn a_guest_that_may_runs_a_guest_of_its_own() {
             provider("above")
                 .unwrap()
                 .inject(payload("hello").unwrap(), "/hello")
+                .inject(payload("count").unwrap(), "/count")
         },
         |node| {
             node.sh(HYPERVISOR).text().unwrap();
             let flags = format!("{LINUX} --initrd /run/initrd.cpio --nested");
-            let vm = Vm::run(node, "hypervisor", &flags).unwrap();
+            let mut vm = Vm::run(node, "hypervisor", &flags).unwrap();
             let above = vm.guest().unwrap();
             let kvm = "insmod /irqbypass.ko && insmod /kvm.ko && insmod /kvm-amd.ko";
             above.sh(kvm).text().unwrap();
@@ -113,8 +128,34 @@ fn a_guest_that_may_runs_a_guest_of_its_own() {
                         && break; sleep 0.2; done; blanket logs inner";
             let logs = above.sh(logs).timeout(GUEST_LIMIT).text().unwrap();
             assert!(logs.contains("hello from a guest"), "{logs}");
+            let run = "blanket run count --machine hvm --kernel /count --memory 64M";
+            above.sh(run).timeout(GUEST_LIMIT).text().unwrap();
+            let said = counts(&above, 0);
             drop(above);
+            // It moves with its guest, which is in the middle of something.
+            let (moved, report) = vm
+                .migrate("moved", "--downtime 5000 --mode pre-copy")
+                .unwrap();
+            println!("{report}");
+            vm = moved;
+            let above = vm.guest().unwrap();
+            let said = counts(&above, said);
+            drop(above);
+            // From a snapshot, it goes on where that was made.
+            vm.blanket("snapshot", "/run/nested").unwrap();
             vm.blanket("stop", "--force").unwrap();
+            let restore = "blanket restore /run/nested --name back \
+                           --console socket=/run/blanket/back/console.sock";
+            node.sh(restore).timeout(GUEST_LIMIT).text().unwrap();
+            let back = Vm::started(node, "back");
+            let above = back.guest().unwrap();
+            counts(&above, said);
+            let log = above.sh("dmesg").text().unwrap();
+            for complaint in ["BUG:", "Oops", "WARNING: CPU", "Call Trace"] {
+                assert!(!log.contains(complaint), "{complaint} in\n{log}");
+            }
+            drop(above);
+            back.blanket("stop", "--force").unwrap();
         },
     );
 }

@@ -3,6 +3,8 @@
 
 #[path = "migrate/between_nodes.rs"]
 mod between_nodes;
+#[path = "migrate/paused.rs"]
+mod paused;
 
 use std::time::{Duration, Instant};
 
@@ -86,6 +88,18 @@ fn is_sound(report: &Value) {
     assert!(steps <= us("downtime_us"), "{report}");
 }
 
+/// `ring` if KVM has them here.
+fn by_rings(host: &Client) -> &'static str {
+    let found = host.sh("blanket doctor --json").text().unwrap();
+    let found: Value = serde_json::from_str(&found).unwrap();
+    let mut checks = found["checks"].as_array().unwrap().iter();
+    let pages = checks.find(|check| check["name"] == "dirty pages").unwrap();
+    match pages["facts"]["dirty"].as_str() {
+        Some("ring") => "ring",
+        _ => "log",
+    }
+}
+
 fn pv<'a>(node: &'a Client, name: &str) -> Vm<'a> {
     node.sh("truncate -s 64M /var/tmp/disk").text().unwrap();
     let flags = "--cpus 2 --memory 384M --disk /var/tmp/disk --net tap,host_ip=10.9.0.1/24";
@@ -107,6 +121,7 @@ fn moves_back_and_forth(moves: u32) {
     natively(
         || native("migrate").unwrap(),
         |host| {
+            let rings = by_rings(host);
             let mut vm = pv(host, "here");
             let mut guest = vm.guest().unwrap();
             let id = guest
@@ -119,10 +134,16 @@ fn moves_back_and_forth(moves: u32) {
                 .spawn("/run/ping.log")
                 .unwrap();
             for n in 0..moves {
-                let new = if n % 2 == 0 { "there" } else { "here" };
+                // Each learns in another way what its guest writes.
+                let (new, way) = match n % 2 {
+                    0 => ("there", "log"),
+                    _ => ("here", rings),
+                };
                 // A lost write of anybody's shows at once.
-                let (moved, report) = vm.migrate(new, "--verify --downtime 500").unwrap();
+                let flags = format!("--verify --downtime 500 --dirty {way}");
+                let (moved, report) = vm.migrate(new, &flags).unwrap();
                 is_sound(&report);
+                assert_eq!(report["dirty_by"], if n % 2 == 0 { rings } else { "log" });
                 println!("{report}");
                 drop(guest);
                 vm = moved;

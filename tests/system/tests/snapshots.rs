@@ -336,10 +336,83 @@ fn is_encrypted(host: &Client, vm: &Vm, full: u64) {
     }
 }
 
+/// Has the guest take the name that the xenstore has for it, now and whenever that changes.
+fn takes_its_name(guest: &Client) {
+    // XS_WATCH and XS_READ of `name`, each with its header of four words.
+    let take = r#"
+        name() {
+            exec 4<>/dev/xen/xenbus
+            printf '\002\0\0\0\0\0\0\0\0\0\0\0\005\0\0\0name\0' >&4
+            dd bs=4096 count=1 <&4 2>/dev/null | tail -c +17
+            exec 4>&-
+        }
+        exec 3<>/dev/xen/xenbus
+        printf '\004\0\0\0\0\0\0\0\0\0\0\0\011\0\0\0name\0own\0' >&3
+        while dd bs=4096 count=1 <&3 >/run/event 2>/dev/null; do
+            hostname "$(name)"
+        done"#;
+    guest.sh(take).spawn("/run/name.log").unwrap();
+}
+
+/// The guest takes this name.
+fn is_called(guest: &Client, name: &str) {
+    let wait = format!(
+        "for i in $(seq 100); do [ \"$(hostname)\" = {name} ] && exit 0; sleep 0.1; done; \
+         hostname; cat /run/name.log; exit 1"
+    );
+    let waited = guest.sh(wait).run().unwrap();
+    assert!(waited.status.success(), "{name}: {waited}");
+}
+
+#[test]
+fn a_guest_that_goes_on_elsewhere_learns_what_it_is_called_there() {
+    natively(
+        || native("names").unwrap(),
+        |host| {
+            // One is cloned as it runs, the other has to suspend itself.
+            for (web, flags) in [("web", ""), ("net", "--net tap")] {
+                let vm = Vm::pv(host, web, "", &format!("--memory 256M {flags}")).unwrap();
+                let guest = vm.guest().unwrap();
+                takes_its_name(&guest);
+                is_called(&guest, web);
+                let cloned = vm
+                    .blanket("clone", &format!("2 --name {web}-{{}}"))
+                    .unwrap();
+                assert!(cloned.status.success(), "{cloned}");
+                for number in 1..=2 {
+                    let name = format!("{web}-{number}");
+                    let clone = Vm::started(host, &name);
+                    is_called(&clone.guest().unwrap(), &name);
+                    clone.blanket("rm", "--force").unwrap();
+                }
+                is_called(&guest, web);
+                drop(guest);
+                let (moved, _) = vm.migrate("moved", "").unwrap();
+                let guest = moved.guest().unwrap();
+                is_called(&guest, "moved");
+                drop(guest);
+                // Its next start is that of this VM, too.
+                moved.blanket("reset", "").unwrap();
+                let guest = moved.guest().unwrap();
+                takes_its_name(&guest);
+                is_called(&guest, "moved");
+                drop(guest);
+                moved.blanket("rm", "--force").unwrap();
+            }
+        },
+    );
+}
+
 /// The guest's generation ID, as its hash. (Debian's kernel has no driver.)
 fn generation(guest: &Client) -> String {
     let read = "grep -qx QEMUVGID /sys/bus/acpi/devices/QEMUVGID:00/hid; \
                 dd if=/dev/mem bs=16 skip=65024 count=1 2> /run/dd | sha256sum; cat /run/dd >&2";
+    guest.sh(read).text().unwrap()
+}
+
+/// What the guest of an hvm machine finds that it is called.
+fn name_by_memory(guest: &Client) -> String {
+    let read = "dd if=/dev/mem bs=256 skip=4065 count=1 2> /dev/null | head -c 64 | tr -d '\\0'";
     guest.sh(read).text().unwrap()
 }
 
@@ -363,12 +436,16 @@ fn a_guest_of_an_hvm_machine_is_saved_while_it_runs_and_comes_back() {
             assert_eq!(generation(&guest), before);
             let restored = generation(&back.guest().unwrap());
             assert_ne!(restored, before);
+            let names = [&guest, &back.guest().unwrap()].map(name_by_memory);
+            assert_eq!(names, ["web", "back"]);
             back.blanket("rm", "--force").unwrap();
             let cloned = vm.blanket("clone", "").unwrap();
             assert!(cloned.status.success(), "{cloned}");
             let clone = Vm::started(node, "web-1").guest().unwrap();
             is_whole(&clone);
             assert!(![&before, &restored].contains(&&generation(&clone)));
+            assert_eq!(name_by_memory(&clone), "web-1");
+            assert_eq!(name_by_memory(&guest), "web");
             assert_eq!(generation(&guest), before);
         },
     );

@@ -79,6 +79,20 @@ pub enum MachineChoice {
     Pv,
 }
 
+/// How KVM tells which pages a guest writes, for a migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum DirtyChoice {
+    /// By rings where KVM has them, else by its log.
+    #[default]
+    Auto,
+    /// By a ring for each vCPU, a list of pages: does not cost more where a
+    /// guest has more memory.
+    Ring,
+    /// By a log, a bit for each page: costs no memory before it is needed.
+    Log,
+}
+
 /// What happens when the guest reboots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -254,6 +268,12 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared_memory: Option<bool>,
 
+    /// How KVM tells which pages the guest writes, for a migration [default:
+    /// auto, rings where KVM has them].
+    #[arg(long, value_name = "HOW")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirty: Option<DirtyChoice>,
+
     /// A disk: FILE, or path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,direct=on][,backing=on][,engine=auto|io_uring|polled|sync][,stripe=FILE:FILE...][,queues=N].
     /// May be repeated; the first is /dev/vda.
     #[arg(long, value_name = "DISK", value_parser = parse_disk)]
@@ -335,6 +355,7 @@ impl VmConfig {
             cpus: over.cpus.or(self.cpus),
             hugepages: over.hugepages.or(self.hugepages),
             shared_memory: over.shared_memory.or(self.shared_memory),
+            dirty: over.dirty.or(self.dirty),
             disk: pick(over.disk, self.disk),
             net: pick(over.net, self.net),
             serial: over.serial.or(self.serial),

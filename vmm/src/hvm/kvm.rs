@@ -11,7 +11,7 @@ use blanket_drivers::cpu::{self, Shown};
 
 /// KVM and what it can do.
 pub(super) struct Host {
-    kvm: Kvm,
+    pub kvm: Kvm,
     /// The processor that the guest is shown.
     pub cpu: Shown,
     /// The MSRs that make up a vCPU's state.
@@ -58,17 +58,10 @@ pub(super) fn open(config: &VmConfig) -> Result<Host, Error> {
     })
 }
 
-impl Host {
-    /// Makes a VM with interrupt controllers. KVM waits for all processors a
-    /// few times meanwhile.
-    pub(super) fn make_vm(&self) -> Result<VmFd, Error> {
-        let vm = self.kvm.create_vm().map_err(kvm("create a VM"))?;
-        vm.set_tss_address(TSS_ADDRESS)
-            .map_err(kvm("place the TSS"))?;
-        vm.create_irq_chip()
-            .map_err(kvm("create interrupt controllers"))?;
-        Ok(vm)
-    }
+/// Gives a VM with interrupt controllers what only an hvm machine has.
+pub(super) fn prepare(vm: &VmFd) -> Result<(), Error> {
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(kvm("place the TSS"))
 }
 
 /// Three pages that Intel's processors need, where no guest looks: below the

@@ -15,7 +15,7 @@ use blanket_devices::virtio::{Device, blk::Block, console::Console, rng::Rng};
 use blanket_devices::worker::{STACK, Workers};
 use blanket_memory::GuestRam;
 use kvm_bindings::kvm_cpuid_entry2;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
 use super::boot::{Entry, Payload};
@@ -31,12 +31,13 @@ use crate::jail::Class;
 use crate::machine::health::{self, Health};
 use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
-    self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
-    setup, spawn_workers,
+    self, Error, RequestError, TargetError, dirty, kvm, lock, map_memory, memory_metrics, named,
+    resource, setup, spawn_workers,
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
 use crate::vcpu::{Brake, EventSink, OnBus, Vcpu};
 use blanket_drivers::cpu::Shown;
+use blanket_drivers::rings::Rings;
 
 /// An `hvm` machine.
 ///
@@ -60,6 +61,7 @@ pub struct Machine {
     /// The MSRs that make up a vCPU's state.
     pub(super) msrs: Vec<u32>,
     pub(super) vm: Arc<VmFd>,
+    rings: Option<Arc<Rings>>,
     /// The guest's clocks, while it is paused.
     pub(super) stopped: Option<Stopped>,
     _workers: Workers,
@@ -73,8 +75,10 @@ impl Machine {
     /// KVM or the kernel refuses something, or the guest's kernel cannot be
     /// loaded.
     pub fn build(config: &VmConfig, mut parts: Parts, events: &EventSink) -> Result<Self, Error> {
-        let (vm, entry) = make_vm_and_load(&mut parts, config.cpus())?;
-        let vm = Arc::new(vm);
+        populate(parts.payload.populate_loaded(&parts.ram))?;
+        let entry = parts.payload.load(&parts.ram, config.cpus())?;
+        let vm = Arc::new(parts.vm);
+        let rings = dirty::enable(&vm, config)?;
         map_memory(&vm, &parts.ram)?;
         let wiring = KvmWiring::new(vm.clone()).map_err(resource("set up interrupts"))?;
         let line = |gsi| wiring.line(gsi).map_err(resource("set up an interrupt"));
@@ -114,7 +118,9 @@ impl Machine {
             power: Mutex::new(power),
             pci: builder.pci,
         });
-        let (vcpus, power_on) = make_vcpus(&parts.host, &vm, config.cpus(), &bus, events)?;
+        let fds = make_vcpus(&parts.host, &vm, config.cpus())?;
+        let rings = dirty::map(&vm, &fds, rings)?;
+        let (vcpus, power_on) = start_vcpus(fds, &parts.host.msrs, &bus, events, rings.as_ref())?;
         let cpuid = cpuid_of(&parts.host, 0, config.cpus());
         // Last: what maps memory meanwhile would wait for each page's zeroing.
         populate(parts.payload.populate_ahead(&parts.ram))?;
@@ -133,6 +139,7 @@ impl Machine {
             cpu: parts.host.cpu,
             msrs: parts.host.msrs,
             vm,
+            rings,
             stopped: None,
             _workers: workers,
         })
@@ -240,6 +247,13 @@ impl machine::Machine for Machine {
             })
     }
 
+    fn set_name(&mut self, name: &str) -> Result<(), lifecycle::Error> {
+        generation::set_name(&self.ram, name).map_err(|error| lifecycle::Error::Device {
+            device: "name".to_owned(),
+            message: error.to_string(),
+        })
+    }
+
     fn new_generation(&mut self) -> Result<(), lifecycle::Error> {
         let failed = |message: String| lifecycle::Error::Device {
             device: "generation ID".to_owned(),
@@ -272,6 +286,10 @@ impl machine::Machine for Machine {
 
     fn vm(&self) -> Arc<VmFd> {
         Arc::clone(&self.vm)
+    }
+
+    fn rings(&self) -> Option<Arc<Rings>> {
+        self.rings.clone()
     }
 
     fn likeness(&self) -> Result<SavedState, lifecycle::Error> {
@@ -332,34 +350,13 @@ impl machine::Machine for Machine {
                         ("exits_io", counters.io.get()),
                         ("exits_mmio", counters.mmio.get()),
                         ("kicks", counters.kicks.get()),
+                        ("ring_full", counters.ring_full.get()),
                     ])
                 })
                 .collect(),
             memory: memory_metrics(&self.ram),
         }
     }
-}
-
-/// Makes the VM, and loads the kernel while KVM waits. Other steps do not run
-/// beside the loading: what maps memory would wait for each page's zeroing.
-fn make_vm_and_load(parts: &mut Parts, cpus: u8) -> Result<(VmFd, Entry), Error> {
-    populate(parts.payload.populate_loaded(&parts.ram))?;
-    let Parts {
-        host, payload, ram, ..
-    } = parts;
-    std::thread::scope(|scope| {
-        // Under the filter of this thread, which waits for it.
-        let vm = std::thread::Builder::new()
-            .name("kvm".to_owned())
-            .stack_size(STACK)
-            .spawn_scoped(scope, || host.make_vm())
-            .map_err(resource("start a thread"))?;
-        let entry = payload.load(ram, cpus);
-        let vm = vm
-            .join()
-            .map_err(|_| resource("make a VM")(io::Error::other("the thread that made it died")))?;
-        Ok((vm?, entry?))
-    })
 }
 
 /// Starts a thread that populates memory for the kernel; it ends by itself.
@@ -385,13 +382,7 @@ fn cpuid_of(host: &Host, index: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
     cpuid
 }
 
-fn make_vcpus(
-    host: &Host,
-    vm: &VmFd,
-    count: u8,
-    bus: &Arc<HvmBus>,
-    events: &EventSink,
-) -> Result<(Vec<Vcpu>, Vec<VcpuState>), Error> {
+fn make_vcpus(host: &Host, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
     let mut fds = Vec::new();
     for index in 0..count {
         let fd = vm
@@ -400,16 +391,28 @@ fn make_vcpus(
         set_cpuid(&fd, &cpuid_of(host, index, count))?;
         fds.push(fd);
     }
+    Ok(fds)
+}
+
+/// Starts their threads, at rest; and their state after power-on.
+fn start_vcpus(
+    fds: Vec<VcpuFd>,
+    msrs: &[u32],
+    bus: &Arc<HvmBus>,
+    events: &EventSink,
+    rings: Option<&Arc<Rings>>,
+) -> Result<(Vec<Vcpu>, Vec<VcpuState>), Error> {
     let power_on = fds
         .iter()
-        .map(|fd| VcpuState::read(fd, &host.msrs))
+        .map(|fd| VcpuState::read(fd, msrs))
         .collect::<Result<Vec<_>, _>>()?;
     let vcpus = fds
         .into_iter()
         .zip(0u8..)
         .map(|(fd, index)| {
             let processor = Box::new(OnBus(bus.clone()));
-            Vcpu::spawn(index, fd, processor, events.clone(), setup(Class::Vcpu))
+            let (events, setup) = (events.clone(), setup(Class::Vcpu));
+            Vcpu::spawn(index, fd, processor, events, setup, rings.cloned())
         })
         .collect::<io::Result<Vec<_>>>()
         .map_err(resource("start a vCPU"))?;

@@ -2,16 +2,18 @@
 
 use blanket_devices::char::CharPort;
 use blanket_memory::GuestRam;
+use kvm_ioctls::VmFd;
 
 use super::boot::Payload;
 use super::kvm::{self, Host};
 use crate::config::{CharConfig, VmConfig};
-use crate::machine::Error;
 use crate::machine::open::{self, Disk, Given, Interface, open_char, open_disk, open_interface};
+use crate::machine::{Error, ahead};
 
 /// Everything that needs a name in the file system or a privilege.
 pub struct Parts {
     pub(super) host: Host,
+    pub(super) vm: VmFd,
     pub(super) ram: GuestRam,
     pub(super) payload: Payload,
     pub(crate) disks: Vec<Disk>,
@@ -53,8 +55,12 @@ impl Parts {
             stdio: true,
             ..CharConfig::default()
         };
+        // Last: it has had all the time until now.
+        let vm = ahead::take(given.vm.take(), &host.kvm)?;
+        kvm::prepare(&vm)?;
         Ok(Self {
             host,
+            vm,
             ram,
             payload,
             disks,

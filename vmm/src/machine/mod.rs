@@ -1,5 +1,7 @@
 //! What all kinds of machines have in common, and which kind a guest gets.
 
+pub(crate) mod ahead;
+pub(crate) mod dirty;
 mod error;
 pub(crate) mod health;
 pub(crate) mod open;
@@ -17,6 +19,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+pub use ahead::Ahead;
 pub use error::Error;
 pub use open::Given;
 
@@ -27,6 +30,7 @@ use crate::migrate::HandOver;
 use crate::vcpu::{Brake, EventSink};
 use crate::{hvm, pv};
 use blanket_drivers::cpu::Shown;
+use blanket_drivers::rings::Rings;
 
 /// A machine, whole. The monitor's states say when each step makes sense.
 pub trait Machine: Send {
@@ -99,6 +103,9 @@ pub trait Machine: Send {
     /// KVM's end of the machine: it knows which pages the guest writes.
     fn vm(&self) -> Arc<VmFd>;
 
+    /// Where KVM lists those pages, if it is not in its log.
+    fn rings(&self) -> Option<Arc<Rings>>;
+
     /// What slows each vCPU down.
     fn brakes(&self) -> Vec<Brake>;
 
@@ -137,6 +144,13 @@ pub trait Machine: Send {
     /// As for [`Machine::check`]: nothing has been touched then. Or KVM or a
     /// device refuses its part: the machine must be reset then.
     fn restore(&mut self, state: &SavedState) -> Result<(), lifecycle::Error>;
+
+    /// Tells the guest, which may go on from where another one was, what its VM is
+    /// called, where it can look for that.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn set_name(&mut self, name: &str) -> Result<(), lifecycle::Error>;
 
     /// Tells a guest that has just been restored that it may be one of several
     /// that go on from there, if its machine can: the guest of a `pv` machine

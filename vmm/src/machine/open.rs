@@ -12,7 +12,7 @@ use blanket_drivers::store::{self, Image};
 use blanket_drivers::tap::{self, Tap};
 use blanket_memory::{Backing, Spec};
 
-use super::Error;
+use super::{Ahead, Error};
 use crate::config::{CharConfig, DiskConfig, HugePages, NetConfig, VmConfig};
 
 /// An opened disk and what is to be shown of it.
@@ -60,6 +60,8 @@ pub struct Given {
     pub(crate) guest: bool,
     /// The disks are another node's until the guest comes.
     pub(crate) shared: bool,
+    /// A VM that is being made.
+    pub(crate) vm: Option<Ahead>,
     pub(crate) disks: VecDeque<File>,
     pub(crate) taps: VecDeque<Tap>,
 }
@@ -69,6 +71,12 @@ impl Given {
     #[must_use]
     pub fn with_shared_disks(self, shared: bool) -> Self {
         Self { shared, ..self }
+    }
+
+    /// The same with a VM that is being made.
+    #[must_use]
+    pub(crate) fn with_vm(self, vm: Option<Ahead>) -> Self {
+        Self { vm, ..self }
     }
 
     /// A guest's state comes, and all else is to be opened here.

@@ -19,11 +19,14 @@ use crate::machine::map_memory_with;
 use crate::snapshot::pager::Pager;
 use crate::snapshot::{Touched, clear};
 use crate::vcpu::Brake;
+use blanket_drivers::rings::Rings;
 
 /// Memory that the guest, its devices and the monitor write.
 pub struct Tracked {
     pub(crate) ram: GuestRam,
     pub(crate) vm: Arc<VmFd>,
+    /// Where KVM lists what the guest writes, if that is not in its log.
+    pub(crate) rings: Option<Arc<Rings>>,
     pub(crate) touched: Touched,
     /// Backends that write it, too.
     pub(crate) loggers: Vec<Logger>,
@@ -40,6 +43,9 @@ impl Tracked {
             .collect::<Result<_, _>>()
             .map_err(|error| error.to_string())?;
         dirty::start(&self.ram).map_err(|error| error.to_string())?;
+        if let Some(rings) = &self.rings {
+            rings.start(&self.ram).map_err(untold)?;
+        }
         map_memory_with(&self.vm, &self.ram, KVM_MEM_LOG_DIRTY_PAGES)
             .map_err(|error| error.to_string())
     }
@@ -51,16 +57,22 @@ impl Tracked {
         if let Err(error) = map_memory_with(&self.vm, &self.ram, 0) {
             tracing::warn!(%error, "KVM goes on to log what the guest writes");
         }
+        // What is listed now nobody wants any more.
+        if let Some(rings) = &self.rings {
+            rings.stop();
+        }
     }
 
     /// Takes what was written.
     pub(super) fn take(&self) -> Result<Pages, String> {
         let mut pages = dirty::take(&self.ram);
-        for (slot, region) in self.ram.iter().enumerate() {
-            let log = self.vm.get_dirty_log(slot as u32, region.len() as usize);
-            let log =
-                log.map_err(|error| format!("KVM does not tell what was written: {error}"))?;
-            pages.add(slot, &log);
+        if let Some(rings) = &self.rings {
+            pages.merge(&rings.take(&self.ram).map_err(untold)?);
+        } else {
+            for (slot, region) in self.ram.iter().enumerate() {
+                let log = self.vm.get_dirty_log(slot as u32, region.len() as usize);
+                pages.add(slot, &log.map_err(untold)?);
+            }
         }
         for log in &self.logs {
             pages.merge(&log.take(&self.ram));
@@ -85,6 +97,10 @@ impl Tracked {
     pub(super) fn clear(&self) -> Result<(), String> {
         clear(&self.ram, self.touched.clone()).map_err(|error| error.to_string())
     }
+}
+
+fn untold(error: impl std::fmt::Display) -> String {
+    format!("KVM does not tell what was written: {error}")
 }
 
 /// Has the main thread do something.

@@ -298,9 +298,9 @@ impl Offered {
         }
         Ok(Given {
             guest: true,
-            shared: false,
             disks,
             taps,
+            ..Given::default()
         })
     }
 }

@@ -7,11 +7,21 @@ use std::time::{Duration, Instant};
 use blanket_devices::lifecycle::SavedState;
 use blanket_migration::wire::{decode, encode};
 use blanket_migration::{Destination, Disks, Status};
+use serde::{Deserialize, Serialize};
 
 use super::{Ending, Error, Monitor, Vm};
 use crate::api::types::VmState;
 use crate::config::VmConfig;
 use crate::migrate::{self, Departure, Frames, HandOver, Offered, Order, Tracked, What};
+
+/// What is handed over of a guest whose memory is there.
+#[derive(Serialize, Deserialize)]
+struct Handed {
+    /// Its machine's.
+    state: SavedState,
+    /// It was paused, and stays so.
+    paused: bool,
+}
 
 impl Monitor {
     /// Lets a guest's destination come to `listener`.
@@ -23,18 +33,29 @@ impl Monitor {
     /// configuration that its machine has to have.
     ///
     /// # Errors
-    /// It does not run, or cannot be moved.
+    /// It has not been started, or cannot be moved.
     pub fn depart(&mut self, request: migrate::Request) -> Result<VmConfig, Error> {
         let Some(listener) = self.exit.clone() else {
             let text = "its monitor was started without --migration-socket";
             return Err(Error::Unmovable(text.to_owned()));
         };
         let vm = self.vm()?;
-        vm.expect(&[VmState::Running], "be migrated")?;
+        let states = match request.replicate_ms {
+            // A point stops a guest that runs, for a moment.
+            Some(_) => &[VmState::Running][..],
+            None => &[VmState::Running, VmState::Paused],
+        };
+        vm.expect(states, "be migrated")?;
+        if vm.state == VmState::Paused && vm.machine.waits_for_room() {
+            const WHY: &str = "a disk of its has no room here for what it writes: make some first";
+            return Err(Error::Unmovable(WHY.to_owned()));
+        }
         if vm.live.strong_count() > 0 {
             return Err(Error::Saving);
         }
         vm.is_not_migrated()?;
+        vm.is_not_saved()?;
+        vm.at_rest = vm.state == VmState::Paused;
         if let Some(interval) = request.replicate_ms {
             let departure = Departure {
                 listener,
@@ -95,7 +116,11 @@ impl Monitor {
     /// # Errors
     /// There is no VM.
     pub fn migration(&mut self) -> Result<Status, Error> {
-        Ok(self.vm()?.migrator.progress().status())
+        let vm = self.vm()?;
+        let mut status = vm.migrator.progress().status();
+        status.dirty_by = Some(vm.dirty_by().to_owned());
+        status.paused = vm.at_rest;
+        Ok(status)
     }
 
     /// Ends the migration, if the guest has not been handed over.
@@ -151,43 +176,69 @@ impl Monitor {
 }
 
 impl Vm {
+    /// In which way KVM tells what its guest writes.
+    fn dirty_by(&self) -> &'static str {
+        match self.machine.rings() {
+            Some(_) => "ring",
+            None => "log",
+        }
+    }
+
     /// What the guest is in, with KVM's knowledge of it.
     fn memory(&self) -> Tracked {
         Tracked {
             ram: self.machine.memory().clone(),
             vm: self.machine.vm(),
+            rings: self.machine.rings(),
             touched: self.touched.clone(),
             loggers: self.devices.loggers().to_vec(),
             logs: Vec::new(),
         }
     }
 
+    /// Stops the guest if it runs; what is handed over of it.
+    fn stop(&mut self) -> Result<Vec<u8>, Error> {
+        if !self.at_rest {
+            self.machine.pause()?;
+            self.state = VmState::Paused;
+        }
+        let handed = Handed {
+            state: self.machine.save()?,
+            paused: self.at_rest,
+        };
+        let flushed = self.devices.flush_shared();
+        flushed.map_err(|error| Error::Unmovable(format!("a disk: {error}")))?;
+        encode(&handed).map_err(|error| Error::Unmovable(error.to_string()))
+    }
+
+    /// Has the guest run on, unless it had been paused.
+    fn go_on(&mut self) -> Result<(), Error> {
+        if !self.at_rest {
+            self.machine.resume()?;
+            self.state = VmState::Running;
+        }
+        Ok(())
+    }
+
     fn carry_out(&mut self, what: What) -> Result<Vec<u8>, Error> {
         match what {
             What::Stop => {
-                self.expect(&[VmState::Running], "be handed over")?;
-                self.machine.pause()?;
-                self.state = VmState::Paused;
-                let saved = self.machine.save().map_err(Error::from);
-                let encoded = saved.and_then(|state| {
-                    let flushed = self.devices.flush_shared();
-                    flushed.map_err(|error| Error::Unmovable(format!("a disk: {error}")))?;
-                    encode(&state).map_err(|error| Error::Unmovable(error.to_string()))
-                });
-                if encoded.is_err() {
-                    self.machine.resume()?;
-                    self.state = VmState::Running;
+                // It may have been paused meanwhile, for want of room.
+                let state = match self.at_rest {
+                    true => VmState::Paused,
+                    false => VmState::Running,
+                };
+                self.expect(&[state], "be handed over")?;
+                let handed = self.stop();
+                if handed.is_err() {
+                    self.go_on()?;
                 }
-                return encoded;
+                return handed;
             }
-            What::Resume => {
-                self.machine.resume()?;
-                self.state = VmState::Running;
-            }
+            What::Resume => self.go_on()?,
             What::Run => {
                 self.devices.lock_shared();
-                self.machine.resume()?;
-                self.state = VmState::Running;
+                self.go_on()?;
                 if self.own_taps {
                     self.devices.frames().forget();
                 }
@@ -200,10 +251,12 @@ impl Vm {
                 self.state = VmState::Stopped;
             }
             What::Restore(bytes) => {
-                let state: SavedState =
+                let handed: Handed =
                     decode(&bytes).map_err(|error| Error::Unmovable(error.to_string()))?;
-                self.machine.check(&state)?;
-                self.machine.restore(&state)?;
+                self.machine.check(&handed.state)?;
+                self.machine.restore(&handed.state)?;
+                self.machine.set_name(&self.name)?;
+                self.at_rest = handed.paused;
                 self.booted = Some(Instant::now());
                 self.state = VmState::Paused;
             }

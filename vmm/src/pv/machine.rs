@@ -36,12 +36,13 @@ use crate::jail::Class;
 use crate::machine::health::{self, Health};
 use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
-    self, Error, RequestError, TargetError, kvm, lock, map_memory, memory_metrics, named, resource,
-    setup, spawn_workers,
+    self, Error, RequestError, TargetError, dirty, kvm, lock, map_memory, memory_metrics, named,
+    resource, setup, spawn_workers,
 };
 use crate::vcpu::state::set_cpuid;
 use crate::vcpu::{Brake, EventSink, Vcpu};
 use blanket_drivers::cpu::Shown;
+use blanket_drivers::rings::Rings;
 
 /// Guest-physical address of `shared_info`.
 pub(super) const SHARED_INFO: GuestAddress = GuestAddress(layout::GPA + layout::SHARED_INFO);
@@ -58,6 +59,7 @@ pub struct Machine {
     described: Vec<DeviceInfo>,
     health: Vec<Health>,
     _workers: Workers,
+    rings: Option<Arc<Rings>>,
     vm: Arc<VmFd>,
 }
 
@@ -97,6 +99,7 @@ impl Machine {
     /// # Errors
     /// KVM or the kernel refuses something.
     pub fn build(config: &VmConfig, parts: Parts, sink: &EventSink) -> Result<Self, Error> {
+        let rings = dirty::enable(&parts.vm, config)?;
         map_memory(&parts.vm, &parts.ram)?;
         let count = config.cpus();
         let interrupts = wire_interrupts(&parts.vm, count.into());
@@ -140,6 +143,7 @@ impl Machine {
         })
         .map_err(resource("start the xenbus"))?;
         let fds = make_vcpus(&parts.vm, &parts.cpuid, count)?;
+        let rings = dirty::map(&parts.vm, &fds, rings)?;
         let khz = fds[0]
             .get_tsc_khz()
             .map_err(kvm("tell the TSC's frequency"))?;
@@ -157,7 +161,7 @@ impl Machine {
             hardware: parts.hardware,
             suspended: Mutex::default(),
         });
-        let vcpus = start_vcpus(fds, &domain, sink)?;
+        let vcpus = start_vcpus(fds, &domain, sink, rings.as_ref())?;
         Ok(Self {
             vcpus,
             bus,
@@ -167,6 +171,7 @@ impl Machine {
             described,
             health,
             _workers: workers,
+            rings,
             vm: parts.vm,
         })
     }
@@ -204,6 +209,7 @@ fn start_vcpus(
     fds: Vec<VcpuFd>,
     domain: &Arc<Domain>,
     sink: &EventSink,
+    rings: Option<&Arc<Rings>>,
 ) -> Result<Vec<Vcpu>, Error> {
     (0..)
         .zip(fds)
@@ -214,7 +220,8 @@ fn start_vcpus(
                 cpus[usize::from(index)].measure();
                 confine()
             });
-            Vcpu::spawn(index, fd, processor, sink.clone(), setup).map_err(resource("start a vCPU"))
+            Vcpu::spawn(index, fd, processor, sink.clone(), setup, rings.cloned())
+                .map_err(resource("start a vCPU"))
         })
         .collect()
 }
@@ -378,6 +385,10 @@ impl machine::Machine for Machine {
             })
     }
 
+    fn set_name(&mut self, name: &str) -> Result<(), lifecycle::Error> {
+        self.bus.set_name(name)
+    }
+
     fn new_generation(&mut self) -> Result<(), lifecycle::Error> {
         Ok(())
     }
@@ -408,6 +419,10 @@ impl machine::Machine for Machine {
 
     fn vm(&self) -> Arc<VmFd> {
         Arc::clone(&self.vm)
+    }
+
+    fn rings(&self) -> Option<Arc<Rings>> {
+        self.rings.clone()
     }
 
     fn likeness(&self) -> Result<SavedState, lifecycle::Error> {
@@ -476,6 +491,7 @@ impl machine::Machine for Machine {
                         ("exits_io", counters.io.get()),
                         ("exits_mmio", counters.mmio.get()),
                         ("kicks", counters.kicks.get()),
+                        ("ring_full", counters.ring_full.get()),
                     ];
                     all.extend(self.domain.counters(index));
                     named(all)

@@ -17,7 +17,7 @@ use super::shim::area_size;
 use crate::config::{CharConfig, VmConfig};
 use crate::hvm;
 use crate::machine::open::{self, Disk, Given, Interface, open_char, open_disk, open_interface};
-use crate::machine::{Error, kvm, lock};
+use crate::machine::{Error, ahead, kvm, lock};
 use blanket_drivers::cpu::{self, Shown};
 
 /// Where the kernel's messages go before it has a console of its own.
@@ -60,7 +60,7 @@ impl Parts {
         };
         let kernel = open(path, config.initrd.as_deref(), config.pv_cmdline(), memory)?;
         let hardware = Virtualization::of_this_machine().is_hardware();
-        let (vm, cpu, cpuid) = open_kvm(config, hardware)?;
+        let (host, cpu, cpuid) = open_kvm(config, hardware)?;
         let area = area_size(memory);
         let ram = blanket_memory::build_at(
             &open::memory(config, memory + area, false),
@@ -90,6 +90,8 @@ impl Parts {
             .as_ref()
             .filter(|char| **char != CharConfig::default());
         let serial = config.serial.as_ref().unwrap_or(&stdio);
+        // Last: it has had all the time until now.
+        let vm = Arc::new(ahead::take(given.vm.take(), &host)?);
         Ok(Self {
             vm,
             hardware,
@@ -126,8 +128,8 @@ fn early_console(serial: Option<&CharConfig>) -> Result<EarlyConsole, Error> {
     }))
 }
 
-/// A new VM with local APICs, and what its guest's CPUID says.
-fn open_kvm(config: &VmConfig, hardware: bool) -> Result<(Arc<VmFd>, Shown, Visible), Error> {
+/// KVM, and what the guest's CPUID says.
+fn open_kvm(config: &VmConfig, hardware: bool) -> Result<(Kvm, Shown, Visible), Error> {
     let cpus = config.cpus();
     let host = Kvm::new().map_err(|error| hvm::no_kvm(error.into()))?;
     let most = host.get_max_vcpus();
@@ -145,9 +147,6 @@ fn open_kvm(config: &VmConfig, hardware: bool) -> Result<(Arc<VmFd>, Shown, Visi
             return Err(Error::Missing(name));
         }
     }
-    let vm = host.create_vm().map_err(kvm("create a VM"))?;
-    vm.create_irq_chip()
-        .map_err(kvm("create interrupt controllers"))?;
     let supported = cpu::supported(&host).map_err(kvm("read the supported CPUID"))?;
     let choice = config.cpu.unwrap_or_default();
     let (source, cpu) = if hardware {
@@ -156,5 +155,5 @@ fn open_kvm(config: &VmConfig, hardware: bool) -> Result<(Arc<VmFd>, Shown, Visi
         (Source::Native, Shown::native(choice, &supported)?)
     };
     let cpuid = Visible::new(source, &cpu.cpuid)?;
-    Ok((Arc::new(vm), cpu, cpuid))
+    Ok((host, cpu, cpuid))
 }

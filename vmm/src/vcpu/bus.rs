@@ -49,7 +49,7 @@ impl Processor for OnBus {
             Ok(VcpuExit::Shutdown) => Outcome::Event(Event::Reset),
             Ok(VcpuExit::Intr) => interrupted(counters),
             Ok(VcpuExit::InternalError) => Outcome::Event(Event::Failed(exits::internal(fd))),
-            Ok(other) => exits::unexpected(&other),
+            Ok(other) => exits::other(&other),
             Err(error) => exits::failed_run(error, counters),
         }
     }

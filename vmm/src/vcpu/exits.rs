@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Event, Outcome, interrupted};
@@ -31,6 +32,8 @@ pub struct Counters {
     pub mmio: Counter,
     /// Interruptions by the monitor.
     pub kicks: Counter,
+    /// Times at which its dirty ring was full.
+    pub ring_full: Counter,
 }
 
 /// Why KVM gave up on a guest.
@@ -54,8 +57,11 @@ pub(crate) fn internal(fd: &mut VcpuFd) -> String {
     )
 }
 
-/// What becomes of a vCPU after an exit that no machine expects.
-pub(crate) fn unexpected(exit: &VcpuExit) -> Outcome {
+/// What becomes of a vCPU after an exit that is no machine's business.
+pub(crate) fn other(exit: &VcpuExit) -> Outcome {
+    if let VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) = exit {
+        return Outcome::RingFull;
+    }
     Outcome::Event(Event::Failed(match exit {
         VcpuExit::FailEntry(reason, cpu) => {
             format!("the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}")

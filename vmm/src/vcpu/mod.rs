@@ -16,6 +16,7 @@
 mod brake;
 mod bus;
 pub mod exits;
+mod nested;
 mod signal;
 pub mod state;
 
@@ -25,6 +26,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use blanket_devices::worker::{STACK, ThreadSetup};
+use blanket_drivers::rings::Rings;
 use brake::Shoe;
 use kvm_ioctls::VcpuFd;
 
@@ -47,6 +49,8 @@ pub trait Processor: Send {
 pub enum Outcome {
     /// It runs on.
     Continue,
+    /// Its dirty ring is full: there has to be room before it runs on.
+    RingFull,
     /// It waits: the machine has something to do.
     Event(Event),
 }
@@ -156,7 +160,8 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread, at rest. `setup` runs on it first.
+    /// Starts the thread, at rest. `setup` runs on it first. `rings` are those of
+    /// its VM, if it has some.
     ///
     /// # Errors
     /// No thread, or `setup` failed.
@@ -166,6 +171,7 @@ impl Vcpu {
         processor: Box<dyn Processor>,
         events: EventSink,
         setup: ThreadSetup,
+        rings: Option<Arc<Rings>>,
     ) -> io::Result<Self> {
         signal::install_handler()?;
         signal::unblock_in_guest(&fd)?;
@@ -177,6 +183,7 @@ impl Vcpu {
             control: control.clone(),
             processor,
             events,
+            rings,
             shoe: Shoe::default(),
         };
         let entered = Arc::clone(&control);
@@ -261,6 +268,7 @@ struct Runner {
     control: Arc<Control>,
     processor: Box<dyn Processor>,
     events: EventSink,
+    rings: Option<Arc<Rings>>,
     shoe: Shoe,
 }
 
@@ -287,14 +295,27 @@ impl Runner {
         let mut event = None;
         while event.is_none() && self.control.wanted.load(Ordering::Acquire) == RUNNING {
             let outcome = self.processor.step(&mut fd, &self.control.counters);
-            if let Outcome::Event(what) = outcome {
-                event = Some(what);
-            } else {
+            event = match outcome {
+                Outcome::Continue => None,
+                Outcome::RingFull => self.make_room().err(),
+                Outcome::Event(what) => Some(what),
+            };
+            if event.is_none() {
                 self.shoe.rest(&self.control);
             }
         }
         self.processor.stop(&mut fd);
         event
+    }
+
+    /// Makes room in the dirty rings.
+    fn make_room(&self) -> Result<(), Event> {
+        self.control.counters.ring_full.add();
+        let room = match &self.rings {
+            Some(rings) => rings.make_room(),
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        room.map_err(|error| Event::Failed(format!("its dirty ring stays full: {error}")))
     }
 }
 

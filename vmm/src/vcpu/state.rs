@@ -6,11 +6,17 @@ use kvm_bindings::{
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
+
+use super::nested::NestedState;
 use serde::{Deserialize, Serialize};
 
 /// Kind and version of the saved state.
 const KIND: &str = "vcpu";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// What is enough for a guest that runs no guests of its own.
+const VERSION_WITHOUT_NESTED: u32 = 1;
+/// Whether virtualization is enabled: of Intel's processors.
+const MSR_FEATURE_CONTROL: u32 = 0x3a;
 
 /// A vCPU's registers. What a machine's KVM does not offer is absent.
 #[derive(Serialize, Deserialize)]
@@ -24,6 +30,10 @@ pub struct VcpuState {
     debug: Option<kvm_debugregs>,
     events: Option<kvm_vcpu_events>,
     msrs: Vec<kvm_msr_entry>,
+    /// What KVM knows of the guest's own guests. Its other registers are those of
+    /// such a guest if one runs.
+    #[serde(default, skip_serializing_if = "NestedState::is_idle")]
+    nested: NestedState,
 }
 
 fn failed(what: &str, error: impl std::fmt::Display) -> Error {
@@ -51,6 +61,7 @@ impl VcpuState {
             debug: fd.get_debug_regs().ok(),
             events: fd.get_vcpu_events().ok(),
             msrs: read_msrs(fd, msrs),
+            nested: NestedState::read(fd),
         })
     }
 
@@ -66,9 +77,18 @@ impl VcpuState {
         ) -> Result<(), Error> {
             value.map_or(Ok(()), |value| set(value).map_err(|e| failed(what, e)))
         }
+        let nested = |e| failed("nested state", e);
         part("MP state", self.mp_state.as_ref(), |v| fd.set_mp_state(*v))?;
+        // Registers do not fit a vCPU that runs a guest of its guest's.
+        NestedState::leave(fd);
+        let control = |msr: &&kvm_msr_entry| msr.index == MSR_FEATURE_CONTROL;
+        if let Some(control) = self.msrs.iter().find(control) {
+            write_msrs(fd, std::slice::from_ref(control));
+        }
         part("registers", Some(&self.regs), |v| fd.set_regs(v))?;
         part("system registers", Some(&self.sregs), |v| fd.set_sregs(v))?;
+        // Once EFER allows it; before whatever comes to such a guest.
+        self.nested.write(fd).map_err(nested)?;
         part("XSAVE area", self.xsave.as_ref(), |v| {
             // SAFETY: the area came from KVM_GET_XSAVE with 4096 bytes, and no
             // feature with a larger area is enabled for guests.
@@ -89,7 +109,11 @@ impl VcpuState {
     /// # Errors
     /// It cannot be encoded.
     pub fn pack(&self) -> Result<SavedState, Error> {
-        SavedState::pack(KIND, VERSION, self)
+        let version = match self.nested.is_idle() {
+            true => VERSION_WITHOUT_NESTED,
+            false => VERSION,
+        };
+        SavedState::pack(KIND, version, self)
     }
 
     /// Decodes a state.

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::device::read;
 use crate::xen::console::SharedPage;
 use crate::xen::store::{Errno, HOME, Op, Path, Permissions, Store};
 use crate::xen::{BACKEND, GUEST};
@@ -18,6 +19,15 @@ pub struct Domain {
     pub memory: u64,
     /// vCPUs: what it starts with, and the most it can have.
     pub cpus: u32,
+}
+
+/// Writes another name of the guest's, where that is.
+pub(super) fn rename(store: &mut Store, name: &str) -> Result<(), Errno> {
+    write(store, "name", name)?;
+    match read(store, HOME, "vm") {
+        Some(vm) => write(store, &format!("{vm}/name"), name),
+        None => Ok(()),
+    }
 }
 
 /// The pages that a guest shares with its monitor from its start.

@@ -264,6 +264,21 @@ impl XenBus {
         })
     }
 
+    /// Tells the guest what it is called now: in `name`, and in the `name` of its
+    /// `vm`. Who watches those hears of it when the bus runs. A store that is
+    /// restored has the name that it was saved with.
+    ///
+    /// # Errors
+    /// The store refuses.
+    pub fn set_name(&mut self, name: &str) -> Result<(), LifecycleError> {
+        name.clone_into(&mut self.domain.name);
+        let mut inner = self.shared.lock();
+        domain::rename(&mut inner.store, name).map_err(|e| error(&e))?;
+        drop(inner);
+        self.shared.wake();
+        Ok(())
+    }
+
     /// What controls the guest by way of the store.
     #[must_use]
     pub fn control(&self) -> Control {

@@ -274,6 +274,35 @@ fn a_guest_finds_its_directory_as_xl_writes_it() {
 }
 
 #[test]
+fn a_guest_that_is_called_something_else_hears_of_it() {
+    let mut rig = Rig::new();
+    rig.ask(4, 0, "name\0here\0").unwrap();
+    // A watch begins with its node.
+    until("watch", || rig.told("name"));
+    rig.bus.set_name("web-2").unwrap();
+    until("news", || rig.told("name"));
+    for node in ["name", "/vm/0000-1111/name"] {
+        assert_eq!(rig.read(node).as_deref(), Ok("web-2"), "{node}");
+    }
+    // Its own word for it is not the monitor's.
+    assert!(rig.ask(11, 0, "name\0other").is_err());
+    // From a saved store it has the name of that, until it is told.
+    rig.bus.pause().unwrap();
+    let saved = rig.bus.save().unwrap();
+    rig.bus.set_name("web-3").unwrap();
+    rig.bus.restore(&saved).unwrap();
+    rig.bus.set_name("web-4").unwrap();
+    rig.bus.resume().unwrap();
+    assert_eq!(rig.read("name").as_deref(), Ok("web-4"));
+    // A guest that starts anew finds it, too.
+    rig.bus.pause().unwrap();
+    rig.bus.reset().unwrap();
+    let inner = rig.bus.shared.lock();
+    let name = read(&inner.store, crate::xen::store::HOME, "name");
+    assert_eq!(name.as_deref(), Some("web-4"));
+}
+
+#[test]
 fn a_driver_connects_closes_and_connects_again() {
     let mut rig = Rig::new();
     rig.connect();

@@ -419,10 +419,15 @@ fn resume_orphan(receiver: &VmDir) -> Result<State> {
     let mut patience = INQUIRY;
     while begin.elapsed() < patience && receiver.process()?.is_some() {
         match client.info() {
-            Ok(info) if info.state == VmState::Running && !is_followed(&client) => {
+            Ok(info) if has_arrived(&client, info.state) => return Ok(State::Runs),
+            Ok(info) if info.state == VmState::Running => patience = FOLLOW,
+            // It had been paused, and stays so: nobody else has it.
+            Ok(info) if info.state == VmState::Paused && is_at_rest(&client) => {
                 return Ok(State::Runs);
             }
-            Ok(info) if info.state == VmState::Running => patience = FOLLOW,
+            Ok(info) if info.state == VmState::Paused && is_followed(&client) => {
+                patience = FOLLOW;
+            }
             // It refuses as long as it still asks the source.
             Ok(info) if info.state == VmState::Paused => drop(client.act(Action::Resume)),
             _ => {}
@@ -433,6 +438,25 @@ fn resume_orphan(receiver: &VmDir) -> Result<State> {
         return Ok(State::Undecided);
     }
     has_ended(receiver)
+}
+
+/// Whether a guest is a receiver's, with all its memory: it runs, or was paused and
+/// is so there. One that is paused otherwise does not know yet.
+fn has_arrived(client: &Client, state: VmState) -> bool {
+    match state {
+        VmState::Running => !is_followed(client),
+        VmState::Paused => client
+            .migration()
+            .is_ok_and(|status| status.paused && status.phase == Phase::Moved),
+        _ => false,
+    }
+}
+
+/// Whether a receiver has all of a guest that had been paused, and has given up
+/// asking whether it is its own.
+fn is_at_rest(client: &Client) -> bool {
+    let status = client.migration();
+    status.is_ok_and(|status| status.paused && status.phase == Phase::Failed)
 }
 
 /// Whether memory still follows the guest. A monitor that does not answer may

@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::folder::{self, Folder, Owner};
 use super::shared;
-use super::{INQUIRY, LOOK, has_ended, is_followed, resume_orphan};
+use super::{INQUIRY, LOOK, has_arrived, has_ended, is_followed, resume_orphan};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{
     Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, Wish, hear, say,
@@ -314,12 +314,10 @@ impl Arrival {
             }
             match client.info() {
                 // What carries its memory here ends with this process.
-                Ok(info) if info.state == VmState::Running && !is_followed(&client) => {
-                    return Ok(State::Runs);
-                }
+                Ok(info) if has_arrived(&client, info.state) => return Ok(State::Runs),
                 // It asks the source for a while. After that it is for people
                 // to say whether it may run.
-                Ok(info) if info.state == VmState::Paused => {
+                Ok(info) if info.state == VmState::Paused && !is_followed(&client) => {
                     let since = *paused.get_or_insert_with(Instant::now);
                     if since.elapsed() > INQUIRY {
                         return Ok(State::Undecided);

@@ -45,7 +45,7 @@ pub(super) fn migrate(
         return discard(home, source, &node, &args);
     }
     let client = source.live_client()?;
-    let info = running(source, &client, "migrated")?;
+    let info = movable(source, &client)?;
     let new = args.new.clone().unwrap_or_else(|| source.name.clone());
     let config = info.config.clone().overlaid(args.vm.clone());
     // Disks that both nodes have stay where they are.
@@ -181,6 +181,15 @@ pub(crate) fn pack(
         shared: Vec::new(),
     };
     Ok((parcel, files))
+}
+
+/// What there is of a VM that runs or is paused, and is to be moved.
+fn movable(source: &VmDir, client: &Client) -> Result<VmInfo> {
+    let info = client.info()?;
+    if info.state == VmState::Paused {
+        return Ok(info);
+    }
+    running(source, client, "migrated")
 }
 
 /// What there is of a VM that runs, and is to be `moved`.

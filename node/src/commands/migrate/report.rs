@@ -34,7 +34,11 @@ impl Report {
         } = self;
         let place = node.as_ref().map(|node| format!(" on {node}"));
         let mut text = format!(
-            "'{name}' runs{}: {:.0} MiB in {} rounds and {:.1} ms, of which it stood still {:.1} ms:\n",
+            "'{name}' {}{}: {:.0} MiB in {} rounds and {:.1} ms, of which it stood still {:.1} ms:\n",
+            match status.paused {
+                true => "is paused, as it was,",
+                false => "runs",
+            },
             place.unwrap_or_default(),
             mib(status.bytes),
             status.rounds.len(),

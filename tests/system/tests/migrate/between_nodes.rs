@@ -7,7 +7,7 @@ fn nodes() -> HostBuilder {
 }
 
 /// A guest on a node, with a disk of its own and one that it reads.
-fn starts<'a>(host: &Host, node: &Member<'a>) -> Vm<'a> {
+pub(super) fn starts<'a>(host: &Host, node: &Member<'a>) -> Vm<'a> {
     host.sh("truncate -s 64M /var/tmp/own && seq 200000 > /var/tmp/read && truncate -s 4M /var/tmp/read")
         .text()
         .unwrap();

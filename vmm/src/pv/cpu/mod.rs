@@ -236,7 +236,7 @@ impl Processor for PvCpu {
                     return Ok(Outcome::Event(Event::Failed(exits::internal(fd))));
                 }
                 Ok(VcpuExit::Shutdown) => return Err(Stop::Broken("a fault met a fault")),
-                Ok(other) => return Ok(exits::unexpected(&other)),
+                Ok(other) => return Ok(exits::other(&other)),
                 Err(error) => return Ok(exits::failed_run(error, counters)),
             };
             counters.io.add();
