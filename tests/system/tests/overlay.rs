@@ -88,14 +88,14 @@ impl<'a> Node<'a> {
             .run()
             .unwrap();
         assert!(said.status.success(), "{arguments}: {said}");
-        said.stdout_text()
+        String::from_utf8_lossy(&said.stdout).into_owned()
     }
 
     /// What it says when it refuses.
     fn refusal(&self, arguments: &str) -> String {
         let said = self.host.sh(self.command(arguments)).run().unwrap();
         assert!(!said.status.success(), "{arguments}: {said}");
-        said.stderr_text()
+        String::from_utf8_lossy(&said.stderr).into_owned()
     }
 
     /// A port, from `net port --json`.
