@@ -1,5 +1,6 @@
 //! Guests whose network interfaces a vhost-user backend serves: DPDK's testpmd, which passes
-//! frames from one of its two ports to the other and back.
+//! frames from one of its two ports to the other and back, or two ports of the overlay's, which a
+//! cable joins.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 use std::process::Command;
@@ -160,6 +161,92 @@ fn two_pv_guests_talk_through_testpmd_also_after_its_end_and_their_pauses() {
                 }
                 stop_testpmd(host);
             }
+        },
+    );
+}
+
+/// Joins `/run/vu0` and `/run/vu1` by ports of the overlay's.
+fn start_cable(host: &Client) {
+    host.sh("umask 0; echo $$ > /run/cable.pid; exec /usr/bin/cable /run/vu0 /run/vu1")
+        .spawn("/run/cable.log")
+        .unwrap();
+    host.sh("until [ -S /run/vu0 ] && [ -S /run/vu1 ]; do sleep 0.1; done")
+        .timeout(LONG)
+        .text()
+        .unwrap();
+}
+
+/// The program with the cable, which no node has.
+fn cable() -> String {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "-p", "blanket-overlay", "--example", "cable"]);
+    build.args(["--message-format", "json"]);
+    let output = build.current_dir(folder).output().unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let built = lines.lines().find_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        let is = message["target"]["name"] == "cable";
+        is.then(|| message["executable"].as_str().map(str::to_owned))?
+    });
+    built.unwrap_or_else(|| panic!("{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+#[test]
+fn pv_guests_live_through_the_end_of_the_overlays_ports_under_load() {
+    natively(
+        || {
+            let workloads = blanket_testbed::workloads().unwrap();
+            native("ports-pv")
+                .unwrap()
+                .inject(workloads, "/payload/workloads.ext4")
+                .inject(cable(), "/usr/bin/cable")
+        },
+        |host| {
+            start_cable(host);
+            let run = |n: usize| {
+                let flags = format!(
+                    "--net vhost-user=/run/vu{n} --memory 256M --on-reboot exit \
+                     --disk path=/payload/workloads.ext4,readonly=on"
+                );
+                let address = format!("blanket.ip=10.9.0.{}/24", n + 1);
+                Vm::pv(host, &format!("cable{n}"), &address, &flags).unwrap()
+            };
+            let (one, two) = (run(0), run(1));
+            let (first, second) = (one.guest().unwrap(), two.guest().unwrap());
+            pings(host, &first);
+            data_arrives(&first, &second, 16);
+            iperf3(&first, &second);
+            // One stream of TCP and one of pings go on through five ends.
+            let load = "chroot /mnt iperf3 -J -t 20 -c 10.9.0.2 > /run/iperf3.json";
+            first.sh(load).spawn("/run/iperf3.log").unwrap();
+            let load = "exec ping -i 0.01 -w 20 10.9.0.1 > /run/ping.txt";
+            second.sh(load).spawn("/run/ping.log").unwrap();
+            for count in 1..=5 {
+                std::thread::sleep(Duration::from_secs(2));
+                host.sh("kill -9 $(cat /run/cable.pid)").text().unwrap();
+                start_cable(host);
+                until("connections", || {
+                    [&one, &two].iter().all(|vm| {
+                        counter(vm, "vhost_user_connections") == count + 1
+                            && counter(vm, "vhost_user_connected") == 1
+                    })
+                });
+            }
+            let report = first.sh("while pidof iperf3; do sleep 0.5; done; cat /run/iperf3.json");
+            let report = report.timeout(LONG).text().unwrap();
+            let report: Value = serde_json::from_str(&report[report.find('{').unwrap()..]).unwrap();
+            let received = report["end"]["sum_received"]["bytes"].as_u64();
+            assert!(received.is_some_and(|n| n > 8 << 20), "{report}");
+            let summary =
+                second.sh("while pidof ping; do sleep 0.5; done; tail -n 3 /run/ping.txt");
+            println!(
+                "through five ends: {}",
+                summary.timeout(LONG).text().unwrap()
+            );
+            pings(host, &first);
+            data_arrives(&first, &second, 4);
+            host.sh("kill $(cat /run/cable.pid)").text().unwrap();
         },
     );
 }

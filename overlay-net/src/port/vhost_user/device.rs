@@ -7,10 +7,10 @@ use std::sync::Arc;
 use virtio_bindings::virtio_net as net;
 
 use super::fault;
-use super::features::{self, has};
+use super::features::{LOG_ALL, has};
 use super::memory::{Log, Memory};
 use super::packet::{self, Source};
-use super::ring::{Broken, Ring};
+use super::ring::{Broken, CHAIN, Ring};
 use crate::drops::{Drops, Reason};
 use crate::frame::{Frame, Pieces, Segmenter, finish_checksum};
 
@@ -75,13 +75,12 @@ impl Device {
         }
     }
 
-    /// Notes what is written from now on, as far as the features say so.
     fn log(&self) -> Option<&Log> {
-        let log = self.log.as_deref();
-        log.filter(|_| has(self.features, features::LOG_ALL))
+        noted(&self.log, self.features)
     }
 
-    pub(super) fn install(&mut self, index: usize, ring: Ring) -> Option<Ring> {
+    pub(super) fn install(&mut self, index: usize, mut ring: Ring) -> Option<Ring> {
+        ring.want_kicks(false, self.log());
         ring.tell();
         let old = self
             .rings
@@ -184,20 +183,23 @@ impl Device {
         most: usize,
         each: &mut dyn FnMut(Frame<'_>),
     ) -> Result<usize, Broken> {
-        let Some(ring) = self.rings.get_mut(index).and_then(Option::as_mut) else {
+        let ring = self.rings.get_mut(index).and_then(Option::as_mut);
+        // One that is not enabled yet waits, as with DPDK: after a restart of
+        // the switch, there are frames in it.
+        let Some(ring) = ring.filter(|ring| ring.enabled) else {
             return Ok(0);
         };
         let count = usize::from(ring.available()?).min(most);
         if count == 0 {
             return Ok(0);
         }
-        let log = self.log.as_deref();
-        let log = log.filter(|_| has(self.features, features::LOG_ALL));
+        let log = noted(&self.log, self.features);
         let mut pieces = Pieces::default();
         for _ in 0..count {
             pieces.clear();
             let (mut len, mut fits) = (0_usize, true);
-            let chain = ring.chain(&self.memory, 0, false, &mut |_, piece| {
+            let mut budget = CHAIN;
+            let chain = ring.chain(&self.memory, 0, false, &mut budget, &mut |_, piece| {
                 len = len.saturating_add(piece.len());
                 fits &= pieces.push(piece);
             });
@@ -215,13 +217,11 @@ impl Device {
                 Err(Reason::TooBig)
             };
             match frame {
-                // A ring that is not enabled is emptied.
-                Ok((head, offload)) if ring.enabled => each(Frame {
+                Ok((head, offload)) => each(Frame {
                     head,
                     body: pieces.list(),
                     offload,
                 }),
-                Ok(_) => self.drops.add(Reason::Down),
                 Err(reason) => self.drops.add(reason),
             }
             ring.hand_back(head, 0, log);
@@ -273,8 +273,7 @@ impl Device {
         frame: &Frame<'_>,
         sums: bool,
     ) -> Result<Result<(), Reason>, Broken> {
-        let log = self.log.as_deref();
-        let log = log.filter(|_| has(self.features, features::LOG_ALL));
+        let log = noted(&self.log, self.features);
         let Some(ring) = self.rings.get_mut(index).and_then(Option::as_mut) else {
             return Ok(Err(Reason::Down));
         };
@@ -288,7 +287,7 @@ impl Device {
         let most = if merges { MERGED } else { 1 };
         let mut source = Source::new(&header[..header_len], frame);
         let mut chains = [(0_u16, 0_u32); MERGED];
-        let mut count = 0;
+        let (mut count, mut budget) = (0, CHAIN);
         while source.left() > 0 {
             if count == most {
                 return Ok(Err(Reason::TooBig));
@@ -297,12 +296,13 @@ impl Device {
                 return Ok(Err(Reason::Full));
             }
             let before = source.left();
-            let head = ring.chain(&self.memory, count as u16, true, &mut |at, piece| {
+            let mut fill = |at, piece| {
                 let len = source.fill(piece);
                 if let Some(log) = log {
                     log.note(at, len);
                 }
-            })?;
+            };
+            let head = ring.chain(&self.memory, count as u16, true, &mut budget, &mut fill)?;
             chains[count] = (head, (before - source.left()) as u32);
             count += 1;
         }
@@ -318,8 +318,7 @@ impl Device {
 
     /// Lets the guest know of what was sent.
     pub(super) fn flush(&mut self) {
-        let log = self.log.as_deref();
-        let log = log.filter(|_| has(self.features, features::LOG_ALL));
+        let log = noted(&self.log, self.features);
         for ring in self.rings.iter_mut().step_by(2).flatten() {
             ring.publish(log);
         }
@@ -332,9 +331,13 @@ impl Device {
         if self.broken {
             return true;
         }
+        let log = noted(&self.log, self.features);
         for ring in self.rings.iter_mut().skip(1).step_by(2).flatten() {
             ring.drain();
-            ring.want_kicks(true);
+            if !ring.enabled {
+                continue;
+            }
+            ring.want_kicks(true, log);
             match ring.look() {
                 Ok(0) => {}
                 Ok(_) => {
@@ -351,8 +354,15 @@ impl Device {
     }
 
     pub(super) fn disarm(&mut self) {
+        let log = noted(&self.log, self.features);
         for ring in self.rings.iter_mut().skip(1).step_by(2).flatten() {
-            ring.want_kicks(false);
+            ring.want_kicks(false, log);
         }
     }
+}
+
+/// Where to note what is written, if the features say so.
+fn noted(log: &Option<Arc<Log>>, features: u64) -> Option<&Log> {
+    let log = log.as_deref();
+    log.filter(|_| has(features, LOG_ALL))
 }

@@ -13,8 +13,8 @@ use vm_memory::VolatileSlice;
 use super::event::{self, Kick};
 use super::memory::{Log, Memory};
 
-/// Descriptors of a chain at most.
-const CHAIN: usize = 256;
+/// Descriptors for one frame at most.
+pub(super) const CHAIN: usize = 256;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -169,7 +169,6 @@ impl Ring {
         let at = u16::from_le(at);
         (ring.next, ring.seen) = (at, at);
         (ring.used, ring.published, ring.told) = (at, at, at);
-        ring.want_kicks(false);
         Some(ring)
     }
 
@@ -249,7 +248,8 @@ impl Ring {
 
     /// Gives `each` the buffers of the chain `ahead` of the next one (fewer
     /// than are available) with the guest's addresses; all of them are to be
-    /// written by the device, or none. The chain's head.
+    /// written by the device, or none. The chain's head. Each descriptor takes
+    /// one off `budget`.
     ///
     /// # Errors
     ///
@@ -259,11 +259,13 @@ impl Ring {
         memory: &'a Memory,
         ahead: u16,
         write: bool,
+        budget: &mut usize,
         each: &mut impl FnMut(u64, VolatileSlice<'a>),
     ) -> Result<u16, Broken> {
         let head = self.head(ahead)?;
         let mut index = head;
-        for _ in 0..CHAIN {
+        loop {
+            *budget = budget.checked_sub(1).ok_or(Broken::Chain)?;
             let place = self.places.descriptors.as_ptr().cast::<[u64; 2]>();
             // SAFETY: the table has `size` entries, and `index` is one.
             let descriptor = unsafe { place.add(index.into()).read_volatile() };
@@ -273,7 +275,7 @@ impl Ring {
                 if !self.indirect || descriptor.flags & NEXT != 0 {
                     return Err(Broken::Table);
                 }
-                Self::table(memory, descriptor, write, each)?;
+                Self::table(memory, descriptor, write, budget, each)?;
                 return Ok(head);
             }
             Self::buffer(memory, descriptor, write, each)?;
@@ -285,7 +287,6 @@ impl Ring {
                 return Err(Broken::Index);
             }
         }
-        Err(Broken::Chain)
     }
 
     /// The buffers of the chain in an indirect table.
@@ -293,6 +294,7 @@ impl Ring {
         memory: &'a Memory,
         descriptor: Descriptor,
         write: bool,
+        budget: &mut usize,
         each: &mut impl FnMut(u64, VolatileSlice<'a>),
     ) -> Result<(), Broken> {
         let entries = descriptor.len / 16;
@@ -303,7 +305,8 @@ impl Ring {
             .slice(descriptor.addr, descriptor.len as usize)
             .ok_or(Broken::Buffer)?;
         let mut index = 0;
-        for _ in 0..CHAIN {
+        loop {
+            *budget = budget.checked_sub(1).ok_or(Broken::Chain)?;
             let mut bytes = [0; 16];
             let entry = table.offset(16 * usize::from(index));
             if entry.map_or(0, |entry| entry.copy_to(&mut bytes[..])) != 16 {
@@ -323,7 +326,6 @@ impl Ring {
                 return Err(Broken::Index);
             }
         }
-        Err(Broken::Chain)
     }
 
     fn buffer<'a>(
@@ -405,17 +407,19 @@ impl Ring {
 
     /// Asks the driver for notifications of what becomes available, or for
     /// none.
-    pub(super) fn want_kicks(&mut self, wanted: bool) {
+    pub(super) fn want_kicks(&mut self, wanted: bool, log: Option<&Log>) {
         if self.event_idx {
             // Without: the place is left behind, and so is not reached.
             if wanted {
                 let at = 4 + 8 * usize::from(self.size);
                 self.used_word(at)
                     .store(self.next.to_le(), Ordering::Relaxed);
+                self.note(log, at, 2);
             }
         } else {
             let flags = if wanted { 0 } else { NO_EVENT };
             self.used_word(0).store(flags.to_le(), Ordering::Relaxed);
+            self.note(log, 0, 2);
         }
         // Before what is available is looked at again.
         fence(Ordering::SeqCst);
