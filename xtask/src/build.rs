@@ -10,7 +10,12 @@ use crate::setup;
 use crate::workspace::{TARGET, Workspace};
 
 /// The packages whose programs run on nodes, the testbed's agent among them.
-const PACKAGES: [&str; 3] = ["blanket-vmm", "blanket-node", "blanket-testbed-agent"];
+const PACKAGES: [&str; 4] = [
+    "blanket-vmm",
+    "blanket-node",
+    "blanket-overlay",
+    "blanket-testbed-agent",
+];
 
 /// Optimised, with assertions and overflow checks.
 pub const TESTING: &str = "testing";
