@@ -362,6 +362,10 @@ impl State {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "ranges are what is compared here"
+)]
 mod tests {
     use super::*;
 

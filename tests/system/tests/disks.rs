@@ -1,7 +1,7 @@
 //! The disks of guests on their way between nodes.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blanket_system_tests::{Member, Vm, natively, until};
 use blanket_testbed::{Client, Host};
@@ -339,6 +339,42 @@ fn what_a_base_has_in_common_with_a_disk_is_not_sent_whatever_else_is_in_it() {
                 was = content(&guest);
             }
             drop(guest);
+            a.says("rm --force web");
+        },
+    );
+}
+
+#[test]
+fn a_monitor_that_is_killed_before_its_guest_has_all_of_its_disk_is_soon_missed() {
+    natively(
+        || Member::nodes("missed").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            let vm = starts(host, &a);
+            drop(vm.guest().unwrap());
+            leaves_its_disk(host, &a, "--mode post-copy --bandwidth 4M");
+            let monitor = || b.json("ps --json")[0]["pid"].as_u64();
+            until("it there", || b.says("ps").contains("running"));
+            // Whoever brings it there has seen it run.
+            std::thread::sleep(Duration::from_secs(2));
+            let pid = monitor().unwrap();
+            host.sh(format!("kill -9 {pid}")).text().unwrap();
+            let killed = Instant::now();
+            let (said, _) = has_left(host);
+            assert!(killed.elapsed() < Duration::from_secs(45), "{said}");
+            for part in [
+                "its new monitor has ended while",
+                "blanket rm web",
+                "status 1",
+            ] {
+                assert!(said.contains(part), "{part} is not in:\n{said}");
+            }
+            // What it left is there, at both ends, and nobody has its disk.
+            assert!(b.says("ps -a").contains("web"));
+            assert!(!a.says("ps").contains("running"));
+            b.says("rm web");
+            a.says("rm web");
+            drop(starts(host, &a).guest().unwrap());
             a.says("rm --force web");
         },
     );
