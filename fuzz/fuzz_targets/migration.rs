@@ -1,5 +1,6 @@
 //! The frames of a migration's streams: none that differs from what was sent is
-//! taken, and memory lands where it belongs or nowhere.
+//! taken, and memory lands where it belongs or nowhere; what is missing of a disk
+//! is what was said to be, but for what was brought and written.
 #![no_main]
 
 use std::io;
@@ -9,8 +10,9 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use blanket_fuzz::guest::{RAM, ram};
 use blanket_memory::GuestRam;
+use blanket_memory::absent::{Absent, BLOCK, Entry, Use};
 use blanket_migration::wire::{self, Frames, Kind, Offer};
-use blanket_migration::{Disk, Disks, place, store};
+use blanket_migration::{Disk, Disks, expect, place, store};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -43,6 +45,20 @@ enum Input {
         change: Option<Vec<u8>>,
         sum: Option<u32>,
     },
+    /// Content of a disk that follows: ranges that are missing, and what is done.
+    Late {
+        missing: Vec<(u16, u16)>,
+        deeds: Vec<(Deed, u32, u16)>,
+    },
+}
+
+/// What is done with a range of a disk.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Deed {
+    Read,
+    Write,
+    Fail,
+    Bring,
 }
 
 fn pages(page: u64, count: u64, value: u8, zeros: bool) -> (Kind, Vec<u8>) {
@@ -116,10 +132,68 @@ fn changed(
 }
 
 /// A disk that takes whatever is within its bounds.
-struct Bounds;
+struct Bounds(Arc<Absent>);
 
-/// Its bytes.
-const CAPACITY: u64 = 1 << 20;
+fn bounds() -> Arc<Bounds> {
+    Arc::new(Bounds(Arc::new(Absent::new(CAPACITY))))
+}
+
+/// Has ranges missing, and does something with others.
+fn late(missing: &[(u16, u16)], deeds: &[(Deed, u32, u16)]) {
+    let disk = bounds();
+    let absent = Arc::clone(&disk.0);
+    let disks: [Arc<dyn Disk>; 1] = [disk];
+    let mut model = vec![false; CAPACITY.div_ceil(BLOCK) as usize];
+    for (at, len) in missing {
+        let (at, len) = (u64::from(*at) * 512, u64::from(*len) * 16);
+        let range = [0, at, len].map(u64::to_le_bytes).concat();
+        let fits = at + len <= CAPACITY;
+        assert_eq!(expect(&range, &disks).is_ok(), fits);
+        if fits && len > 0 {
+            model[(at / BLOCK) as usize..(at + len).div_ceil(BLOCK) as usize].fill(true);
+        }
+    }
+    for (deed, at, len) in deeds {
+        let at = u64::from(*at) % CAPACITY / 512 * 512;
+        let end = (at + u64::from(*len) * 512).min(CAPACITY);
+        let range = at..end;
+        let all = (at / BLOCK) as usize..end.div_ceil(BLOCK) as usize;
+        let last = if end == CAPACITY { end.div_ceil(BLOCK) } else { end / BLOCK };
+        let whole = at.div_ceil(BLOCK) as usize..last as usize;
+        match deed {
+            Deed::Bring => {
+                let brought = absent.bring(range, |run| Bounds::check(run.start, run.end - run.start));
+                assert!(brought.is_ok());
+                if !whole.is_empty() {
+                    model[whole].fill(false);
+                }
+            }
+            Deed::Read => {
+                let waits = at < end && model[all].contains(&true);
+                let entry = absent.enter(Use::Read, &range, false);
+                assert_eq!(entry == Entry::Wait, waits);
+            }
+            Deed::Write | Deed::Fail => {
+                let mut parts = all.filter(|block| !whole.contains(block));
+                let waits = at < end && parts.any(|block| model[block]);
+                let entry = absent.enter(Use::Write, &range, false);
+                assert_eq!(entry == Entry::Wait, waits);
+                if let Entry::Claimed(claim) = entry {
+                    let done = matches!(deed, Deed::Write);
+                    absent.written(&claim, done);
+                    if done {
+                        model[whole].fill(false);
+                    }
+                }
+            }
+        }
+        let left = model.iter().filter(|missing| **missing).count() as u64;
+        assert_eq!(absent.left(), left * BLOCK);
+    }
+}
+
+/// Its bytes: no whole number of blocks.
+const CAPACITY: u64 = (1 << 20) + 512;
 
 impl Bounds {
     fn check(at: u64, len: u64) -> io::Result<()> {
@@ -134,6 +208,9 @@ impl Disk for Bounds {
     }
     fn next_data(&self, _: u64) -> io::Result<Option<Range<u64>>> {
         Ok(None)
+    }
+    fn absent(&self) -> Option<Arc<Absent>> {
+        Some(Arc::clone(&self.0))
     }
     fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         Self::check(at, into.len() as u64)
@@ -151,7 +228,7 @@ impl Disk for Bounds {
 
 fuzz_target!(|inputs: Vec<Input>| {
     let memory = ram();
-    let disks: Arc<Disks> = Arc::new([Arc::new(Bounds), Arc::new(Bounds)]);
+    let disks: Arc<Disks> = Arc::new([bounds(), bounds()]);
     let mut payload = Vec::new();
     for input in inputs {
         match input {
@@ -168,7 +245,9 @@ fuzz_target!(|inputs: Vec<Input>| {
                 for kind in [Kind::Blocks, Kind::Holes] {
                     let _ = store(kind, &bytes, &disks);
                 }
+                let _ = expect(&bytes, &disks);
             }
+            Input::Late { missing, deeds } => late(&missing, &deeds),
             Input::Compressed {
                 page,
                 pages: count,

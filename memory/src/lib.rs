@@ -2,8 +2,10 @@
 //!
 //! [`GuestRam`] is the one name for a guest's memory in the whole house;
 //! [`layout::regions`] says where it lies in the guest's physical address
-//! space and [`build`] maps it; [`uffd`] resolves faults on it.
+//! space and [`build`] maps it; [`uffd`] resolves faults on it. Of disks that follow their
+//! guest, [`absent`] knows what has not come.
 
+pub mod absent;
 pub mod dirty;
 pub mod iovec;
 pub mod layout;

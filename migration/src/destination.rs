@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memo
 use crate::compare::{Compare, Unanswered};
 use crate::descriptors;
 use crate::disk::{self, Disks};
-use crate::follow::{Follower, Lost, Remote, SPARES};
+use crate::follow::{self, Follower, Lost, Remote, SPARES, Way, What};
 use crate::frames::{self, Place};
 use crate::squeeze;
 use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
@@ -71,7 +71,7 @@ pub enum Error {
         "the source does not say whether the guest was handed over, and not all of its memory is here: it cannot run here"
     )]
     Stranded,
-    /// Memory has not followed.
+    /// Memory or disks have not followed.
     #[error(transparent)]
     Lost(#[from] Lost),
 }
@@ -141,9 +141,12 @@ pub struct Destination {
     /// For a question at the end: a monitor that has given up its privileges
     /// may not connect any more.
     spare: UnixStream,
-    /// For memory that follows the guest.
+    /// For what follows the guest.
     spares: Vec<UnixStream>,
-    follower: Option<Arc<Follower>>,
+    /// Its memory, and its disks, if they follow.
+    followers: Vec<Arc<Follower>>,
+    /// Something of the disks follows.
+    lazy: bool,
 }
 
 impl Destination {
@@ -172,13 +175,15 @@ impl Destination {
         let spare = join(spare.into(), offer.session, offer.streams.min(MOST_STREAMS))?;
         let spare = spare.into_socket().ok_or(wire::Error::Cut)?;
         // Last, as the source hears nothing of them for now.
-        let spares = (0..if offer.follows { SPARES } else { 0 })
+        let parts = usize::from(offer.follows) + usize::from(offer.lazy);
+        let spares = (0..parts * SPARES)
             .map(|_| UnixStream::connect(path))
             .collect::<Result<_, _>>()?;
         let met = Self {
             spare,
             spares,
-            follower: None,
+            followers: Vec::new(),
+            lazy: false,
             path: path.to_owned(),
             offer,
             control,
@@ -193,28 +198,35 @@ impl Destination {
         &self.offer.machine
     }
 
+    /// Whether the disks' content is to follow the guest, if the disks here can do
+    /// with that.
+    #[must_use]
+    pub fn is_lazy(&self) -> bool {
+        self.offer.lazy
+    }
+
     /// Tells the source that it does not work here.
     pub fn refuse(mut self, reason: &str) {
         let _ = wire::send(&mut self.control, Kind::Abort, reason.as_bytes());
     }
 
-    /// Receives the guest and has it run; returns when all its memory is here.
+    /// Receives the guest and has it run; returns when all its memory is here, and
+    /// all of its disks.
     ///
     /// # Errors
-    /// It does not run here, and never will, unless it is [`Error::Undecided`].
+    /// It does not run here, and never will, unless it is [`Error::Undecided`], or
+    /// a part of its disks is [lost](Error::Lost).
     pub fn run(mut self, machine: &dyn Machine, progress: &Arc<Progress>) -> Result<(), Error> {
         progress.lock().phase = Phase::Copying;
         let arrived = self.arrive(machine, progress);
-        let arrived = match (arrived, &self.follower) {
-            (Ok(()), Some(follower)) => follower.wait().map_err(Error::from),
-            (Err(error), Some(follower)) => {
-                follower.abandon();
-                Err(match error {
-                    Error::Undecided => Error::Stranded,
-                    error => error,
-                })
+        let mut followers = self.followers.iter();
+        let arrived = match arrived {
+            Ok(()) => followers.try_for_each(|it| it.wait().map_err(Error::from)),
+            Err(error) => {
+                let stranded = matches!(error, Error::Undecided) && followers.len() > 0;
+                followers.for_each(|follower| follower.abandon());
+                Err(if stranded { Error::Stranded } else { error })
             }
-            (arrived, None) => arrived,
         };
         match &arrived {
             Ok(()) => progress.lock().phase = Phase::Moved,
@@ -227,9 +239,8 @@ impl Destination {
         let restored = self.receive(machine, progress);
         self.tell_failure(&restored);
         let restored = restored?;
-        if let Some(follower) = &self.follower {
-            follower.ready()?;
-        }
+        let mut followers = self.followers.iter();
+        followers.try_for_each(|follower| follower.ready())?;
         // A source that never hears that it is ready does not hand over.
         wire::send_value(&mut self.control, Kind::Ready, &restored)?;
         let mut other = match self.committed() {
@@ -238,8 +249,8 @@ impl Destination {
             Err(_) => Some(self.inquire()?),
         };
         let start = Instant::now();
-        if let Some(follower) = &self.follower {
-            follower.own();
+        self.followers.iter().for_each(|follower| follower.own());
+        if !self.followers.is_empty() {
             // Before anybody can see that it runs.
             progress.lock().phase = Phase::Following;
         }
@@ -275,6 +286,7 @@ impl Destination {
         let accepted = Accepted {
             blank: self.blank(disks)?,
             unable: machine.can_follow().err(),
+            late: disks.iter().all(|disk| disk.absent().is_some()),
         };
         let take = |kind, payload: &[u8]| match kind {
             Kind::Pages | Kind::Lz4 | Kind::Change | Kind::Zeros => place(kind, payload, ram),
@@ -351,7 +363,14 @@ impl Destination {
         let mut payload = Vec::new();
         loop {
             match wire::receive(&mut self.control, &mut payload)? {
-                Kind::State => return Ok(payload),
+                Kind::State => {
+                    self.follow_disks(disks, progress)?;
+                    return Ok(payload);
+                }
+                Kind::Absent if self.offer.lazy => {
+                    self.lazy = true;
+                    expect(&payload, disks)?;
+                }
                 Kind::Compare => {
                     let hashes = Compare::from_bytes(&payload)?.answer(disks)?;
                     wire::send(&mut self.control, Kind::Hashes, &hashes)?;
@@ -361,11 +380,15 @@ impl Destination {
                     all.try_for_each(|disk| disk.flush()).map_err(Error::Disk)?;
                     wire::send(&mut self.control, Kind::Flush, &[])?;
                 }
-                Kind::Missing if self.follower.is_none() && self.offer.follows => {
+                Kind::Missing if self.followers.is_empty() && self.offer.follows => {
                     self.follow(machine, &payload, progress)?;
                 }
-                Kind::Verify if payload == sum(ram, disks)?.to_le_bytes() => {}
-                Kind::Verify => return Err(Error::Differs),
+                Kind::Verify => {
+                    let disks = if self.lazy { &[] } else { disks };
+                    if payload != sum(ram, disks)?.to_le_bytes() {
+                        return Err(Error::Differs);
+                    }
+                }
                 _ => return Err(wire::Error::Damaged("its parts are not in order").into()),
             }
         }
@@ -387,17 +410,43 @@ impl Destination {
             left: bytes,
             ..Following::default()
         });
-        let follower = Follower::new(progress)?;
-        let remote = Remote {
+        let way = self.way(What::Memory, progress)?;
+        let follower = Arc::clone(&way.follower);
+        let remote = Remote { way, missing };
+        machine.follow(remote).map_err(Error::Machine)?;
+        self.followers.push(follower);
+        Ok(())
+    }
+
+    /// Has what is missing of the disks follow the guest.
+    fn follow_disks(&mut self, disks: &Disks, progress: &Arc<Progress>) -> Result<(), Error> {
+        if !self.lazy {
+            return Ok(());
+        }
+        let late = disks.iter().filter_map(|disk| disk.absent());
+        let bytes = late.map(|absent| absent.left()).sum();
+        progress.lock().following_disks = Some(Following {
+            missing: bytes,
+            left: bytes,
+            ..Following::default()
+        });
+        let way = self.way(What::Disks, progress)?;
+        let follower = Arc::clone(&way.follower);
+        follow::bring_disks(way, disks).map_err(Error::Disk)?;
+        self.followers.push(follower);
+        Ok(())
+    }
+
+    /// The way to what follows the guest.
+    fn way(&mut self, what: What, progress: &Arc<Progress>) -> Result<Way, Error> {
+        let rest = self.spares.len().saturating_sub(SPARES);
+        Ok(Way {
+            what,
             path: self.path.clone(),
             session: self.offer.session,
-            spares: std::mem::take(&mut self.spares),
-            missing,
-            follower: Arc::clone(&follower),
-        };
-        machine.follow(remote).map_err(Error::Machine)?;
-        self.follower = Some(follower);
-        Ok(())
+            spares: self.spares.split_off(rest),
+            follower: Follower::new(progress)?,
+        })
     }
 
     fn committed(&mut self) -> Result<(), wire::Error> {
@@ -493,6 +542,29 @@ fn take_frames(
             kind => put(kind, payload)?,
         }
     }
+}
+
+/// Notes what has not come of the disks. For the fuzzer, too.
+///
+/// # Errors
+/// It does not fit the disks, or they cannot do with that.
+pub fn expect(payload: &[u8], disks: &Disks) -> Result<(), Error> {
+    let damaged = wire::Error::Damaged;
+    let (ranges, rest) = payload.as_chunks::<24>();
+    if !rest.is_empty() {
+        return Err(damaged("a part of a range").into());
+    }
+    for range in ranges {
+        let (numbers, _) = range.as_chunks::<8>();
+        let [disk, at, len] = [0, 1, 2].map(|i: usize| u64::from_le_bytes(numbers[i]));
+        let disk = usize::try_from(disk).ok().and_then(|disk| disks.get(disk));
+        let end = at.checked_add(len);
+        let fits = disk.zip(end).filter(|(disk, end)| *end <= disk.capacity());
+        let (disk, end) = fits.ok_or(damaged("blocks outside the disks"))?;
+        let absent = disk.absent().ok_or(damaged("a disk that cannot wait"))?;
+        absent.expect(at..end);
+    }
+    Ok(())
 }
 
 /// Carries out one frame of a disk. For the fuzzer, too.

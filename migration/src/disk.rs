@@ -4,6 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use blanket_memory::absent::Absent;
+
 use crate::wire::MOST_MEMORY;
 
 /// A disk at either end. Offsets and lengths are whole blocks of the disk.
@@ -36,6 +38,12 @@ pub trait Disk: Send + Sync {
 
     /// Notes no more.
     fn unwatch(&self) {}
+
+    /// What has not come of it, where its guest can do with that; see
+    /// [`Absent`]. What is written and read here takes no notice of it.
+    fn absent(&self) -> Option<Arc<Absent>> {
+        None
+    }
 
     /// Fills `into` from `offset`.
     ///

@@ -1,12 +1,15 @@
-//! Memory that follows its guest, at the end that has the guest.
+//! Memory and disks that follow their guest, at the end that has the guest.
 //!
-//! Whoever touches a page that is not there yet waits; [`Remote::run`] asks the
-//! source for that page, beside the others that it asks for all the time, on a
-//! stream of its own. What is asked for on a stream that ends is asked for again
+//! Whoever touches a page or a block that is not there yet waits; [`Remote::run`]
+//! asks the source for that, beside the others that it asks for all the time, on
+//! a stream of its own. What is asked for on a stream that ends is asked for again
 //! on another one. Pages that come are put where nothing is yet, in one step
-//! with letting those go on that wait for them.
+//! with letting those go on that wait for them; blocks, where neither the guest
+//! has written meanwhile nor it does now.
 
+mod blocks;
 mod fetch;
+mod pages;
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -19,8 +22,11 @@ use blanket_memory::{GuestRam, discard};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::disk::Disks;
 use crate::status::Progress;
+use blocks::Blocks;
 use fetch::Fetch;
+use pages::Memory;
 
 /// Streams that are opened before they are needed: a monitor that has given up
 /// its privileges may not connect any more. Nothing is sent on them until then,
@@ -30,15 +36,30 @@ pub(crate) const SPARES: usize = 16;
 /// What the report of a guest that has lost its memory begins with.
 pub const MEMORY_LOST: &str = "the guest's memory is lost";
 
-/// Not all memory has followed its guest.
+/// What the report of a guest whose disks have not all followed it begins with.
+pub const DISKS_LOST: &str = "a part of the guest's disks is lost";
+
+/// What follows a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Its memory.
+    Memory,
+    /// Its disks' content.
+    Disks,
+}
+
+/// Not all memory, or not all of the disks, has followed its guest.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{}", self.text())]
 pub struct Lost {
+    /// What it is about.
+    pub what: What,
     /// Whether the guest was this end's.
     pub owned: bool,
     /// Bytes.
     pub left: u64,
-    /// Where the first of them are, in the guest's physical address space.
+    /// Where the first of them are, in the guest's physical address space or on
+    /// the disks.
     pub places: String,
     /// What the last try came to.
     pub reason: String,
@@ -47,17 +68,21 @@ pub struct Lost {
 impl Lost {
     fn text(&self) -> String {
         let Self {
+            what,
             owned,
             left,
             places,
             reason,
         } = self;
-        match owned {
-            true => format!(
+        match (owned, what) {
+            (true, What::Disks) => format!(
+                "{DISKS_LOST}: {left} bytes had not come from the source of its migration when the way there was lost ({reason}): {places}; whatever needs them fails. What had not come is on the disks where the guest was: keep those, and do not start the VM anew on these"
+            ),
+            (true, What::Memory) => format!(
                 "{MEMORY_LOST}: {left} bytes of it had not come from the source of its migration when the way there was lost ({reason}): {places}; it cannot go on, and its disks are as it left them"
             ),
-            false => format!(
-                "the migration failed before the guest was handed over: the way to its memory was lost ({reason}); it is where it was"
+            (false, _) => format!(
+                "the migration failed before the guest was handed over: the way to what follows it was lost ({reason}); it is where it was"
             ),
         }
     }
@@ -151,13 +176,19 @@ impl Follower {
     }
 }
 
-/// The memory that a guest has left at its source.
-pub struct Remote {
+/// The way to what a guest has left at its source.
+pub(crate) struct Way {
+    pub(crate) what: What,
     pub(crate) path: PathBuf,
     pub(crate) session: [u8; 16],
     pub(crate) spares: Vec<UnixStream>,
-    pub(crate) missing: Pages,
     pub(crate) follower: Arc<Follower>,
+}
+
+/// The memory that a guest has left at its source.
+pub struct Remote {
+    pub(crate) way: Way,
+    pub(crate) missing: Pages,
 }
 
 impl Remote {
@@ -185,10 +216,26 @@ impl Remote {
     /// There is no way to the source any more: whoever waits for memory would
     /// wait for ever.
     pub fn run(self, uffd: &Uffd, ram: &GuestRam) -> Result<(), Lost> {
-        let follower = Arc::clone(&self.follower);
-        let mut fetch = Fetch::new(self, uffd, ram);
+        let follower = Arc::clone(&self.way.follower);
+        let mut fetch = Fetch::new(self.way, Memory::new(self.missing, uffd, ram));
         let brought = fetch.run();
         follower.end(brought.clone());
         brought
     }
+}
+
+/// Begins to bring what has not come of `disks`, on a thread of its own, until all
+/// of it is there, or the guest does not come, or there is no way to the source.
+pub(crate) fn bring_disks(way: Way, disks: &Disks) -> io::Result<()> {
+    let blocks = Blocks::new(disks)?;
+    let thread = std::thread::Builder::new().name("disks".to_owned());
+    thread.spawn(move || {
+        let follower = Arc::clone(&way.follower);
+        let mut fetch = Fetch::new(way, blocks);
+        let brought = fetch.run();
+        // What never comes is told before anybody hears of it.
+        drop(fetch);
+        follower.end(brought);
+    })?;
+    Ok(())
 }

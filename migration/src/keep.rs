@@ -1,5 +1,5 @@
 //! Who comes to the source once it has handed its guest over, or is about to: to
-//! ask what became of it, or for the memory that follows it.
+//! ask what became of it, or for the memory and the disks that follow it.
 
 use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,13 +9,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use blanket_memory::GuestRam;
+use blanket_memory::dirty::PAGE;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::batch::Batch;
+use crate::disk::Disks;
 use crate::source::{How, is_readable};
 use crate::squeeze::{Packer, Squeeze};
 use crate::status::{Pace, Progress, micros};
-use crate::wire::{self, Completed, FOLLOWS, Join, Kind, Want};
+use crate::wire::{self, Completed, FOLLOWS, Join, Kind, MEMORY, Want};
 
 /// How long one looks for something to read before one looks for something else.
 const LOOK: Duration = Duration::from_millis(50);
@@ -32,6 +34,7 @@ pub(crate) struct Keeper {
 
 struct Shared {
     ram: GuestRam,
+    disks: Arc<Disks>,
     session: [u8; 16],
     pace: Arc<Pace>,
     squeeze: Arc<Squeeze>,
@@ -40,8 +43,10 @@ struct Shared {
     began: Instant,
     over: AtomicBool,
     /// The destination has said that it has all memory.
-    complete: AtomicBool,
-    /// Streams that have been used for memory, and are still there.
+    memory: AtomicBool,
+    /// It has said that it has all of the disks.
+    all_disks: AtomicBool,
+    /// Streams that have been used for what follows, and are still there.
     streams: AtomicUsize,
     /// On which it was asked what became of the guest.
     asked: Mutex<Vec<UnixStream>>,
@@ -55,19 +60,21 @@ impl Keeper {
     pub(crate) fn spawn(
         how: &How<'_>,
         first: Vec<UnixStream>,
-        ram: &GuestRam,
+        (ram, disks): (&GuestRam, Arc<Disks>),
         session: [u8; 16],
         began: Instant,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             ram: ram.clone(),
+            disks,
             session,
             pace: Arc::clone(&how.pace),
             squeeze: Arc::clone(&how.squeeze),
             progress: Arc::clone(how.progress),
             began,
             over: AtomicBool::new(false),
-            complete: AtomicBool::new(false),
+            memory: AtomicBool::new(false),
+            all_disks: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
             asked: Mutex::default(),
         });
@@ -102,11 +109,13 @@ impl Keeper {
         }
     }
 
-    /// Waits until the destination has said that it has all memory: whether it
-    /// did, before it was away for as long as `patience`.
-    pub(crate) fn completed(&self, patience: Duration) -> bool {
+    /// Waits until the destination has said that it has all memory, and all of the
+    /// disks, as far as they follow: whether it did, before it was away for as long
+    /// as `patience`.
+    pub(crate) fn completed(&self, [memory, disks]: [bool; 2], patience: Duration) -> bool {
         let mut seen = Instant::now();
-        while !self.shared.complete.load(Ordering::SeqCst) {
+        let has = |all: &AtomicBool| all.load(Ordering::SeqCst);
+        while memory && !has(&self.shared.memory) || disks && !has(&self.shared.all_disks) {
             if self.shared.streams.load(Ordering::SeqCst) > 0 {
                 seen = Instant::now();
             } else if seen.elapsed() > patience {
@@ -203,13 +212,22 @@ impl Shared {
                 }
                 Kind::Want | Kind::Need if *joined => {
                     let want = Want::from_bytes(&payload)?;
-                    self.note(want.left, want.faults);
-                    self.answer(&mut stream, want, kind == Kind::Need, &mut answer)?;
+                    self.note(want.of != MEMORY, want.left, want.faults);
+                    let urgent = kind == Kind::Need;
+                    let answered = self.answer(&mut stream, want, urgent, &mut answer);
+                    if let Err(wire::Error::Aborted(reason)) = &answered {
+                        let _ = wire::send(&mut stream, Kind::Abort, reason.as_bytes());
+                    }
+                    answered?;
                 }
                 Kind::Complete if *joined => {
                     let completed: Completed = wire::decode(&payload)?;
-                    self.note(0, completed.faults);
-                    self.complete.store(true, Ordering::SeqCst);
+                    self.note(completed.disks, 0, completed.faults);
+                    let all = match completed.disks {
+                        true => &self.all_disks,
+                        false => &self.memory,
+                    };
+                    all.store(true, Ordering::SeqCst);
                     wire::send(&mut stream, Kind::Complete, &payload)?;
                 }
                 _ => return Err(wire::Error::Damaged("its parts are not in order")),
@@ -218,10 +236,14 @@ impl Shared {
         Ok(())
     }
 
-    fn note(&self, left: u64, faults: u64) {
+    fn note(&self, disks: bool, left: u64, faults: u64) {
         let mut status = self.progress.lock();
         status.packed = self.squeeze.packed();
-        if let Some(following) = &mut status.following {
+        let following = match disks {
+            true => &mut status.following_disks,
+            false => &mut status.following,
+        };
+        if let Some(following) = following {
             following.left = left.min(following.left);
             following.faults = faults.max(following.faults);
             following.us = micros(self.began.elapsed());
@@ -245,13 +267,17 @@ impl Shared {
         // comes, the link takes.
         let waited = last.map_or(Duration::ZERO, |last| last.elapsed());
         memory.resize(want.len as usize, 0);
-        self.ram
-            .read_slice(memory, GuestAddress(want.at))
-            .map_err(|_| wire::Error::Damaged("a wish is for what is no memory"))?;
-        if urgent {
-            batch.pack(None, want.at, memory);
+        if want.of == MEMORY {
+            self.ram
+                .read_slice(memory, GuestAddress(want.at))
+                .map_err(|_| wire::Error::Damaged("a wish is for what is no memory"))?;
         } else {
-            packer.pack(want.at, memory, batch);
+            self.read(want, memory)?;
+        }
+        match want.of {
+            MEMORY if urgent => batch.pack(None, want.at, memory),
+            MEMORY => packer.pack(want.at, memory, batch),
+            disk => batch.pack(Some(disk), want.at, memory),
         }
         batch.add_zeros();
         batch.frames.begin();
@@ -265,12 +291,26 @@ impl Shared {
         }
         stream.write_all(bytes)?;
         self.progress.sent(bytes.len() as u64);
-        if !urgent {
+        if !urgent && want.of == MEMORY {
             packer.sent(bytes.len(), waited + began.elapsed());
             *last = Some(Instant::now());
         }
         batch.clear();
         Ok(())
+    }
+
+    /// Reads what is wanted of a disk.
+    fn read(&self, want: Want, into: &mut [u8]) -> Result<(), wire::Error> {
+        let disk = usize::try_from(want.of).ok();
+        let disk = disk.and_then(|disk| self.disks.get(disk));
+        let end = want.at.saturating_add(want.len);
+        let fits = |capacity: u64| {
+            end < capacity && want.len.is_multiple_of(PAGE as u64) || end == capacity
+        };
+        let disk = disk.filter(|disk| fits(disk.capacity()));
+        let disk = disk.ok_or(wire::Error::Damaged("a wish is for what is on no disk"))?;
+        disk.read(want.at, into)
+            .map_err(|error| wire::Error::Aborted(format!("a disk cannot be read there: {error}")))
     }
 }
 

@@ -69,6 +69,26 @@
 //! that is cut is asked for again on another one. Pages that come twice are not
 //! taken twice, as the guest may have written them meanwhile.
 //!
+//! # Before its disks
+//!
+//! The disks' content may follow the guest, too ([`Options::lazy_disks`]), whether
+//! or not its memory does. No blocks are sent in rounds then; the destination is
+//! told which of them it lacks, at first and whenever the guest has written some,
+//! and asks for them as it does for memory.
+//!
+//! ```text
+//!   │ ── absent (ranges of disks) ──────────▶ │  who uses one waits: `Absent`
+//!   │ ══ pages, zeros, sync ════════════════▶ │  memory, as ever
+//!   │ ── absent, state ─────────────────────▶ │
+//!   │ ◀─────────────── ready ───────────────  │
+//!   │ ── commit ────────────────────────────▶ │  THE GUEST CHANGES HANDS
+//!   │ ◀────────────── running ──────────────  │
+//!   │ ◀═ need, want: up to 256 KiB of a disk ═ │
+//!   │ ══ blocks, holes, sync ═══════════════▶ │
+//!   │ ◀────────────── complete ─────────────  │  all of it is there, durably
+//!   │ ── complete ──────────────────────────▶ │
+//! ```
+//!
 //! # Who has the guest
 //!
 //! At any time at most one end may run it. The source owns it until it has sent
@@ -99,13 +119,14 @@
 //! | the destination has no memory left, or its machine refuses the state | the guest runs on at the source | |
 //! | cancelled | the guest runs on at the source | too late |
 //!
-//! While memory follows, the source keeps all of it, but never runs the guest:
+//! While memory or disks follow, the source keeps all of them, but never runs the
+//! guest:
 //!
-//! | what happens | while memory follows |
+//! | what happens | while memory or disks follow |
 //! |---|---|
-//! | a stream is cut, or a byte changes | the guest waits where it needs memory; the destination asks again on another stream |
+//! | a stream is cut, or a byte changes | the guest waits where it needs some; the destination asks again on another stream |
 //! | destination dies | the guest is gone; the source says so |
-//! | source dies, or there is no way to it any more | the guest is gone; the destination [says what is missing](Lost), and ends |
+//! | source dies, or there is no way to it any more | where memory is missing, the guest is gone; the destination [says what is missing](Lost), and ends. Where only content of disks is, the guest gets errors |
 //! | `running` is lost | the destination's questions for memory tell as much |
 //!
 //! A frame as short as `commit` is taken by a Unix socket whole or not at all:
@@ -131,9 +152,9 @@ pub mod way;
 pub mod wire;
 
 pub use destination::standby::Replica;
-pub use destination::{Destination, Error as DestinationError, Machine, place, store};
+pub use destination::{Destination, Error as DestinationError, Machine, expect, place, store};
 pub use disk::{Disk, Disks};
-pub use follow::{Lost, MEMORY_LOST, Remote};
+pub use follow::{DISKS_LOST, Lost, MEMORY_LOST, Remote, What as Lacking};
 pub use forecast::{Forecast, measure};
 pub use frames::Place;
 pub use journal::{Journal, Point, replay};

@@ -1,6 +1,7 @@
 //! The end that has the guest.
 
 mod compare;
+mod lazy;
 mod points;
 mod rounds;
 
@@ -33,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
 const INQUIRY: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 30 });
 /// How long a destination that has lost the connection may ask after a failure.
 const REMORSE: Duration = Duration::from_secs(3);
-/// How long the memory of a guest that runs at the destination is kept for one
+/// How long the memory and disks of a guest that runs at the destination are kept for one
 /// that has gone away.
 const ABSENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 200 });
 /// Rounds after which a guest whose memory may follow it is handed over.
@@ -173,6 +174,10 @@ pub struct Source {
     blank: Vec<bool>,
     /// Why memory cannot follow the guest there.
     unable: Option<String>,
+    /// Its disks can be used before their content has come.
+    late: bool,
+    /// They are.
+    lazy: bool,
     /// Who serves the destination when it comes again.
     keeper: Option<Keeper>,
     /// Rounds so far.
@@ -293,6 +298,7 @@ impl Source {
             session: terms.session,
             streams,
             follows: options.mode != Mode::PreCopy,
+            lazy: options.lazy_disks && !terms.disks.is_empty(),
             regions: regions.collect(),
             disks: terms.disks,
             machine: terms.machine,
@@ -333,6 +339,8 @@ impl Source {
             data,
             blank: accepted.blank,
             unable: accepted.unable,
+            late: accepted.late,
+            lazy: false,
             keeper: None,
             rounds: 0,
             at_risk: false,
@@ -363,7 +371,7 @@ impl Source {
             }
             Err(error) => {
                 progress.fail(error.to_string());
-                self.tell_failure(guest.ram(), &error, &how);
+                self.tell_failure(guest, &error, &how);
                 Err(error)
             }
         };
@@ -373,28 +381,29 @@ impl Source {
 
     /// Tells the destination that the guest stays here; if the connection is
     /// gone, when it asks.
-    fn tell_failure(&mut self, ram: &GuestRam, error: &Error, how: &How<'_>) {
+    fn tell_failure(&mut self, guest: &dyn Guest, error: &Error, how: &How<'_>) {
         let reason = error.to_string();
         if wire::send(&mut self.control, Kind::Abort, reason.as_bytes()).is_ok() || !self.at_risk {
             return;
         }
-        if let Some(mut stream) = self.asked(ram, Instant::now() + REMORSE, how) {
+        if let Some(mut stream) = self.asked(guest, Instant::now() + REMORSE, how) {
             let _ = wire::send(&mut stream, Kind::Abort, reason.as_bytes());
         }
     }
 
     /// Waits for a destination that has lost the connection and asks.
-    fn asked(&mut self, ram: &GuestRam, end: Instant, how: &How<'_>) -> Option<UnixStream> {
-        self.keep(ram, Instant::now(), how).ok()?.asked(end)
+    fn asked(&mut self, guest: &dyn Guest, end: Instant, how: &How<'_>) -> Option<UnixStream> {
+        self.keep(guest, Instant::now(), how).ok()?.asked(end)
     }
 
     /// Serves the destination from now on when it comes again.
-    fn keep(&mut self, ram: &GuestRam, began: Instant, how: &How<'_>) -> io::Result<&Keeper> {
+    fn keep(&mut self, guest: &dyn Guest, began: Instant, how: &How<'_>) -> io::Result<&Keeper> {
         let keeper = match self.keeper.take() {
             Some(keeper) => keeper,
             None => {
                 let spares = std::mem::take(&mut self.spares);
-                Keeper::spawn(how, spares, ram, self.session, began)?
+                let parts = (guest.ram(), guest.disks());
+                Keeper::spawn(how, spares, parts, self.session, began)?
             }
         };
         Ok(self.keeper.insert(keeper))
@@ -405,7 +414,11 @@ impl Source {
             options, progress, ..
         } = how;
         let mode = self.mode(how);
-        let extents = self.copy_disks(guest, how)?;
+        self.lazy = how.options.lazy_disks && self.late;
+        let extents = match self.lazy {
+            true => self.leave_disks(guest, how)?,
+            false => self.copy_disks(guest, how)?,
+        };
         progress.lock().phase = Phase::Copying;
         let mut load = Load {
             pages: guest.begin().map_err(Error::Guest)?,
@@ -431,7 +444,7 @@ impl Source {
             if !load.extents.is_empty() {
                 self.flush()?;
             }
-            load = Load::written(guest)?;
+            load = self.written(guest)?;
             round.dirty = load.pages.count();
             round.dirty_disk = disk::bytes(&load.extents);
             let expected = note(progress, round);
@@ -504,7 +517,7 @@ impl Source {
         let How {
             options, progress, ..
         } = how;
-        let last = Load::written(guest)?;
+        let last = self.written(guest)?;
         load.pages.merge(&last.pages);
         // What is among them twice is the same: the guest stands still.
         load.extents.extend(last.extents);
@@ -521,9 +534,15 @@ impl Source {
         }
         if let Some(missing) = missing {
             self.leave(guest, &missing, how, pause)?;
+        } else if self.lazy {
+            self.keep(guest, pause.began(), how)?;
         }
         if options.verify {
-            let sum = sum(guest.ram(), &guest.disks())?.to_le_bytes();
+            let disks = match self.lazy {
+                true => Arc::new([]) as Arc<Disks>,
+                false => guest.disks(),
+            };
+            let sum = sum(guest.ram(), &disks)?.to_le_bytes();
             wire::send(&mut self.control, Kind::Verify, &sum)?;
             pause.mark("verify", 0);
         }
@@ -557,14 +576,14 @@ impl Source {
             left: bytes,
             ..Following::default()
         });
-        self.keep(guest.ram(), pause.began(), how)?;
+        self.keep(guest, pause.began(), how)?;
         wire::send(&mut self.control, Kind::Missing, &missing.to_bytes())?;
         pause.mark("send what is missing", 0);
         Ok(())
     }
 
     /// Waits for the word that the guest runs; or for a destination that has
-    /// lost the connection and asks whether it may. Then until it has all memory.
+    /// lost the connection and asks whether it may. Then until it has all of it.
     fn confirm(&mut self, guest: &mut dyn Guest, mut pause: Pause, how: &How<'_>) {
         let progress = how.progress;
         progress.lock().phase = Phase::Handed;
@@ -572,7 +591,7 @@ impl Source {
         let here = word.is_ok();
         let end = Instant::now() + INQUIRY;
         while word.is_err()
-            && let Some(mut stream) = self.asked(guest.ram(), end, how)
+            && let Some(mut stream) = self.asked(guest, end, how)
         {
             if wire::send(&mut stream, Kind::Commit, &self.session).is_ok() {
                 word = wire::expect(&mut stream, Kind::Running);
@@ -591,37 +610,50 @@ impl Source {
         match running {
             Ok(_) => {
                 pause.end(&mut status);
-                status.phase = match status.following {
+                status.phase = match status.left_behind() {
                     Some(_) => Phase::Following,
                     None => Phase::Moved,
                 };
             }
-            // Its memory tells.
-            Err(_) if status.following.is_some() => status.phase = Phase::Following,
+            // Its memory tells, or its disks.
+            Err(_) if status.left_behind().is_some() => status.phase = Phase::Following,
             Err(error) => {
                 status.error = Some(format!(
                     "the guest was handed over, but the destination does not say that it runs: {error}"
                 ));
             }
         }
-        if status.following.is_none() {
+        if status.left_behind().is_none() {
             return;
         }
         drop(status);
         self.follow(how);
     }
 
-    /// Keeps the memory until the destination has all of it.
+    /// Keeps memory and disks until the destination has all of them.
     fn follow(&mut self, how: &How<'_>) {
-        let all = self.keeper.as_ref().is_some_and(|it| it.completed(ABSENCE));
+        let status = how.progress.lock();
+        let parts = [status.following, status.following_disks].map(|it| it.is_some());
+        drop(status);
+        let keeper = self.keeper.as_ref();
+        let all = keeper.is_some_and(|it| it.completed(parts, ABSENCE));
         let mut status = how.progress.lock();
         if all {
             status.phase = Phase::Moved;
-        } else {
-            let left = status.following.map_or(0, |following| following.left);
-            status.error = Some(format!(
-                "the guest was handed over, but the destination has gone away while {left} bytes of its memory were still here"
-            ));
+            return;
         }
+        let parts = [
+            (status.following, "memory"),
+            (status.following_disks, "disks"),
+        ];
+        let left = parts.iter().filter_map(|(it, what)| {
+            let left = it.map(|it| it.left).filter(|left| *left > 0)?;
+            Some(format!("{left} bytes of its {what}"))
+        });
+        let left: Vec<_> = left.collect();
+        status.error = Some(format!(
+            "the guest was handed over, but the destination has gone away while {} were still here",
+            left.join(" and ")
+        ));
     }
 }

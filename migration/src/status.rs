@@ -61,8 +61,11 @@ pub struct Options {
     /// Most bytes of pages that are remembered as they were sent, so that only
     /// changes of them are sent later; 0 for none.
     pub delta_cache: u64,
-    /// Whether both ends compare all memory while the guest stands still: for
-    /// tests, as it takes its time.
+    /// Whether the disks' content follows the guest, instead of being there before
+    /// it is.
+    pub lazy_disks: bool,
+    /// Whether both ends compare all memory while the guest stands still, and all
+    /// disks that do not follow it: for tests, as it takes its time.
     pub verify: bool,
 }
 
@@ -77,6 +80,7 @@ impl Default for Options {
             auto_converge: false,
             compress: Compress::default(),
             delta_cache: 64 << 20,
+            lazy_disks: false,
             verify: false,
         }
     }
@@ -110,7 +114,7 @@ pub enum Phase {
     Switching,
     /// The guest is the destination's, which has not confirmed that it runs.
     Handed,
-    /// The guest runs at the destination, and its memory follows.
+    /// The guest runs at the destination, and its memory follows, or its disks.
     Following,
     /// The guest runs at the destination, which has all of it.
     Moved,
@@ -167,14 +171,14 @@ impl Packed {
     }
 }
 
-/// Memory that follows the guest.
+/// Memory that follows the guest, or its disks' content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Following {
     /// Bytes that were missing when the guest changed hands.
     pub missing: u64,
     /// Bytes that are missing.
     pub left: u64,
-    /// How often a vCPU, a device or the monitor had to wait for memory.
+    /// How often a vCPU, a device or the monitor had to wait for some.
     pub faults: u64,
     /// Microseconds from the order to stop the guest until all of it was there.
     pub us: u64,
@@ -271,6 +275,9 @@ pub struct Status {
     /// The memory that follows the guest, if some does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub following: Option<Following>,
+    /// The disks' content that follows the guest, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub following_disks: Option<Following>,
     /// The replica, where one is kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replication: Option<Replication>,
@@ -279,6 +286,16 @@ pub struct Status {
     pub unable: Option<String>,
     /// Frames that came to the guest's old place, and were sent on.
     pub forwarded: u64,
+}
+
+impl Status {
+    /// Bytes of memory and disks that have not followed the guest, if they do.
+    #[must_use]
+    pub fn left_behind(&self) -> Option<u64> {
+        let all = self.following.iter().chain(&self.following_disks);
+        all.map(|following| following.left)
+            .reduce(|sum, left| sum + left)
+    }
 }
 
 /// What the engine and those who watch it share.

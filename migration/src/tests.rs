@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blanket_memory::absent::{Absent, Entry, Use};
 use blanket_memory::dirty::{self, PAGE, Pages, WriteLog};
 use blanket_memory::uffd::Uffd;
 use blanket_memory::{Backing, GuestRam, Spec, build_at};
@@ -23,6 +24,7 @@ use relay::{Fault, relay};
 mod disks;
 mod fast;
 mod follow;
+mod lazy;
 mod points;
 mod relay;
 
@@ -53,6 +55,8 @@ struct Ram {
     /// The guest makes zeros of a sector when it is looked for the first time what it
     /// has written.
     clears: AtomicBool,
+    /// What has not come of it.
+    absent: Arc<Absent>,
     /// What was written since the last flush is lost.
     flushed: Mutex<Vec<u8>>,
 }
@@ -64,8 +68,23 @@ impl Ram {
             clears: AtomicBool::new(false),
             flushed: Mutex::new(bytes.clone()),
             log: WriteLog::new(bytes.len()),
+            absent: Arc::new(Absent::new(bytes.len() as u64)),
             bytes: Mutex::new(bytes),
         })
+    }
+
+    /// As its guest does it, who waits for what has not come; none if that is lost.
+    fn wait_for(&self, what: Use, offset: u64, len: usize) -> Option<Entry> {
+        let range = offset..offset + len as u64;
+        let mut asked = false;
+        loop {
+            match self.absent.enter(what, &range, asked) {
+                Entry::Wait => self.absent.wait(),
+                Entry::Lost => return None,
+                entry => return Some(entry),
+            }
+            asked = true;
+        }
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) {
@@ -92,6 +111,10 @@ impl Disk for Ram {
         let end = sectors.find(|sector| !data(sector));
         let end = end.map_or(SECTORS, |(end, _)| end as u64);
         Ok(Some((start * SECTOR) as u64..end * SECTOR as u64))
+    }
+
+    fn absent(&self) -> Option<Arc<Absent>> {
+        Some(Arc::clone(&self.absent))
     }
 
     fn watch(&self) -> io::Result<()> {
@@ -293,6 +316,11 @@ struct Other {
     follows: bool,
     /// The guest's, once it rests.
     was: GuestRam,
+    old: [Arc<Ram>; 2],
+    /// The guest uses its disks.
+    works: bool,
+    /// What it has asked of a disk has failed.
+    failed: Arc<AtomicBool>,
     over: Arc<AtomicBool>,
     /// The guest has found other memory there.
     wrong: Arc<AtomicBool>,
@@ -304,6 +332,48 @@ struct Other {
 impl Drop for Other {
     fn drop(&mut self) {
         self.over.store(true, Ordering::SeqCst);
+    }
+}
+
+/// What the guest writes to its first disk there.
+const WRITTEN: Range<usize> = 20 * PAGE..23 * PAGE;
+
+impl Other {
+    /// Has the guest use its disks: it writes whole blocks, and reads what else
+    /// there is.
+    fn work(&self) {
+        let [here, there] = [&self.old, &self.own].map(Clone::clone);
+        let (over, wrong) = (Arc::clone(&self.over), Arc::clone(&self.wrong));
+        let failed = Arc::clone(&self.failed);
+        let at = WRITTEN.start as u64;
+        let Some(entry) = there[0].wait_for(Use::Write, at, WRITTEN.len()) else {
+            return failed.store(true, Ordering::SeqCst);
+        };
+        there[0].store(at, &[0xee; WRITTEN.end - WRITTEN.start]);
+        if let Entry::Claimed(claim) = entry {
+            there[0].absent.written(&claim, true);
+        }
+        there[0].flush().unwrap();
+        thread::spawn(move || {
+            let mut i = 0u64;
+            while !over.load(Ordering::SeqCst) {
+                i = i.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let disk = (i >> 40) as usize % 2;
+                let at = (i >> 16) % (SECTORS - 8) * SECTOR as u64;
+                let mut bytes = [[0; PAGE]; 2];
+                if there[disk].wait_for(Use::Read, at, PAGE).is_none() {
+                    return failed.store(true, Ordering::SeqCst);
+                }
+                here[disk].read(at, &mut bytes[0]).unwrap();
+                there[disk].read(at, &mut bytes[1]).unwrap();
+                let own = disk == 0 && at + PAGE as u64 > WRITTEN.start as u64;
+                let own = own && at < WRITTEN.end as u64;
+                if bytes[0] != bytes[1] && !own {
+                    wrong.store(true, Ordering::SeqCst);
+                }
+                thread::sleep(Duration::from_micros(200));
+            }
+        });
     }
 }
 
@@ -359,6 +429,9 @@ impl Machine for Other {
                 }
             });
         }
+        if self.works {
+            self.work();
+        }
         Ok(())
     }
 
@@ -386,6 +459,8 @@ struct Outcome {
     moved: Result<(), Error>,
     arrived: Result<(), DestinationError>,
     status: Status,
+    /// What the guest has asked of a disk there has failed.
+    failed: bool,
 }
 
 fn migrate(guest: &mut Counter, takes: bool, options: &Options, fault: Fault) -> Outcome {
@@ -426,6 +501,9 @@ fn migrate_onto(
         takes,
         follows,
         was: guest.ram.clone(),
+        old: guest.disks.clone(),
+        works: options.lazy_disks,
+        failed: Arc::default(),
         over: Arc::default(),
         wrong: Arc::default(),
         frames: Mutex::default(),
@@ -453,7 +531,12 @@ fn migrate_onto(
     if moved.is_ok() {
         // What the guest has made durable here is durable there.
         for (here, there) in guest.disks.iter().zip(&other.own) {
-            assert!(*here.bytes.lock().unwrap() == *there.flushed.lock().unwrap());
+            let mut here = here.bytes.lock().unwrap().clone();
+            let there = there.flushed.lock().unwrap();
+            if options.lazy_disks && there[WRITTEN].iter().all(|byte| *byte == 0xee) {
+                here[WRITTEN].fill(0xee);
+            }
+            assert!(here == *there || other.failed.load(Ordering::SeqCst));
         }
     }
     if arrived.is_ok() {
@@ -484,6 +567,7 @@ fn migrate_onto(
         moved,
         arrived,
         status: progress.status(),
+        failed: other.failed.load(Ordering::SeqCst),
     }
 }
 

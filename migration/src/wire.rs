@@ -77,11 +77,14 @@ pub enum Kind {
     Verify,
     /// The pages that follow the guest: [`blanket_memory::dirty::Pages`] as bytes.
     Missing,
-    /// From a destination whose memory is not all there: [`Want`].
+    /// Ranges of disks that follow the guest: triples of disk, offset and length.
+    Absent,
+    /// From a destination whose memory or disks are not all there: [`Want`].
     Want,
-    /// The same for memory that somebody waits for.
+    /// The same for what somebody waits for.
     Need,
-    /// The destination has all memory: [`Completed`]. The source sends it back.
+    /// The destination has all memory, or all of the disks: [`Completed`]. The
+    /// source sends it back.
     Complete,
     /// The machine's state.
     State,
@@ -99,7 +102,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, [u8; 4]); 28] = [
+    const ALL: [(Self, [u8; 4]); 29] = [
         (Self::Hello, *b"helo"),
         (Self::Join, *b"join"),
         (Self::Ask, *b"ask?"),
@@ -119,6 +122,7 @@ impl Kind {
         (Self::Sync, *b"sync"),
         (Self::Verify, *b"same"),
         (Self::Missing, *b"miss"),
+        (Self::Absent, *b"absn"),
         (Self::Want, *b"want"),
         (Self::Need, *b"need"),
         (Self::Complete, *b"full"),
@@ -145,7 +149,7 @@ impl Kind {
         match self {
             Self::Pages | Self::Lz4 | Self::Change => (PLACE + MOST_MEMORY) as u64,
             Self::Blocks => (BLOCK_PLACE + MOST_MEMORY) as u64,
-            Self::Zeros | Self::Holes => MOST_MEMORY as u64,
+            Self::Zeros | Self::Holes | Self::Absent => MOST_MEMORY as u64,
             Self::State | Self::Offer | Self::Missing => MOST_OTHER,
             // The longest frame, with its header.
             Self::Frame => 66 << 10,
@@ -167,18 +171,24 @@ pub struct Join {
     /// The session.
     pub session: [u8; 16],
     /// From 0 on; the one behind the last is for questions: see [`Kind::Ask`].
-    /// [`FOLLOWS`] for memory that follows the guest.
+    /// [`FOLLOWS`] for memory and disks that follow the guest.
     pub index: u32,
 }
 
-/// [`Join::index`] of streams on which the destination asks for memory.
+/// [`Join::index`] of streams on which the destination asks for memory and disks.
 pub const FOLLOWS: u32 = u32::MAX;
 
-/// What a destination wants of memory that has not come yet. It is answered with
-/// [`Kind::Zeros`], [`Kind::Pages`] and a [`Kind::Sync`] behind them.
+/// [`Want::of`] for memory.
+pub const MEMORY: u64 = u64::MAX;
+
+/// What a destination wants of what has not come yet. It is answered with
+/// [`Kind::Zeros`] and [`Kind::Pages`], or [`Kind::Holes`] and [`Kind::Blocks`],
+/// and a [`Kind::Sync`] behind them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Want {
-    /// Guest-physical address of the first page.
+    /// The number of a disk, or [`MEMORY`].
+    pub of: u64,
+    /// Guest-physical address of the first page, or a disk's first byte.
     pub at: u64,
     /// Bytes, at most [`MOST_MEMORY`].
     pub len: u64,
@@ -191,9 +201,9 @@ pub struct Want {
 impl Want {
     /// As it is sent.
     #[must_use]
-    pub fn to_bytes(self) -> [u8; 32] {
-        let mut bytes = [0; 32];
-        let numbers = [self.at, self.len, self.left, self.faults];
+    pub fn to_bytes(self) -> [u8; 40] {
+        let mut bytes = [0; 40];
+        let numbers = [self.of, self.at, self.len, self.left, self.faults];
         for (place, number) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(numbers) {
             *place = number.to_le_bytes();
         }
@@ -203,18 +213,20 @@ impl Want {
     /// What was sent.
     ///
     /// # Errors
-    /// It is none, or asks for parts of pages or for too many.
+    /// It is none, or asks for parts of pages (but at a disk's end) or for too many.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
-        let (&[at, len, left, faults], []) = bytes.as_chunks::<8>() else {
+        let (&[of, at, len, left, faults], []) = bytes.as_chunks::<8>() else {
             return Err(Error::Damaged("a wish has another length"));
         };
-        let [at, len, left, faults] = [at, len, left, faults].map(u64::from_le_bytes);
+        let [of, at, len, left, faults] = [of, at, len, left, faults].map(u64::from_le_bytes);
         // All of it in the address space.
-        let whole = at.checked_add(len).is_some() && (at | len).is_multiple_of(PAGE as u64);
+        let parts = if of == MEMORY { at | len } else { at };
+        let whole = at.checked_add(len).is_some() && parts.is_multiple_of(PAGE as u64);
         if !whole || len == 0 || len > MOST_MEMORY as u64 {
             return Err(Error::Damaged("a wish is for parts of pages"));
         }
         Ok(Self {
+            of,
             at,
             len,
             left,
@@ -234,6 +246,8 @@ pub struct Offer {
     pub streams: u32,
     /// Memory may follow the guest.
     pub follows: bool,
+    /// The disks' content follows the guest, if the destination's can do with that.
+    pub lazy: bool,
     /// The guest's memory: start and bytes of each region.
     pub regions: Vec<(u64, u64)>,
     /// Bytes of each disk whose content moves along.
@@ -245,9 +259,11 @@ pub struct Offer {
     pub descriptors: u32,
 }
 
-/// What a destination says that has all memory.
+/// What a destination says that has all memory, or all of the disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Completed {
+    /// It is about the disks.
+    pub disks: bool,
     /// How often somebody had to wait for it.
     pub faults: u64,
 }
@@ -259,6 +275,8 @@ pub struct Accepted {
     pub blank: Vec<bool>,
     /// Why no memory can follow the guest here.
     pub unable: Option<String>,
+    /// The disks' content can follow it here.
+    pub late: bool,
 }
 
 /// The destination's part of the pause.
@@ -523,6 +541,7 @@ mod tests {
         #[test]
         fn a_wish_is_understood_if_it_is_for_whole_pages(at: u32, pages in 1..=64u64, left: u64) {
             let want = Want {
+                of: MEMORY,
                 at: u64::from(at) * 4096,
                 len: pages * 4096,
                 left,
@@ -531,6 +550,11 @@ mod tests {
             prop_assert_eq!(Want::from_bytes(&want.to_bytes()).unwrap(), want);
             let part = Want { at: want.at + 1, ..want };
             prop_assert!(Want::from_bytes(&part.to_bytes()).is_err());
+            // A disk may end anywhere.
+            let end = Want { of: 3, len: want.len - 512, ..want };
+            prop_assert_eq!(Want::from_bytes(&end.to_bytes()).unwrap(), end);
+            let end = Want { of: MEMORY, ..end };
+            prop_assert!(Want::from_bytes(&end.to_bytes()).is_err());
         }
     }
 

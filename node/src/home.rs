@@ -151,6 +151,11 @@ impl Home {
         self.state.with_file_name("disks")
     }
 
+    /// Where images are that disks of VMs that come may have much in common with.
+    pub(crate) fn bases(&self) -> PathBuf {
+        self.state.with_file_name("bases")
+    }
+
     /// Where replicas of other nodes' VMs are. No VM is called so.
     pub(crate) fn standby(&self) -> PathBuf {
         self.disks().join(".standby")

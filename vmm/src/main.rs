@@ -215,7 +215,9 @@ fn receive(
         guest.source.refuse(WHY);
         anyhow::bail!(WHY);
     }
-    match monitor.create_with(config, guest.given.with_shared_disks(shared)) {
+    let given = guest.given.with_shared_disks(shared);
+    let given = given.with_late_disks(guest.offered.copies && guest.source.is_lazy());
+    match monitor.create_with(config, given) {
         Ok(()) => Ok(monitor.arrive(guest.source, &guest.offered)?),
         Err(error) => {
             guest.source.refuse(&error.to_string());
@@ -302,6 +304,10 @@ async fn serve(
             }
         }
     };
+    // What has not come of its disks is nowhere once the source is gone.
+    while ending != Ending::Moved && lock().awaits_disks() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let _ = stop.send(());
     if let Some(server) = server {
         // Answers on their way go out; a client that does not read them does

@@ -84,9 +84,9 @@ pub enum Error {
     /// A replica of its disks is kept.
     #[error("a replica of the VM's disks is kept up to date: end blanket replicate first")]
     Replicating,
-    /// Its memory is on its way.
+    /// Its memory or its disks are on their way.
     #[error(
-        "the memory of the VM is still on its way between two monitors, {} MiB of it: wait until all of it is there",
+        "memory or disks of the VM are still on their way between two monitors, {} MiB: wait until all of it is there",
         .0.div_ceil(1 << 20)
     )]
     Following(u64),

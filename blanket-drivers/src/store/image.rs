@@ -7,9 +7,11 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blanket_memory::absent::Absent;
 use blanket_memory::dirty::WriteLog;
 
 use super::access::{self, Access};
+use super::late::LateStore;
 use super::probe::{self, Geometry};
 use super::qcow2::{Layers, check_tables};
 use super::raw::RawFile;
@@ -158,6 +160,8 @@ pub struct Image {
     devices: Vec<(u32, u32)>,
     /// What its users have written, if anybody wants to know.
     log: Arc<WriteLog>,
+    /// What has not come of it yet, if it follows its guest.
+    absent: Option<Arc<Absent>>,
 }
 
 /// What an image consists of.
@@ -268,6 +272,7 @@ impl Image {
             physical_block: geometry.physical,
             devices: Vec::new(),
             log: log(&limits),
+            absent: None,
         })
     }
 
@@ -294,6 +299,7 @@ impl Image {
             physical_block: most(Self::physical_block_size),
             devices: volumes.iter().flat_map(|one| one.devices.clone()).collect(),
             log: log(&limits),
+            absent: None,
             body: Body::Striped(layout, volumes),
         })
     }
@@ -341,6 +347,7 @@ impl Image {
             limits,
             devices: probe::device_number(&file).into_iter().collect(),
             log: log(&limits),
+            absent: None,
             body: Body::One(Backend::Raw(Arc::new(RawFile { file, limits })), engine),
             physical_block: geometry.physical.max(block),
         })
@@ -373,10 +380,32 @@ impl Image {
             Body::One(backend, _) => ThreadStore::new(backend.clone(), depth.max(1), setup())
                 .map(|store| Box::new(store) as _),
         };
+        let store = store.and_then(|store| match &self.absent {
+            Some(absent) => LateStore::new(store, Arc::clone(absent), depth)
+                .map(|store| Box::new(store) as Box<dyn Store>),
+            None => Ok(store),
+        });
         store.map_err(|source| Error::Queue {
             path: self.path.clone(),
             source,
         })
+    }
+
+    /// Lets its content come after its guest has begun to use it: from now on its
+    /// queues wait for what is missing ([`Image::absent`]). A striped set's never
+    /// do.
+    #[must_use]
+    pub fn with_late_content(mut self) -> Self {
+        if let Body::One(..) = self.body {
+            self.absent = Some(Arc::new(Absent::new(self.limits.capacity)));
+        }
+        self
+    }
+
+    /// What has not come of it, where that can be.
+    #[must_use]
+    pub fn absent(&self) -> Option<Arc<Absent>> {
+        self.absent.clone()
     }
 
     /// Where those who use its stores note what they have written, when a write

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 mod access;
 mod image;
+mod late;
 mod lock;
 mod probe;
 mod qcow2;

@@ -52,6 +52,7 @@ impl Destination {
         let accepted = Accepted {
             blank: self.blank(disks)?,
             unable: None,
+            late: false,
         };
         let journal = RwLock::new(replica.journal().map_err(Error::Disk)?);
         let put = |kind, payload: &[u8]| match kind {

@@ -63,7 +63,7 @@ impl Load {
         self.pages.count() * PAGE as u64 + disk::bytes(&self.extents)
     }
 
-    /// What has been written since the last time.
+    /// What has been written since the last time, if disks are copied as memory is.
     pub(super) fn written(guest: &mut dyn Guest) -> Result<Self, Error> {
         Ok(Self {
             pages: guest.dirty().map_err(Error::Guest)?,

@@ -10,7 +10,7 @@ fn full() -> Counter {
     filled(Counter::new(Duration::from_millis(5)))
 }
 
-fn filled(guest: Counter) -> Counter {
+pub(super) fn filled(guest: Counter) -> Counter {
     for (number, disk) in guest.disks.iter().enumerate() {
         for sector in 0..SECTORS {
             let mut bytes = [0; SECTOR];

@@ -47,6 +47,9 @@ pub struct Parcel {
     pub files: Vec<Item>,
     /// Disks whose content comes with it.
     pub disks: Vec<Blank>,
+    /// Images there that may have some of these disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<Base>,
     /// Disks that are on storage which both nodes have.
     pub shared: Vec<Shared>,
 }
@@ -113,6 +116,16 @@ pub struct Blank {
     pub used: u64,
 }
 
+/// An image that the other node has, and that a disk may have much in common with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// The disk's number among the VM's.
+    pub index: usize,
+    /// The image's file among the other node's bases.
+    pub name: String,
+}
+
 /// The answer to a step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -155,6 +168,8 @@ pub enum State {
     Gone,
     /// It ran, and has ended, as its memory was lost: its disks are there.
     Lost,
+    /// It ran, and has ended since: its disks are there.
+    Ended,
     /// A monitor that does not know whether it may run it.
     Undecided,
 }
@@ -223,9 +238,10 @@ mod tests {
             let parcel = Parcel {
                 id: name.clone(),
                 wish: Wish::StandBy,
-                name,
                 files: vec![Item { what: What::Disk(index), len }],
                 disks: vec![Blank { index, capacity, used }],
+                bases: vec![Base { index, name: name.clone() }],
+                name,
                 shared: vec![],
             };
             let mut bytes = Vec::new();

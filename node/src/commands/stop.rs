@@ -59,7 +59,11 @@ pub(crate) fn stop(home: &Home, args: &Args) -> Result<ExitCode> {
     let grace = Duration::from_secs(if args.force { 0 } else { args.timeout });
     let deadline = Instant::now() + grace;
     Ok(for_each(home, &args.names, |vm| match vm.status()? {
-        Status::Alive { process, .. } => bring_down(vm, &process, deadline),
+        Status::Alive { process, .. } => {
+            is_of_no_use(vm)?;
+            has_its_disks(vm)?;
+            bring_down(vm, &process, deadline)
+        }
         Status::Starting => Err(failure(
             format!("'{}' is being started", vm.name),
             "wait until it runs, then stop it",
@@ -96,14 +100,33 @@ fn is_of_no_use(vm: &VmDir) -> Result<()> {
         let info = client.info();
         info.is_ok_and(|info| info.state == VmState::Stopped)
     };
-    match status.following {
-        Some(following) if handed && status.error.is_none() && is_source() => Err(failure(
+    match status.left_behind() {
+        Some(left) if handed && status.error.is_none() && is_source() => Err(failure(
             format!(
-                "'{}' runs in another monitor, and {} MiB of its memory are still on its way there",
+                "'{}' runs in another monitor, and {} MiB of what follows it are still on their way there",
                 vm.name,
-                following.left.div_ceil(1 << 20)
+                left.div_ceil(1 << 20)
             ),
             "wait: this monitor ends by itself when all of it is there; or stop the VM there",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses to end a VM whose disks are still on their way to it.
+fn has_its_disks(vm: &VmDir) -> Result<()> {
+    let client = vm.client()?.with_timeout(POWEROFF);
+    let Ok(status) = client.migration() else {
+        return Ok(());
+    };
+    match status.following_disks {
+        Some(following) if status.phase == Phase::Following => Err(failure(
+            format!(
+                "{} MiB of the disks of '{}' are still on their way from where it was",
+                following.left.div_ceil(1 << 20),
+                vm.name,
+            ),
+            "wait until all of it is there; or shut the guest down from inside: its monitor ends when it has its disks",
         )),
         _ => Ok(()),
     }

@@ -1,7 +1,7 @@
 //! The disks of guests on their way between nodes.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blanket_system_tests::{Member, Vm, natively, until};
 use blanket_testbed::{Client, Host};
@@ -204,6 +204,178 @@ fn a_guest_moves_between_nodes_that_have_the_same_storage_and_its_disk_stays_whe
             let started = run(&b, "web");
             assert!(started.status.success(), "{started}");
             b.says("rm --force web");
+        },
+    );
+}
+
+/// Has `a`'s guest leave for `b`, with its disk behind it, and does not wait.
+fn leaves_its_disk(host: &Host, a: &Member, flags: &str) {
+    let go = format!(
+        "{} migrate web b --lazy-disks {flags} --json > /run/left.json 2> /run/left.log || \
+         status=$?; echo status ${{status:-0}} >> /run/left.log",
+        a.command()
+    );
+    host.sh(go).spawn("/run/left.out").unwrap();
+}
+
+/// What the command that had it leave said in the end.
+fn has_left(host: &Host) -> (String, Value) {
+    let said = || host.sh("cat /run/left.log").text().unwrap();
+    until("all of it there", || said().contains("status "));
+    let report = host.sh("cat /run/left.json").text().unwrap();
+    (said(), serde_json::from_str(&report).unwrap_or_default())
+}
+
+#[test]
+fn a_guest_uses_its_disk_while_that_follows_it() {
+    natively(
+        || Member::nodes("lazy").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            let vm = starts(host, &a);
+            let guest = vm.guest().unwrap();
+            writes(&guest, 3);
+            let was = content(&guest);
+            drop(guest);
+            leaves_its_disk(host, &a, "--bandwidth 8M --verify");
+            until("it there", || b.says("ps").contains("running"));
+            let guest = b.vm("web").guest().unwrap();
+            let said = b.refuses("stop web");
+            assert!(said.contains("still on their way"), "{said}");
+            assert_eq!(content(&guest), was);
+            // Whole blocks, and parts of one.
+            writes(&guest, 5);
+            writes(&guest, 90);
+            let part = "printf other | dd of=/dev/xvda bs=1 seek=70000001 conv=notrunc,fsync";
+            guest.sh(part).text().unwrap();
+            let is = content(&guest);
+            assert_ne!(is, was);
+            let (said, report) = has_left(host);
+            println!("{report}");
+            assert!(said.contains("status 0"), "{said}");
+            assert_eq!((&report["phase"], sent(&report)), (&"moved".into(), 0));
+            let count = |what: &str| report["following_disks"][what].as_u64().unwrap();
+            assert!(count("missing") >= DISK && count("left") == 0, "{report}");
+            assert!(count("faults") > 0, "{report}");
+            assert!(
+                report["downtime_us"].as_u64().unwrap() * 5 < report["total_us"].as_u64().unwrap(),
+                "{report}"
+            );
+            assert_eq!(content(&guest), is);
+            let there = host.sh("sha256sum < /run/h2/disks/web/0.img");
+            assert_eq!(there.text().unwrap(), is);
+            drop(guest);
+            // And back, with its memory behind it, too.
+            let report = b.json("migrate web a --lazy-disks --mode post-copy --json");
+            println!("{report}");
+            assert_eq!(report["phase"], "moved", "{report}");
+            assert!(report["following"].is_object(), "{report}");
+            let guest = a.vm("web").guest().unwrap();
+            assert_eq!(content(&guest), is);
+            drop(guest);
+            a.says("rm --force web");
+        },
+    );
+}
+
+#[test]
+fn a_guest_that_ends_before_its_disk_has_followed_it_has_all_of_it_in_the_end() {
+    natively(
+        || Member::nodes("ends").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            let vm = starts(host, &a);
+            let guest = vm.guest().unwrap();
+            drop(guest);
+            leaves_its_disk(host, &a, "--bandwidth 8M");
+            until("it there", || b.says("ps").contains("running"));
+            let guest = b.vm("web").guest().unwrap();
+            let clears = "dd if=/dev/zero of=/dev/xvda bs=1M count=1 seek=50 conv=notrunc,fsync";
+            guest.sh(clears).text().unwrap();
+            guest.sh("poweroff -f").spawn("/dev/null").unwrap();
+            let (said, _) = has_left(host);
+            assert!(said.contains("runs no more"), "{said}");
+            drop(guest);
+            until("its end", || b.says("ps -a").contains("web"));
+            let dd = "dd if=/dev/zero of=/var/tmp/own bs=1M count=1 seek=50 conv=notrunc; \
+                      cmp /var/tmp/own /run/h2/disks/web/0.img";
+            host.sh(dd).text().unwrap();
+            b.says("rm web");
+        },
+    );
+}
+
+#[test]
+fn what_a_base_has_in_common_with_a_disk_is_not_sent_whatever_else_is_in_it() {
+    natively(
+        || Member::nodes("based").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            let vm = starts(host, &a);
+            let mut guest = vm.guest().unwrap();
+            let said = a.refuses("migrate web b --base golden");
+            assert!(said.contains("no base 'golden'"), "{said}");
+            // The image that its disk began as; one that was damaged, and cut.
+            let golden = "mkdir -p /run/h1/bases /run/h2/bases && cp /var/tmp/own /run/h2/bases/golden && \
+                          head -c 50M /var/tmp/own > /run/h1/bases/golden && \
+                          dd if=/dev/urandom of=/run/h1/bases/golden bs=1M seek=9 count=2 conv=notrunc";
+            host.sh(golden).text().unwrap();
+            writes(&guest, 3);
+            writes(&guest, 95);
+            let mut was = content(&guest);
+            for (from, to, name, flags, least) in
+                [(&a, &b, "b", "", 90), (&b, &a, "a", "--lazy-disks", 45)]
+            {
+                drop(guest);
+                let flags = format!("--base golden --json --downtime 1000 {flags}");
+                let report = from.json(&format!("migrate web {name} {flags}"));
+                println!("{report}");
+                let same = report["disks_same"].as_u64().unwrap();
+                assert!(same >= least << 20 && same < DISK, "{report}");
+                assert!(sent(&report) <= DISK - same + (2 << 20), "{report}");
+                guest = to.vm("web").guest().unwrap();
+                assert_eq!(content(&guest), was);
+                writes(&guest, 7);
+                was = content(&guest);
+            }
+            drop(guest);
+            a.says("rm --force web");
+        },
+    );
+}
+
+#[test]
+fn a_monitor_that_is_killed_before_its_guest_has_all_of_its_disk_is_soon_missed() {
+    natively(
+        || Member::nodes("missed").unwrap(),
+        |host| {
+            let [a, b] = Member::two(host);
+            let vm = starts(host, &a);
+            drop(vm.guest().unwrap());
+            leaves_its_disk(host, &a, "--mode post-copy --bandwidth 4M");
+            let monitor = || b.json("ps --json")[0]["pid"].as_u64();
+            until("it there", || b.says("ps").contains("running"));
+            // Whoever brings it there has seen it run.
+            std::thread::sleep(Duration::from_secs(2));
+            let pid = monitor().unwrap();
+            host.sh(format!("kill -9 {pid}")).text().unwrap();
+            let killed = Instant::now();
+            let (said, _) = has_left(host);
+            assert!(killed.elapsed() < Duration::from_secs(45), "{said}");
+            for part in [
+                "its new monitor has ended while",
+                "blanket rm web",
+                "status 1",
+            ] {
+                assert!(said.contains(part), "{part} is not in:\n{said}");
+            }
+            // What it left is there, at both ends, and nobody has its disk.
+            assert!(b.says("ps -a").contains("web"));
+            assert!(!a.says("ps").contains("running"));
+            b.says("rm web");
+            a.says("rm web");
+            drop(starts(host, &a).guest().unwrap());
+            a.says("rm --force web");
         },
     );
 }

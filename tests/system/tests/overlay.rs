@@ -116,8 +116,8 @@ impl<'a> Node<'a> {
         let n = self.number;
         self.net(&format!("attach {network} {name} --tap {name} {flags}"));
         let script = format!(
-            "ip netns add {name} && ip -n n{n} link set {name} netns {name} && \
-             ip -n {name} link set lo up && ip -n {name} link set {name} up && \
+            "ip netns add {name} && ip -n n{n} link set dev {name} netns {name} && \
+             ip -n {name} link set lo up && ip -n {name} link set dev {name} up && \
              ip -n {name} addr add {address} dev {name}"
         );
         self.host.sh(script).text().unwrap();
@@ -127,14 +127,14 @@ impl<'a> Node<'a> {
 /// Nodes with a cable each to a bridge between them (`br` of this machine's own namespace), with
 /// switches that know each other.
 fn cluster(host: &Client, count: u32) -> Vec<Node<'_>> {
-    host.sh("ip link add br type bridge && ip link set br up")
+    host.sh("ip link add name br type bridge && ip link set dev br up")
         .text()
         .unwrap();
     let nodes: Vec<_> = (1..=count).map(|number| Node::new(host, number)).collect();
     for n in 1..=count {
         let script = format!(
-            "ip link add u{n} type veth peer name u netns n{n} && ip link set u{n} master br up && \
-             ip -n n{n} addr add 192.0.2.{n}/24 dev u && ip -n n{n} link set u up"
+            "ip link add name u{n} type veth peer name u netns n{n} && ip link set dev u{n} master br up && \
+             ip -n n{n} addr add 192.0.2.{n}/24 dev u && ip -n n{n} link set dev u up"
         );
         host.sh(script).text().unwrap();
     }

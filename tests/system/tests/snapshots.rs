@@ -96,6 +96,33 @@ fn a_guest_is_saved_while_it_runs_and_its_memory_comes_back_when_it_is_needed() 
     );
 }
 
+#[test]
+fn a_guest_moves_though_its_memory_has_not_all_come_from_its_snapshot() {
+    natively(
+        || native("restored").unwrap(),
+        |host| {
+            let vm = Vm::pv(host, "web", "", "--memory 512M").unwrap();
+            let guest = vm.guest().unwrap();
+            fill(&guest, 96);
+            snapshot(&vm, "/run/web");
+            drop(guest);
+            vm.blanket("rm", "--force").unwrap();
+            for mode in ["pre-copy", "post-copy"] {
+                let back = restored(host, "lazy", "/run/web");
+                let there = resident(&back);
+                assert!(there < 90 << 20, "{there} of its memory are there already");
+                let flags = format!("--mode {mode} --downtime 1000 --verify");
+                let (moved, report) = back.migrate("moved", &flags).unwrap();
+                println!("{report}");
+                let follows = report["following"]["missing"].as_u64();
+                assert_eq!(follows.is_some_and(|it| it > 90 << 20), mode == "post-copy");
+                is_whole(&moved.guest().unwrap());
+                moved.blanket("rm", "--force").unwrap();
+            }
+        },
+    );
+}
+
 /// Files that cannot be written, and files that are damaged.
 fn refuses(host: &Client, vm: &Vm) {
     let full = "mkdir /run/small && mount -t tmpfs -o size=20M none /run/small";

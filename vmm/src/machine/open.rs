@@ -62,6 +62,8 @@ pub struct Given {
     pub(crate) shared: bool,
     /// A VM that is being made.
     pub(crate) vm: Option<Ahead>,
+    /// The content of those that can be written may come after the guest.
+    pub(crate) late: bool,
     pub(crate) disks: VecDeque<File>,
     pub(crate) taps: VecDeque<Tap>,
 }
@@ -77,6 +79,12 @@ impl Given {
     #[must_use]
     pub(crate) fn with_vm(self, vm: Option<Ahead>) -> Self {
         Self { vm, ..self }
+    }
+
+    /// The same, but the disks' content may come after the guest.
+    #[must_use]
+    pub fn with_late_disks(self, late: bool) -> Self {
+        Self { late, ..self }
     }
 
     /// A guest's state comes, and all else is to be opened here.
@@ -107,6 +115,10 @@ pub(crate) fn open_disk(
         Some(file) => Image::adopt(&spec, file)?,
         None if given.shared => Image::open_unlocked(&spec)?,
         None => Image::open(&spec)?,
+    };
+    let image = match given.late && !config.readonly {
+        true => image.with_late_content(),
+        false => image,
     };
     Ok(Disk {
         serial: config.serial.clone(),

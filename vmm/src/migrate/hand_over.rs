@@ -14,6 +14,7 @@ use blanket_devices::vhost_user::Logger;
 use blanket_drivers::mac::MacAddress;
 use blanket_drivers::store::{self, Access, Image};
 use blanket_drivers::tap::{self, Tap, TapQueue};
+use blanket_memory::absent::Absent;
 use blanket_migration::Disks;
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +104,10 @@ impl HandOver {
     /// # Errors
     /// It cannot: why, and the remedy.
     pub fn check(&self, wanted: bool) -> Result<(), String> {
+        let late = self.contents.iter().filter_map(|disk| disk.absent());
+        if late.into_iter().any(|absent| absent.any()) {
+            return Err("a part of its disks has not come from where it was".to_owned());
+        }
         let obstacle = self.obstacle.iter().filter(|_| wanted);
         match self.unable.iter().chain(obstacle).next() {
             Some(reason) => Err(reason.clone()),
@@ -197,51 +202,61 @@ impl HandOver {
 }
 
 /// A disk's content, as the engine sees it.
-pub struct Content(Access);
+pub struct Content {
+    access: Access,
+    absent: Option<Arc<Absent>>,
+}
 
 impl Content {
     /// Of this disk.
     #[must_use]
     pub fn of(image: &Image) -> Self {
-        Self(image.access())
+        Self {
+            access: image.access(),
+            absent: image.absent(),
+        }
     }
 }
 
 impl blanket_migration::Disk for Content {
     fn capacity(&self) -> u64 {
-        self.0.capacity()
+        self.access.capacity()
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        self.0.next_data(offset)
+        self.access.next_data(offset)
+    }
+
+    fn absent(&self) -> Option<Arc<Absent>> {
+        self.absent.clone()
     }
 
     fn watch(&self) -> io::Result<()> {
-        self.0.log().start()
+        self.access.log().start()
     }
 
     fn written(&self, most: usize) -> Vec<(u64, usize)> {
-        self.0.log().take_runs(most)
+        self.access.log().take_runs(most)
     }
 
     fn unwatch(&self) {
-        self.0.log().stop();
+        self.access.log().stop();
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.0.read(offset, into)
+        self.access.read(offset, into)
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write(offset, bytes)
+        self.access.write(offset, bytes)
     }
 
     fn clear(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.0.clear(offset, len)
+        self.access.clear(offset, len)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.0.flush()
+        self.access.flush()
     }
 }
 

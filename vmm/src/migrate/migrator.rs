@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use blanket_devices::worker::STACK;
 use blanket_migration::{
-    Destination, DestinationError, Disks, Mode, Options, Phase, Progress, Source, Terms,
+    Destination, DestinationError, Disks, Lacking, Mode, Options, Phase, Progress, Source, Terms,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -92,14 +92,20 @@ impl Migrator {
         self.replicating && self.is_busy()
     }
 
-    /// Bytes of memory that have not followed the guest yet, from or to another
-    /// monitor.
+    /// Bytes of memory and disks that have not followed the guest yet, from or to
+    /// another monitor.
     pub(crate) fn following(&self) -> Option<u64> {
         let status = self.progress.status();
-        let following = status
-            .following
-            .filter(|_| status.phase == Phase::Following);
-        following.filter(|_| self.is_busy()).map(|it| it.left)
+        let left = status.left_behind();
+        let follows = status.phase == Phase::Following && self.is_busy();
+        left.filter(|_| follows)
+    }
+
+    /// Whether disks follow the guest.
+    pub(crate) fn awaits_disks(&self) -> bool {
+        let status = self.progress.status();
+        let follows = status.phase == Phase::Following && self.is_busy();
+        follows && status.following_disks.is_some()
     }
 
     /// How far it is, or how the last one went.
@@ -210,6 +216,10 @@ impl Migrator {
             match arrived {
                 Ok(()) => {}
                 Err(error @ DestinationError::Undecided) => tracing::warn!(%error),
+                // The guest runs on with what there is: it gets errors.
+                Err(DestinationError::Lost(lost)) if lost.owned && lost.what == Lacking::Disks => {
+                    tracing::error!("{lost}");
+                }
                 Err(error) => {
                     let _ = order(&orders, What::Fail(error.to_string()));
                 }

@@ -161,6 +161,13 @@ impl Monitor {
         Ok(())
     }
 
+    /// Whether content of the disks of a guest that came is still on its way.
+    #[must_use]
+    pub fn awaits_disks(&self) -> bool {
+        let vm = self.vm.as_ref();
+        vm.is_some_and(|vm| !vm.moved && vm.migrator.awaits_disks())
+    }
+
     /// Does what a migration wants; the ending, if that ends the process.
     pub fn carry_out(&mut self, order: Order) -> Option<Ending> {
         let ending = match order.what {

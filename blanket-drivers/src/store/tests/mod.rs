@@ -6,6 +6,7 @@ mod confined;
 mod engines;
 mod full;
 mod images;
+mod late;
 mod overlay;
 
 use std::io;

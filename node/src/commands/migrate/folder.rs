@@ -7,18 +7,18 @@
 //! disks are to be in its place.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{FlockOperation, OFlags, SeekFrom, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::identity::unix_seconds;
 use crate::cluster::names::NodeName;
-use crate::cluster::parcel::Blank;
+use crate::cluster::parcel::{Base, Blank};
 use crate::failure::failure;
 use crate::home::Home;
 use crate::name::VmName;
@@ -161,6 +161,26 @@ fn content(folder: &Path) -> u64 {
     blocks.sum::<u64>() * 512
 }
 
+/// Copies the first `len` bytes of a file, but for its holes.
+fn copy_data(from: &mut File, to: &mut File, len: u64) -> std::io::Result<()> {
+    let mut at = 0;
+    loop {
+        let data = match rustix::fs::seek(&*from, SeekFrom::Data(at)) {
+            Ok(data) if data < len => data,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let hole = rustix::fs::seek(&*from, SeekFrom::Hole(data))?.min(len);
+        from.seek(std::io::SeekFrom::Start(data))?;
+        to.seek(std::io::SeekFrom::Start(data))?;
+        let copied = std::io::copy(&mut (&mut *from).take(hole - data), to)?;
+        if copied == 0 {
+            return Ok(());
+        }
+        at = data + copied;
+    }
+}
+
 /// Whether there is room for so many bytes of disks.
 pub(crate) fn is_room_for(folder: &Path, needed: u64) -> Result<()> {
     let space = rustix::fs::statvfs(folder).context("cannot tell how much room there is")?;
@@ -190,7 +210,8 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// Makes the disks, or takes those that were kept; `files` bytes come besides.
+    /// Makes the disks, from their bases if they have some, or takes those that were
+    /// kept; `files` bytes come besides.
     ///
     /// # Errors
     /// There are others in their place, or there is no room.
@@ -198,7 +219,7 @@ impl Folder {
         home: &Home,
         name: &VmName,
         owner: Owner,
-        disks: &[Blank],
+        (disks, bases): (&[Blank], &[Base]),
         files: u64,
     ) -> Result<Self> {
         prune(home);
@@ -225,6 +246,12 @@ impl Folder {
             _lock: lock,
         };
         folder.make_disks(disks)?;
+        for base in bases {
+            let disk = disks.iter().find(|disk| disk.index == base.index);
+            if let Some(disk) = disk {
+                folder.lay(home, disk, &base.name)?;
+            }
+        }
         folder.check_room(disks, files)?;
         Ok(folder)
     }
@@ -299,6 +326,55 @@ impl Folder {
             file.set_len(disk.capacity).with_context(context)?;
         }
         Ok(())
+    }
+
+    /// Puts the content of a base on a new disk. Nobody believes that it is the
+    /// disk's: it is compared, as what is kept is.
+    fn lay(&self, home: &Home, disk: &Blank, name: &str) -> Result<()> {
+        let place = home.bases().join(name);
+        if name.contains('/') || name.starts_with('.') || name.is_empty() {
+            return Err(failure(
+                format!("'{name}' is not the name of a base"),
+                "name a file in /var/lib/blanket/bases there, without its path",
+            ));
+        }
+        let path = self.disk(disk.index);
+        let context = || format!("cannot lay {} under a disk", place.display());
+        let mut to = File::options()
+            .write(true)
+            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+            .open(&path)
+            .with_context(context)?;
+        if to.metadata().with_context(context)?.blocks() > 0 {
+            // Of a migration that was broken off: that is more.
+            return Ok(());
+        }
+        let mut options = OpenOptions::new();
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        options.read(true).custom_flags(flags.bits() as i32);
+        let mut from = match options.open(&place) {
+            Ok(from) => from,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(failure(
+                    format!("there is no base '{name}' there"),
+                    "put a raw image in /var/lib/blanket/bases of that node, or leave --base out",
+                ));
+            }
+            Err(error) => return Err(error).with_context(context),
+        };
+        let meta = from.metadata().with_context(context)?;
+        if !meta.is_file() {
+            return Err(failure(
+                format!("the base '{name}' there is no file"),
+                "put a raw image there",
+            ));
+        }
+        // If it can, the file system shares what is in it.
+        if meta.len() <= disk.capacity && rustix::fs::ioctl_ficlone(&to, &from).is_ok() {
+            return to.set_len(disk.capacity).with_context(context);
+        }
+        is_room_for(&self.path, (meta.blocks() * 512).min(disk.capacity))?;
+        copy_data(&mut from, &mut to, meta.len().min(disk.capacity)).with_context(context)
     }
 
     fn check_room(&self, disks: &[Blank], files: u64) -> Result<()> {
@@ -379,7 +455,8 @@ mod tests {
     };
 
     fn open(home: &Home, name: &str, owner: &Owner) -> Result<Folder> {
-        Folder::open(home, &name.parse().unwrap(), owner.clone(), &[DISK], 0)
+        let parts = (&[DISK][..], &[][..]);
+        Folder::open(home, &name.parse().unwrap(), owner.clone(), parts, 0)
     }
 
     /// One that was broken off when something had come.
@@ -417,10 +494,56 @@ mod tests {
             ..DISK
         };
         let name = "site".parse().unwrap();
-        let folder = Folder::open(&home, &name, web, &[large], 0).unwrap();
+        let folder = Folder::open(&home, &name, web, (&[large], &[]), 0).unwrap();
         assert_eq!(content(&home.disks().join("site")), 0);
         drop(folder);
         assert!(!home.disks().join("site").exists());
+    }
+
+    #[test]
+    fn a_new_disk_has_what_its_base_has_whatever_its_size() {
+        let (_dir, home) = home();
+        fs::create_dir(home.bases()).unwrap();
+        let len = DISK.capacity as usize;
+        // Holes, too.
+        let mut bytes = vec![0; 2 * len];
+        bytes[..5000].fill(1);
+        bytes[700_000..].fill(2);
+        for (number, size) in [len / 2, len, 2 * len].into_iter().enumerate() {
+            let base = home.bases().join("base.img");
+            fs::write(&base, &bytes[..size]).unwrap();
+            let of = |name: &str| {
+                let base = Base {
+                    index: 1,
+                    name: name.to_owned(),
+                };
+                let web = owner(&number.to_string(), "alpha");
+                let name = format!("vm{number}").parse().unwrap();
+                Folder::open(&home, &name, web, (&[DISK], &[base]), 0)
+            };
+            for wrong in ["other", "../bases/base.img", ".base", ""] {
+                assert!(of(wrong).is_err(), "{wrong}");
+            }
+            let folder = of("base.img").unwrap();
+            let mut wanted = bytes[..size.min(len)].to_vec();
+            wanted.resize(len, 0);
+            assert!(fs::read(folder.disk(1)).unwrap() == wanted);
+            // What was kept since stays.
+            fs::write(folder.disk(1), vec![3; len]).unwrap();
+            drop(folder);
+            let folder = of("base.img").unwrap();
+            assert!(fs::read(folder.disk(1)).unwrap() == vec![3; len]);
+            drop(folder);
+        }
+        let link = home.bases().join("link");
+        std::os::unix::fs::symlink("/etc/hostname", link).unwrap();
+        let base = Base {
+            index: 1,
+            name: "link".to_owned(),
+        };
+        let name = "thief".parse().unwrap();
+        let web = owner("9", "alpha");
+        assert!(Folder::open(&home, &name, web, (&[DISK], &[base]), 0).is_err());
     }
 
     #[test]

@@ -103,6 +103,10 @@ impl Receiver for Here<'_> {
         resume_orphan(&self.vm)
     }
 
+    fn has_ended(&mut self) -> bool {
+        matches!(self.vm.process(), Ok(None))
+    }
+
     fn called(&self) -> String {
         format!("'{}'", self.vm.name)
     }

@@ -38,6 +38,9 @@ const END: Duration = Duration::from_secs(10);
 /// How long a destination asks a source that is dead whether it may run the
 /// guest, before it can be told.
 const INQUIRY: Duration = Duration::from_secs(40);
+/// How long a source may take to hear that all has followed its guest, when the
+/// destination has ended.
+const SETTLED: Duration = Duration::from_secs(2);
 /// How long a destination tries to get at memory that has not followed its guest.
 const FOLLOW: Duration = Duration::from_secs(300);
 
@@ -107,6 +110,18 @@ pub(crate) struct Args {
     #[arg(long, requires = "node", conflicts_with_all = ["delete_disks", "discard"])]
     shared_disks: bool,
 
+    /// An image in /var/lib/blanket/bases of the other node with which a disk has much in common:
+    /// what is the same there need not be sent. Once for each disk that is written to, in their
+    /// order.
+    #[arg(long, value_name = "NAME", requires = "node", conflicts_with_all = ["shared_disks", "discard"])]
+    base: Vec<String>,
+
+    /// Have the VM change hands before its disks' content, which follows it: what it reads there
+    /// is fetched when it needs that, and all else besides. Until all is there, it needs both
+    /// nodes: if this one fails, what is missing of its disks gives errors.
+    #[arg(long, requires = "node", conflicts_with_all = ["shared_disks", "discard", "dry_run"])]
+    lazy_disks: bool,
+
     /// Only tell what it would be like: how much would be sent, how long it would take, and how
     /// long the VM would stand still. Another node is asked whether it has a place for it.
     #[arg(long)]
@@ -117,7 +132,7 @@ pub(crate) struct Args {
     #[arg(long, requires = "node", conflicts_with = "dry_run")]
     discard: bool,
 
-    /// Compare all memory and disks at both ends while the VM stands still: for tests.
+    /// Compare all memory and disks (but those that follow) at both ends while the VM stands still: for tests.
     #[arg(long, hide = true)]
     verify: bool,
 
@@ -173,6 +188,7 @@ impl Args {
                 None => Options::default().delta_cache,
             },
             verify: self.verify,
+            lazy_disks: self.lazy_disks,
             ..Options::default()
         }
     }
@@ -232,6 +248,10 @@ trait Receiver {
     /// It cannot be asked.
     fn take_over(&mut self) -> Result<State>;
 
+    /// Whether its monitor has ended, after the guest ran there; false if that is
+    /// not known.
+    fn has_ended(&mut self) -> bool;
+
     /// What the VM is called there, for people.
     fn called(&self) -> String;
 }
@@ -257,7 +277,7 @@ fn relocate(
         let _ = client.cancel_migration();
         return Err(error);
     }
-    let status = follow(&client, &interrupted, watch);
+    let status = follow(&client, receiver, &interrupted, watch);
     signal_hook::low_level::unregister(signal);
     match status {
         Ok(status) if status.phase == Phase::Moved => {
@@ -268,14 +288,18 @@ fn relocate(
         Ok(status) if status.phase == Phase::Following => {
             // It says there why, if it can.
             let _ = receiver.moved();
+            if receiver.has_ended() {
+                // What is left here is of no use to anybody.
+                end_useless(source)?;
+            }
             Err(failure(
                 format!(
-                    "'{}' was handed over, and has not got all its memory: {}",
+                    "'{}' was handed over, and has not got all that was to follow it: {}",
                     source.name,
                     status.error.unwrap_or_default()
                 ),
                 format!(
-                    "it cannot run here any more (blanket rm {}); see what became of {}",
+                    "it cannot run here any more (blanket rm {}), its disks here are as it left them; see what became of {} (blanket ps -a)",
                     source.name,
                     receiver.called()
                 ),
@@ -307,9 +331,11 @@ fn relocate(
 /// Waits until it is decided who has the guest.
 fn follow(
     client: &Client,
+    receiver: &mut dyn Receiver,
     interrupted: &AtomicBool,
     watch: &mut dyn FnMut(&Status),
 ) -> Result<Status> {
+    let mut ended = None;
     loop {
         let status = if interrupted.swap(false, Ordering::Relaxed) {
             client.cancel_migration()?
@@ -320,6 +346,21 @@ fn follow(
         match status.phase {
             Phase::Moved | Phase::Failed => return Ok(status),
             Phase::Following if status.error.is_some() => return Ok(status),
+            Phase::Following if receiver.has_ended() => {
+                // It may have got all of it before.
+                let since = *ended.get_or_insert_with(Instant::now);
+                if since.elapsed() > SETTLED {
+                    let error = format!(
+                        "its new monitor has ended while {} MiB were on their way",
+                        status.left_behind().unwrap_or_default().div_ceil(1 << 20)
+                    );
+                    return Ok(Status {
+                        error: Some(error),
+                        ..status
+                    });
+                }
+                std::thread::sleep(LOOK);
+            }
             Phase::Handed if status.error.is_some() => {
                 return Err(anyhow::anyhow!(status.error.unwrap_or_default()));
             }
@@ -340,6 +381,16 @@ fn leave(source: &VmDir, client: &Client) -> Result<()> {
         process.wait(END)?;
     }
     remove(source)
+}
+
+/// Ends the monitor of a guest that was handed over, and is gone.
+fn end_useless(source: &VmDir) -> Result<()> {
+    if let Some((_, process)) = source.process()? {
+        process.kill()?;
+        process.wait(END)?;
+    }
+    noted_end(source);
+    Ok(())
 }
 
 /// Ends a VM's monitor if need be, and removes what there is of it.
@@ -398,6 +449,14 @@ fn take_over(source: &VmDir, receiver: &mut dyn Receiver, error: anyhow::Error) 
                 source.name
             ),
         )),
+        State::Ended => Err(failure(
+            format!(
+                "'{}' was migrated and ran as {}, and has ended since: {error:#}",
+                source.name,
+                receiver.called()
+            ),
+            format!("remove it here (blanket rm {})", source.name),
+        )),
         State::Gone => Err(failure(
             format!(
                 "the monitor of '{}' ended while it was migrated, before the new one had all of it: {error:#}",
@@ -417,10 +476,14 @@ fn resume_orphan(receiver: &VmDir) -> Result<State> {
     let client = receiver.client()?;
     let begin = Instant::now();
     let mut patience = INQUIRY;
+    let mut ran = false;
     while begin.elapsed() < patience && receiver.process()?.is_some() {
         match client.info() {
             Ok(info) if has_arrived(&client, info.state) => return Ok(State::Runs),
-            Ok(info) if info.state == VmState::Running => patience = FOLLOW,
+            Ok(info) if info.state == VmState::Running => {
+                ran = true;
+                patience = FOLLOW;
+            }
             // It had been paused, and stays so: nobody else has it.
             Ok(info) if info.state == VmState::Paused && is_at_rest(&client) => {
                 return Ok(State::Runs);
@@ -437,7 +500,7 @@ fn resume_orphan(receiver: &VmDir) -> Result<State> {
     if receiver.process()?.is_some() {
         return Ok(State::Undecided);
     }
-    has_ended(receiver)
+    has_ended(receiver, ran)
 }
 
 /// Whether a guest is a receiver's, with all its memory: it runs, or was paused and
@@ -466,13 +529,16 @@ fn is_followed(client: &Client) -> bool {
     status.map_or(true, |status| status.phase == Phase::Following)
 }
 
-/// What it means that a receiver on this node has ended. Nothing is left of one
-/// whose guest never ran.
-fn has_ended(receiver: &VmDir) -> Result<State> {
+/// What it means that a receiver on this node has ended, whose guest `ran` or
+/// not. Nothing is left of one whose guest never ran.
+fn has_ended(receiver: &VmDir, ran: bool) -> Result<State> {
     noted_end(receiver);
     let exit = receiver.read::<Exit>(&receiver.exit())?;
     if exit.is_some_and(|exit| exit.reason.contains(MEMORY_LOST)) {
         return Ok(State::Lost);
+    }
+    if ran {
+        return Ok(State::Ended);
     }
     remove(receiver)?;
     Ok(State::Gone)

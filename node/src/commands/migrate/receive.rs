@@ -14,11 +14,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use blanket_drivers::store::{Engine, Format};
+use blanket_migration::Phase;
 use blanket_vmm::api::types::VmState;
+use blanket_vmm::client::Client;
 use blanket_vmm::config::{CharConfig, VmConfig};
 use sha2::{Digest, Sha256};
 
 use super::folder::{self, Folder, Owner};
+use super::remote::is_readable;
 use super::shared;
 use super::{INQUIRY, LOOK, has_arrived, has_ended, is_followed, resume_orphan};
 use crate::cluster::names::NodeName;
@@ -34,6 +37,8 @@ use crate::name::VmName;
 
 /// How long the other node may be silent before the guest has begun to move.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How often it is looked whether the VM runs, and on.
+const ATTENTION: Duration = Duration::from_millis(100);
 /// The largest kernel or initial RAM disk.
 pub(crate) const MAX_BOOT: u64 = 4 << 30;
 /// Bytes of a file that are taken at once.
@@ -87,11 +92,15 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
     answer(&mut stream, || arrival.start(home, go))?;
     // However long it takes: the engine has its own limits.
     stream.set_read_timeout(None)?;
-    let state = match hear(&mut stream) {
-        Ok(Verdict::Moved | Verdict::Stayed) => arrival.settle()?,
-        Ok(Verdict::Orphaned) => resume_orphan(&arrival.vm)?,
-        // Nobody is there to be told: the guest's monitors know.
-        Err(_) => arrival.settle()?,
+    let mut ran = false;
+    let state = match arrival.attend(&stream, &mut ran)? {
+        Some(ended) => ended,
+        None => match hear(&mut stream) {
+            Ok(Verdict::Moved | Verdict::Stayed) => arrival.settle(ran)?,
+            Ok(Verdict::Orphaned) => resume_orphan(&arrival.vm)?,
+            // Nobody is there to be told: the guest's monitors know.
+            Err(_) => arrival.settle(ran)?,
+        },
     };
     arrival.end(state)?;
     let _ = say(&mut stream, &state);
@@ -173,6 +182,19 @@ pub(crate) fn localized(
     config
 }
 
+/// Whether a VM in this state, which another monitor's guest comes to, has run it.
+fn has_run(client: &Client, state: VmState) -> bool {
+    let came = || {
+        let status = client.migration();
+        status.is_ok_and(|it| matches!(it.phase, Phase::Following | Phase::Moved))
+    };
+    match state {
+        VmState::Running => true,
+        VmState::Stopped => came(),
+        VmState::Created | VmState::Paused | VmState::Suspended => false,
+    }
+}
+
 /// A VM that comes.
 struct Arrival {
     vm: VmDir,
@@ -206,7 +228,8 @@ impl Arrival {
         let files = parcel.files.iter().filter(is_disk).map(|item| item.len);
         let files = files.fold(0, u64::saturating_add);
         let folder = if files > 0 || !parcel.disks.is_empty() {
-            Some(Folder::open(home, &name, owner, &parcel.disks, files)?)
+            let parts = (&*parcel.disks, &*parcel.bases);
+            Some(Folder::open(home, &name, owner, parts, files)?)
         } else {
             None
         };
@@ -303,16 +326,33 @@ impl Arrival {
         start.claim_and_start(home, &self.vm.name).map(drop)
     }
 
+    /// Waits for the other node's word; or until the guest has run here, and its
+    /// monitor has ended before that. `ran` is told whether it has.
+    fn attend(&self, stream: &UnixStream, ran: &mut bool) -> Result<Option<State>> {
+        let client = self.vm.client()?;
+        while !is_readable(stream, ATTENTION) {
+            if self.vm.process()?.is_some() {
+                let info = client.info();
+                *ran |= info.is_ok_and(|info| has_run(&client, info.state));
+            } else if *ran {
+                return has_ended(&self.vm, true).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
     /// Waits until it is decided who has the guest: the monitor here runs it, or
-    /// ends.
-    fn settle(&self) -> Result<State> {
+    /// ends; it `ran` here or has not yet.
+    fn settle(&self, mut ran: bool) -> Result<State> {
         let client = self.vm.client()?;
         let mut paused = None;
         loop {
             if self.vm.process()?.is_none() {
-                return has_ended(&self.vm);
+                return has_ended(&self.vm, ran);
             }
-            match client.info() {
+            let info = client.info();
+            ran |= info.as_ref().is_ok_and(|info| has_run(&client, info.state));
+            match info {
                 // What carries its memory here ends with this process.
                 Ok(info) if has_arrived(&client, info.state) => return Ok(State::Runs),
                 // It asks the source for a while. After that it is for people

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use super::{Args, Outcome, Receiver, Report, Shown, forecast, relocate, shared};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{
-    Answer, Blank, Go, Item, Parcel, State, Verdict, What, Wish, hear, say,
+    Answer, Base, Blank, Go, Item, Parcel, State, Verdict, What, Wish, hear, say,
 };
 use crate::daemon::Carriage;
 use crate::daemon::local::{self, Hold, Migrate};
@@ -31,6 +31,8 @@ const COME: Duration = Duration::from_secs(30);
 /// How long it may take for a step: making disks, starting a monitor, asking for
 /// a guest's fate.
 const STEP: Duration = Duration::from_secs(120);
+/// How long it may take to copy the bases of disks.
+const COPY: Duration = Duration::from_secs(3600);
 /// Bytes of a file that are sent at once.
 const PIECE: usize = 256 << 10;
 
@@ -54,6 +56,7 @@ pub(super) fn migrate(
         false => config.clone(),
     };
     let (mut parcel, files) = pack(source, &new, &info, &unshared)?;
+    parcel.bases = bases(&parcel.disks, &args.base)?;
     let mut markers = Vec::new();
     if args.shared_disks {
         (parcel.shared, markers) = shared::mark(&config)?;
@@ -63,7 +66,12 @@ pub(super) fn migrate(
         false => Carriage::Tls,
     };
     let (_way, mut stream) = call(home, source, &node, carriage)?;
+    if !parcel.bases.is_empty() {
+        // They are copied there.
+        stream.set_read_timeout(Some(COPY))?;
+    }
     step(&mut stream, &parcel)?;
+    stream.set_read_timeout(Some(STEP))?;
     drop(markers);
     let request = Request {
         options: args.options(),
@@ -87,6 +95,7 @@ pub(super) fn migrate(
         },
         name: new.clone(),
         node: node.clone(),
+        heard: None,
     };
     let status = relocate(source, &mut receiver, &mut |status| shown.show(status))?;
     Ok(Outcome::Moved(Box::new(Report {
@@ -95,6 +104,27 @@ pub(super) fn migrate(
         left: dispose(home, &unshared, args.delete_disks),
         status,
     })))
+}
+
+/// Which images of the other node's are laid under which disks: the first one under
+/// the first disk that moves along, and so on.
+fn bases(disks: &[Blank], names: &[String]) -> Result<Vec<Base>> {
+    if names.len() > disks.len() {
+        return Err(failure(
+            format!(
+                "there are {} bases, and {} disks that move along",
+                names.len(),
+                disks.len()
+            ),
+            "name one for each disk that is written to, in their order",
+        ));
+    }
+    let named = disks.iter().zip(names);
+    let base = |(disk, name): (&Blank, &String)| Base {
+        index: disk.index,
+        name: name.clone(),
+    };
+    Ok(named.map(base).collect())
 }
 
 /// Has another node come for a VM. It can as long as what is returned is held.
@@ -126,6 +156,7 @@ fn discard(home: &Home, source: &VmDir, node: &NodeName, args: &Args) -> Result<
         wish: Wish::Discard,
         files: Vec::new(),
         disks: Vec::new(),
+        bases: Vec::new(),
         shared: Vec::new(),
     };
     step(&mut stream, &parcel)?;
@@ -178,6 +209,7 @@ pub(crate) fn pack(
         wish: Wish::Come,
         files: files.iter().map(|(_, item)| *item).collect(),
         disks,
+        bases: Vec::new(),
         shared: Vec::new(),
     };
     Ok((parcel, files))
@@ -323,6 +355,14 @@ impl Drop for Socket {
     }
 }
 
+/// Whether something can be read, or the other end is gone, within a time.
+pub(crate) fn is_readable(stream: &UnixStream, within: Duration) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let timeout = Timespec::try_from(within).ok();
+    let mut fds = [PollFd::new(stream, PollFlags::IN)];
+    poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0)
+}
+
 /// Says something and waits until it is done there.
 pub(crate) fn step(stream: &mut UnixStream, what: &impl serde::Serialize) -> Result<()> {
     say(stream, what)?;
@@ -369,10 +409,15 @@ struct There {
     go: Go,
     name: VmName,
     node: NodeName,
+    /// What it has said before it was asked.
+    heard: Option<State>,
 }
 
 impl There {
     fn ends(&mut self, verdict: Verdict) -> Result<State> {
+        if let Some(state) = self.heard {
+            return Ok(state);
+        }
         say(&mut self.stream, &verdict)?;
         Ok(hear(&mut self.stream)?)
     }
@@ -414,6 +459,13 @@ impl Receiver for There {
 
     fn take_over(&mut self) -> Result<State> {
         self.ends(Verdict::Orphaned)
+    }
+
+    fn has_ended(&mut self) -> bool {
+        if self.heard.is_none() && is_readable(&self.stream, Duration::ZERO) {
+            self.heard = hear(&mut self.stream).ok();
+        }
+        matches!(self.heard, Some(State::Ended | State::Lost))
     }
 
     fn called(&self) -> String {

@@ -62,6 +62,14 @@ impl Report {
                 following.faults,
             );
         }
+        if let Some(following) = &status.following_disks {
+            text += &format!(
+                "{:.0} MiB of its disks followed, and were there {:.1} ms after it had been stopped; it had to wait for some {} times\n",
+                mib(following.missing),
+                ms(following.us),
+                following.faults,
+            );
+        }
         let packed = &status.packed;
         for (what, before, after) in [
             (
@@ -155,13 +163,21 @@ fn line(status: &Status) -> String {
             );
         }
         Phase::Following => {
-            let following = status.following.unwrap_or_default();
-            return format!(
-                "it runs there, its memory follows: {:.0} of {:.0} MiB to go; it had to wait for memory {} times",
-                mib(following.left),
-                mib(following.missing),
-                following.faults,
-            );
+            let parts = [
+                (&status.following, "memory"),
+                (&status.following_disks, "disks"),
+            ];
+            let parts = parts.iter().filter_map(|(following, what)| {
+                let following = following.as_ref()?;
+                Some(format!(
+                    "{what}: {:.0} of {:.0} MiB to go, it had to wait for some {} times",
+                    mib(following.left),
+                    mib(following.missing),
+                    following.faults,
+                ))
+            });
+            let parts: Vec<_> = parts.collect();
+            return format!("it runs there, more follows: {}", parts.join("; "));
         }
         Phase::Replicating => {
             let all = status.replication.clone().unwrap_or_default();
