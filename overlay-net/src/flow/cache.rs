@@ -128,6 +128,11 @@ impl Cache {
         at
     }
 
+    /// The decision at `at`.
+    pub(super) fn decision(&self, at: usize) -> &Decision {
+        &self.slots[at].decision
+    }
+
     /// Counts frames for the decision at `at`, and gives it.
     pub(super) fn count(&mut self, at: usize, packets: u64, bytes: u64, now: u64) -> &Decision {
         let slot = &mut self.slots[at];

@@ -103,6 +103,18 @@ impl Pipeline {
             .put(hash, masked, start.table, generation, decision)
     }
 
+    /// Whether a frame of `len` bytes just goes through the learning bridge, as
+    /// most do: then it is counted, and there is nothing to
+    /// [run](Pipeline::run).
+    pub fn is_normal(&mut self, now: Duration, key: &Key, len: usize) -> bool {
+        let at = self.lookup(key, Start::default());
+        let normal = self.cache.decision(at).is_normal();
+        if normal {
+            self.cache.count(at, 1, len as u64, millis(now));
+        }
+        normal
+    }
+
     /// Does with a frame what the tables say: `sink` takes what comes out.
     pub fn run(&mut self, now: Duration, packet: &mut Packet<'_, '_>, sink: &mut dyn Sink) {
         self.go(now, Start::default(), RECIRCULATIONS, packet, sink);

@@ -22,7 +22,7 @@ use crate::bridge::{
 use crate::directory::{Directory, Gossip, Key as Record, Limits, NodeId, Settings, Value};
 use crate::drops::{Drops, Reason};
 use crate::flow::{Packet, Sink, Target};
-use crate::frame::{Frame, HEAD, Head, Key, Offload, PortId, Segmenter, Vni, parse};
+use crate::frame::{Frame, HEAD, Head, Key, Layers, Offload, PortId, Segmenter, Vni, parse};
 use crate::port::{BURST, Port};
 use crate::tunnel::{PublicKey, flow_hash};
 
@@ -782,32 +782,35 @@ impl Switch {
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
             return self.drop(from, Reason::Malformed);
         };
-        let mut packet = Packet {
-            frame: &mut frame,
-            key,
-            layers,
-        };
         let flows = self.flows.get_mut(&vni);
         let Some(mut pipeline) = flows.and_then(|flows| flows.pipeline.take()) else {
             return self.drop(from, Reason::NoNetwork);
         };
-        let mut out = Out { switch: self, from };
-        pipeline.run(out.switch.now, &mut packet, &mut out);
+        if pipeline.is_normal(self.now, &key, len) {
+            self.bridge(from, &key, &layers, &mut frame);
+        } else {
+            let mut packet = Packet {
+                frame: &mut frame,
+                key,
+                layers,
+            };
+            let now = self.now;
+            let mut out = Out { switch: self, from };
+            pipeline.run(now, &mut packet, &mut out);
+        }
         if let Some(flows) = self.flows.get_mut(&vni) {
             flows.pipeline = Some(pipeline);
         }
     }
 
     /// The way through the bridge.
-    fn bridge(&mut self, from: Place, packet: &Packet<'_, '_>) {
-        let mut frame = packet.frame.clone();
-        let (key, layers) = (&packet.key, &packet.layers);
+    fn bridge(&mut self, from: Place, key: &Key, layers: &Layers, frame: &mut Frame<'_>) {
         let mut outputs = std::mem::take(&mut self.outputs);
         let bridge = &mut self.bridge;
         // What it drops, the bridge counts.
-        let _ = bridge.forward(self.now, from, key, layers, &mut frame, &mut outputs);
+        let _ = bridge.forward(self.now, from, key, layers, frame, &mut outputs);
         for output in &outputs.list {
-            self.emit(output, key, &frame);
+            self.emit(output, key, frame);
         }
         if let Some(mut reply) = outputs.reply.take() {
             let (to, mut offload) = (reply.output, Offload::default());
@@ -956,7 +959,10 @@ impl Sink for Out<'_> {
     fn send(&mut self, target: Target, packet: &Packet<'_, '_>) {
         let (switch, from) = (&mut *self.switch, self.from);
         match target {
-            Target::Normal => switch.bridge(from, packet),
+            Target::Normal => {
+                let mut frame = packet.frame.clone();
+                switch.bridge(from, &packet.key, &packet.layers, &mut frame);
+            }
             Target::Flood | Target::All => switch.flood(from, packet),
             Target::Port(id) | Target::Mirror(id) => {
                 // Nothing leaves its network.

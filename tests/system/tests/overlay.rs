@@ -282,3 +282,36 @@ fn tenants_on_different_nodes_are_on_one_network_and_nothing_of_it_can_be_read_b
         assert!(known.contains("peer n1"), "{known}");
     });
 }
+
+#[test]
+fn flows_drop_rewrite_and_count_what_they_match() {
+    natively(nodes, |host: &Host| {
+        let node = Node::new(host, 1);
+        node.start("");
+        node.net("create blue");
+        node.tenant("blue", "a", "10.0.0.1/24", "");
+        node.tenant("blue", "b", "10.0.0.2/24", "");
+        assert!(pings(host, "a", "10.0.0.2"));
+        node.net("flow add blue priority=100,icmp,in_port=a,actions=drop");
+        assert!(!pings(host, "a", "10.0.0.2"));
+        let flows = node.net("flow ls blue");
+        let line = flows.lines().find(|line| line.contains("icmp")).unwrap();
+        assert!(line.contains("n_packets=1"), "{flows}");
+        let trace = node.net("trace blue in_port=a,icmp,nw_dst=10.0.0.2");
+        assert!(
+            trace.contains("priority 100") && trace.contains("drop"),
+            "{trace}"
+        );
+        // It is kept; the one for all others is, too.
+        node.kill();
+        node.start("");
+        let again = node.net("flow ls blue");
+        assert!(
+            again.contains("icmp") && again.contains("NORMAL"),
+            "{again}"
+        );
+        assert!(node.net("flow del blue icmp").contains("1 removed"));
+        let said = node.refusal("flow add blue priority=1,ip,nw_dst=10.0.0.300,actions=drop");
+        assert!(said.contains("column 22"), "{said}");
+    });
+}
