@@ -158,11 +158,16 @@ fn late(missing: &[(u16, u16)], deeds: &[(Deed, u32, u16)]) {
         let end = (at + u64::from(*len) * 512).min(CAPACITY);
         let range = at..end;
         let all = (at / BLOCK) as usize..end.div_ceil(BLOCK) as usize;
-        let last = if end == CAPACITY { end.div_ceil(BLOCK) } else { end / BLOCK };
+        let last = if end == CAPACITY {
+            end.div_ceil(BLOCK)
+        } else {
+            end / BLOCK
+        };
         let whole = at.div_ceil(BLOCK) as usize..last as usize;
         match deed {
             Deed::Bring => {
-                let brought = absent.bring(range, |run| Bounds::check(run.start, run.end - run.start));
+                let brought =
+                    absent.bring(range, |run| Bounds::check(run.start, run.end - run.start));
                 assert!(brought.is_ok());
                 if !whole.is_empty() {
                     model[whole].fill(false);

@@ -300,20 +300,25 @@ impl Control {
         Ok(self.order(|switch| switch.ports()).await?)
     }
 
-    /// Makes a port. One of that name is replaced if it is another.
+    /// Makes a port; nothing if there is just that one already.
     ///
     /// # Errors
     ///
-    /// There is no such network, or what is to be behind the port cannot be
-    /// had.
+    /// There is no such network, another port of that name, or what is to be
+    /// behind the port cannot be had.
     pub async fn put_port(&mut self, name: String, spec: PortSpec) -> Result<PortStatus, Error> {
         check_name(&name)?;
         if !self.saved.networks.contains_key(&spec.network) {
             return Err(switch::Error::NoNetwork(spec.network).into());
         }
-        if self.saved.ports.contains_key(&name) {
-            let old = name.clone();
-            self.order(move |switch| switch.remove_port(&old)).await??;
+        if let Some(old) = self.saved.ports.get(&name) {
+            let same = *old == spec;
+            let ports = self.ports().await?;
+            let port = ports.into_iter().find(|port| port.name == name);
+            return match port {
+                Some(port) if same && port.down.is_none() => Ok(port),
+                _ => Err(switch::Error::Exists(name).into()),
+            };
         }
         let (key, kept) = (name.clone(), spec.clone());
         let port: Box<dyn Port> = port::open(&spec.attachment, self.mtu(&spec))?;

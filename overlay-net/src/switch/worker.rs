@@ -35,6 +35,9 @@ const ORDERS: u64 = u64::MAX;
 /// The token of the uplinks' descriptor.
 const UPLINK: u64 = u64::MAX - 1;
 
+/// How often what time asks for is done at least while there is work.
+const BUSY_TICK: Duration = Duration::from_millis(10);
+
 /// The longest sleep: clocks of the tables are in seconds.
 const NAP: Duration = Duration::from_secs(1);
 
@@ -130,6 +133,7 @@ impl Worker {
     /// Runs until the last handle is gone.
     fn run(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 64];
+        let mut due = Instant::now();
         loop {
             if !self.obey()? {
                 return Ok(());
@@ -139,13 +143,15 @@ impl Worker {
                     break;
                 }
             }
+            let now = Instant::now();
+            if self.active.is_empty() || now >= due {
+                due = self.switch.tick(now).unwrap_or(now + NAP);
+                if !self.active.is_empty() {
+                    due = due.min(now + BUSY_TICK);
+                }
+            }
             let timeout = if self.active.is_empty() {
-                let now = Instant::now();
-                let due = self
-                    .switch
-                    .tick(now)
-                    .map(|due| due.saturating_duration_since(now));
-                let nap = due.map_or(NAP, |due| due.min(NAP));
+                let nap = due.saturating_duration_since(now).min(NAP);
                 // Rounded up: not to wake before there is something to do.
                 i32::try_from(nap.as_millis() + 1).unwrap_or(i32::MAX)
             } else {
@@ -156,9 +162,6 @@ impl Worker {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(error),
             };
-            if count == 0 && timeout == 0 {
-                self.switch.tick(Instant::now());
-            }
             for event in &events[..count] {
                 self.wake_up(event.data());
             }

@@ -96,7 +96,12 @@ fn a_store_that_is_drained_waits_for_what_has_not_come() {
     unsafe { store.submit(request) }.unwrap();
     store.commit().unwrap();
     assert!(!event_within(&*store, 50) && store.in_flight() == 1);
-    assert!(absent.take_wanted().into_iter().eq([0..3 * BLOCK]));
+    assert!(
+        absent
+            .take_wanted()
+            .into_iter()
+            .eq(std::iter::once(0..3 * BLOCK))
+    );
     let bringer = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
         bring(&absent, &access, &source(), 0..1 << 20);
