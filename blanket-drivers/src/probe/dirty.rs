@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_regs, kvm_userspace_memory_regio
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::Finding;
+use super::{Finding, Virtualization};
 use crate::rings::{self, Rings};
 
 const COST: &str = "migrating a guest of very much memory stops it for longer";
@@ -22,6 +22,14 @@ pub(super) fn pages() -> Finding {
     let Ok(kvm) = Kvm::new() else {
         return Finding::missing("/dev/kvm cannot be asked", "no guest can run", "see above");
     };
+    if !Virtualization::of_this_machine().is_hardware() {
+        return Finding::limited(
+            "KVM's dirty log is used: rings miss pages under load without hardware virtualization",
+            COST,
+            "nothing can be done about it here",
+        )
+        .fact("dirty", "log");
+    }
     match try_out(&kvm) {
         Ok(Ok(entries)) => {
             Finding::ok("KVM lists them in a ring of each vCPU: tried, each write is listed once")

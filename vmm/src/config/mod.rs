@@ -83,7 +83,7 @@ pub enum MachineChoice {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum DirtyChoice {
-    /// By rings where KVM has them, else by its log.
+    /// By rings where KVM has them and works in hardware, else by its log.
     #[default]
     Auto,
     /// By a ring for each vCPU, a list of pages: does not cost more where a
@@ -269,7 +269,7 @@ pub struct VmConfig {
     pub shared_memory: Option<bool>,
 
     /// How KVM tells which pages the guest writes, for a migration [default:
-    /// auto, rings where KVM has them].
+    /// auto, rings where KVM has them and works in hardware].
     #[arg(long, value_name = "HOW")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dirty: Option<DirtyChoice>,

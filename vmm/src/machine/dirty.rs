@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use blanket_drivers::probe::Virtualization;
 use blanket_drivers::rings::{self, Rings};
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -10,11 +11,21 @@ use super::{Error, resource};
 use crate::config::{DirtyChoice, VmConfig};
 
 /// Switches dirty rings on for a VM without vCPUs, if its configuration wants them
-/// and this KVM has them: the entries of each.
+/// and this KVM has them: the entries of each. Without hardware virtualization,
+/// rings have been seen to miss pages under load (KVM-PVM, which has shadow page
+/// tables): they are not used there.
 pub(crate) fn enable(vm: &VmFd, config: &VmConfig) -> Result<Option<u32>, Error> {
     let choice = config.dirty.unwrap_or_default();
-    if choice == DirtyChoice::Log {
-        return Ok(None);
+    let sound = Virtualization::of_this_machine().is_hardware();
+    match choice {
+        DirtyChoice::Log => return Ok(None),
+        DirtyChoice::Auto if !sound => return Ok(None),
+        DirtyChoice::Ring if !sound => {
+            return Err(Error::Missing(
+                "dirty rings that list all that is written: those of a KVM without hardware virtualization do not (use --dirty log)",
+            ));
+        }
+        DirtyChoice::Auto | DirtyChoice::Ring => {}
     }
     match rings::enable(vm, config.memory()) {
         Ok(entries) => Ok(Some(entries)),
