@@ -28,34 +28,44 @@ const SECONDS: u32 = 3;
 /// bridge between them (`10.1.0.x`).
 const NETWORKS: &str = r#"set -e
 for n in n1 n2 t1 t2; do ip netns add $n; ip -n $n link set lo up; done
-ip link add u1 netns n1 type veth peer name u2 netns n2
+ip link add name u1 netns n1 type veth peer name u2 netns n2
 for i in 1 2; do
   ip -n n$i addr add 192.0.2.$i/24 dev u$i
   ip netns exec n$i ethtool -K u$i tso off tx-udp-segmentation off gro on >/dev/null
-  ip -n n$i link set u$i up
-  ip -n n$i link add vx type vxlan id 7 dstport 4788 local 192.0.2.$i remote 192.0.2.$((3 - i))
-  ip -n n$i link add br type bridge
-  ip link add k netns n$i type veth peer name k netns t$i
-  ip -n n$i link set vx master br
-  ip -n n$i link set k master br
-  for l in vx br k; do ip -n n$i link set $l up; done
-  ip -n t$i link set k mtu 1450
+  ip -n n$i link set dev u$i up
+  ip -n n$i link add name vx type vxlan id 7 dstport 4788 local 192.0.2.$i remote 192.0.2.$((3 - i))
+  ip -n n$i link add name br type bridge
+  ip link add name k netns n$i type veth peer name k netns t$i
+  ip -n n$i link set dev vx master br
+  ip -n n$i link set dev k master br
+  for l in vx br k; do ip -n n$i link set dev $l up; done
+  ip -n t$i link set dev k mtu 1450
   ip -n t$i addr add 10.1.0.$i/24 dev k
-  ip -n t$i link set k up
+  ip -n t$i link set dev k up
 done
 "#;
 
 /// The overlay between the same tenants (`10.2.0.x`).
 const OVERLAY: &str = r#"set -e
 for i in 1 2; do
+  mkdir -p /run/h$i
   ip netns exec n$i blanket-switch --socket /run/h$i/blanket-switch.sock --state /run/h$i/switch \
-    --listen 192.0.2.$i:4790 --interface u$i 2>/run/switch$i.log &
+    --listen 192.0.2.$i:4790 --interface u$i >/run/switch$i.log 2>&1 &
 done
+key() { blanket --home /run/h$1 net info --json | sed -n 's/.*"key": "\(.*\)".*/\1/p'; }
 for i in 1 2; do
   until blanket --home /run/h$i net info >/dev/null 2>&1; do sleep 0.1; done
+done
+for i in 1 2; do
+  o=$((3 - i))
+  blanket --home /run/h$i net peer add other --key "$(key $o)" --endpoint 192.0.2.$o:4790
   blanket --home /run/h$i net create blue
   ip netns exec n$i blanket --home /run/h$i net attach blue tenant --tap o$i
+  ip -n n$i link set dev o$i netns t$i
+  ip -n t$i addr add 10.2.0.$i/24 dev o$i
+  ip -n t$i link set dev o$i up
 done
+until ip netns exec t1 ping -c 1 -W 1 10.2.0.2 >/dev/null; do sleep 0.2; done
 "#;
 
 /// What was measured of one system.
