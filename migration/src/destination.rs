@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use blanket_memory::GuestRam;
 use blanket_memory::dirty::{PAGE, Pages};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::compare::{Compare, Unanswered};
 use crate::descriptors;
@@ -20,8 +20,9 @@ use crate::follow::{self, Follower, Lost, Remote, SPARES, Way, What};
 use crate::frames::{self, Place};
 use crate::squeeze;
 use crate::status::{Following, MOST_STREAMS, Phase, Progress, micros};
+use crate::sum::sum;
 use crate::way::{self, Stream};
-use crate::wire::{self, Accepted, Hello, Join, Kind, MOST_MEMORY, Offer, Restored, Running};
+use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};
 
 /// How long a destination that could run the guest asks whether it may, when
 /// the connection is gone.
@@ -657,48 +658,4 @@ fn clear(ram: &GuestRam, at: GuestAddress) -> Result<(), Error> {
         ram.write_slice(&[0; PAGE], at).map_err(|_| Error::Memory)?;
     }
     Ok(())
-}
-
-/// What all memory and the disks add up to: each page's place and content, but
-/// for zeros.
-pub(crate) fn sum(ram: &GuestRam, disks: &Disks) -> io::Result<u64> {
-    let mut sum = 0u64;
-    let mut add = |place: &[u64], page: &[u8]| {
-        if page.iter().any(|byte| *byte != 0) {
-            let mut hasher = crc32fast::Hasher::new();
-            place
-                .iter()
-                .for_each(|number| hasher.update(&number.to_le_bytes()));
-            hasher.update(page);
-            sum = sum
-                .wrapping_mul(31)
-                .wrapping_add(u64::from(hasher.finalize()));
-        }
-    };
-    let mut page = [0; PAGE];
-    for region in ram.iter() {
-        for offset in (0..region.len()).step_by(PAGE) {
-            region
-                .read_slice(&mut page, MemoryRegionAddress(offset))
-                .map_err(io::Error::other)?;
-            add(&[region.start_addr().0 + offset], &page);
-        }
-    }
-    let mut piece = vec![0; MOST_MEMORY];
-    for (index, disk) in disks.iter().enumerate() {
-        let mut at = 0;
-        while let Some(data) = disk.next_data(at)? {
-            // Pages, wherever data begin.
-            at = data.start / PAGE as u64 * PAGE as u64;
-            while at < data.end {
-                let len = (disk.capacity() - at).min(MOST_MEMORY as u64) as usize;
-                disk.read(at, &mut piece[..len])?;
-                for (number, page) in piece[..len].chunks(PAGE).enumerate() {
-                    add(&[index as u64, at + (number * PAGE) as u64], page);
-                }
-                at += len as u64;
-            }
-        }
-    }
-    Ok(sum)
 }

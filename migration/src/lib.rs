@@ -147,6 +147,7 @@ pub mod records;
 mod source;
 mod squeeze;
 mod status;
+mod sum;
 mod throttle;
 pub mod way;
 pub mod wire;

@@ -16,12 +16,12 @@ use blanket_memory::dirty::{PAGE, Pages};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::descriptors;
-use crate::destination::sum;
 use crate::disk::{self, Disks};
 use crate::frames::{self, Place};
 use crate::keep::Keeper;
 use crate::squeeze::Squeeze;
 use crate::status::{Following, Mode, Options, Pace, Pause, Phase, Progress, micros};
+use crate::sum::sum;
 use crate::throttle;
 use crate::way::{self, Stream};
 use crate::wire::{self, Accepted, Hello, Join, Kind, Offer, Restored, Running};

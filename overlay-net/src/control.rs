@@ -194,14 +194,20 @@ impl Control {
     ///
     /// There is no such network, or one is no flow.
     pub async fn add_flows(&mut self, network: String, flows: Vec<String>) -> Result<(), Error> {
+        let mut added = Ok(());
         for flow in flows {
             let (name, kept) = (network.clone(), flow.clone());
-            self.order(move |switch| switch.add_flow(&name, &flow))
-                .await??;
+            added = self
+                .order(move |switch| switch.add_flow(&name, &flow))
+                .await?;
+            if added.is_err() {
+                break;
+            }
             let saved = self.saved.flows.entry(network.clone()).or_default();
             saved.push(Change::Add(kept));
         }
         self.saved.write(&self.path)?;
+        added?;
         Ok(())
     }
 

@@ -2,12 +2,9 @@
 
 use super::rounds::Load;
 use super::{Error, Guest, How, Source};
-use crate::disk::{self, Extent, Whole};
-use crate::status::{Following, Phase};
+use crate::disk::{self, Extent};
+use crate::status::Following;
 use crate::wire::{self, Kind, MOST_MEMORY};
-
-/// Bytes of a disk that are looked through at once.
-const STRETCH: u64 = 1 << 30;
 
 impl Source {
     /// Tells what the destination lacks of the disks: all of it but holes; or,
@@ -18,36 +15,13 @@ impl Source {
         guest: &mut dyn Guest,
         how: &How<'_>,
     ) -> Result<Vec<Extent>, Error> {
-        let disks = guest.disks();
-        {
-            let mut status = how.progress.lock();
-            status.phase = Phase::Disks;
-            status.disks = disks.iter().map(|disk| disk.capacity()).sum();
-        }
         let mut missing = 0;
         // Whatever there is: they follow.
         wire::send(&mut self.control, Kind::Absent, &[])?;
-        for (index, disk) in disks.iter().enumerate() {
-            disk.watch()?;
-            let blank = self.blank.get(index).copied().unwrap_or(false);
-            let mut whole = Whole::of(&**disk, index, !blank);
-            loop {
-                let extents = whole.next(STRETCH)?;
-                if extents.is_empty() {
-                    break;
-                }
-                let extents = match blank {
-                    true => extents,
-                    false => self.differing(&**disk, &extents, how)?,
-                };
-                missing += disk::bytes(&extents);
-                self.tell_absent(&extents)?;
-            }
-        }
-        if self.blank.iter().any(|blank| !blank) {
-            // What it had may not be durable there, and nothing else be sent.
-            self.flush()?;
-        }
+        self.look_over(guest, how, |this, _, _, extents| {
+            missing += disk::bytes(&extents);
+            this.tell_absent(&extents)
+        })?;
         how.progress.lock().following_disks = Some(Following {
             missing,
             left: missing,

@@ -96,6 +96,27 @@ impl Source {
         if disks.is_empty() {
             return Ok(Vec::new());
         }
+        self.look_over(guest, how, |this, guest, blank, extents| {
+            if extents.is_empty() {
+                return Ok(());
+            }
+            let fresh = if blank { Fresh::Disks } else { Fresh::Nothing };
+            this.disk_round(guest, extents, fresh, how)
+        })?;
+        let left = disk::written(&disks);
+        self.thin_out(guest, left, LITTLE, how)
+    }
+
+    /// Goes through all disks, of which what is written is noted from now on, and
+    /// gives `each` what the destination lacks of them, a stretch at a time, and
+    /// whether it has nothing of that disk.
+    pub(super) fn look_over(
+        &mut self,
+        guest: &mut dyn Guest,
+        how: &How<'_>,
+        mut each: impl FnMut(&mut Self, &mut dyn Guest, bool, Vec<Extent>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let disks = guest.disks();
         {
             let mut status = how.progress.lock();
             status.phase = Phase::Disks;
@@ -114,18 +135,14 @@ impl Source {
                     true => extents,
                     false => self.differing(&**disk, &extents, how)?,
                 };
-                if !extents.is_empty() {
-                    let fresh = if blank { Fresh::Disks } else { Fresh::Nothing };
-                    self.disk_round(guest, extents, fresh, how)?;
-                }
+                each(self, guest, blank, extents)?;
             }
         }
         if self.blank.iter().any(|blank| !blank) {
             // What it had may not be durable there, and nothing else be sent.
             self.flush()?;
         }
-        let left = disk::written(&disks);
-        self.thin_out(guest, left, LITTLE, how)
+        Ok(())
     }
 
     /// Sends what was written to the disks, until `little` is written meanwhile

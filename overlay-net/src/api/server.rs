@@ -67,8 +67,16 @@ fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
     }
 }
 
-fn refuse(rejection: &JsonRejection) -> Response {
-    problem(rejection.status(), rejection.body_text(), None)
+/// Does `act` with a request's body, if it is one.
+async fn with_body<T, R: Serialize>(
+    control: &Mutex<Control>,
+    body: Body<T>,
+    act: impl AsyncFnOnce(&mut Control, T) -> Result<R, Error>,
+) -> Response {
+    match body {
+        Ok(Json(body)) => answer(act(&mut *control.lock().await, body).await),
+        Err(rejection) => problem(rejection.status(), rejection.body_text(), None),
+    }
 }
 
 async fn info(State(control): Shared) -> Response {
@@ -84,10 +92,10 @@ async fn put_network(
     Path(name): Path<String>,
     spec: Body<NetworkSpec>,
 ) -> Response {
-    match spec {
-        Ok(Json(spec)) => answer(control.lock().await.put_network(name, spec).await),
-        Err(rejection) => refuse(&rejection),
-    }
+    with_body(&control, spec, async |control, spec| {
+        control.put_network(name, spec).await
+    })
+    .await
 }
 
 async fn remove_network(State(control): Shared, Path(name): Path<String>) -> Response {
@@ -107,10 +115,10 @@ async fn add_flows(
     Path(name): Path<String>,
     flows: Body<Vec<String>>,
 ) -> Response {
-    match flows {
-        Ok(Json(flows)) => answer(control.lock().await.add_flows(name, flows).await),
-        Err(rejection) => refuse(&rejection),
-    }
+    with_body(&control, flows, async |control, flows| {
+        control.add_flows(name, flows).await
+    })
+    .await
 }
 
 async fn remove_flows(
@@ -118,23 +126,18 @@ async fn remove_flows(
     Path(name): Path<String>,
     filter: Body<FlowFilter>,
 ) -> Response {
-    match filter {
-        Ok(Json(FlowFilter { filter, strict })) => answer(
-            control
-                .lock()
-                .await
-                .remove_flows(name, filter, strict)
-                .await,
-        ),
-        Err(rejection) => refuse(&rejection),
-    }
+    with_body(&control, filter, async |control, filter| {
+        let FlowFilter { filter, strict } = filter;
+        control.remove_flows(name, filter, strict).await
+    })
+    .await
 }
 
 async fn trace(State(control): Shared, Path(name): Path<String>, packet: Body<String>) -> Response {
-    match packet {
-        Ok(Json(packet)) => answer(control.lock().await.trace(name, packet).await),
-        Err(rejection) => refuse(&rejection),
-    }
+    with_body(&control, packet, async |control, packet| {
+        control.trace(name, packet).await
+    })
+    .await
 }
 
 async fn peers(State(control): Shared) -> Response {
@@ -146,10 +149,10 @@ async fn put_peer(
     Path(name): Path<String>,
     spec: Body<PeerSpec>,
 ) -> Response {
-    match spec {
-        Ok(Json(spec)) => answer(control.lock().await.put_peer(name, spec).await),
-        Err(rejection) => refuse(&rejection),
-    }
+    with_body(&control, spec, async |control, spec| {
+        control.put_peer(name, spec).await
+    })
+    .await
 }
 
 async fn remove_peer(State(control): Shared, Path(name): Path<String>) -> Response {
@@ -165,10 +168,10 @@ async fn put_port(
     Path(name): Path<String>,
     spec: Body<PortSpec>,
 ) -> Response {
-    match spec {
-        Ok(Json(spec)) => answer(control.lock().await.put_port(name, spec).await),
-        Err(rejection) => refuse(&rejection),
-    }
+    with_body(&control, spec, async |control, spec| {
+        control.put_port(name, spec).await
+    })
+    .await
 }
 
 async fn remove_port(State(control): Shared, Path(name): Path<String>) -> Response {

@@ -216,14 +216,7 @@ impl Tunnels {
         frame: &Frame<'_>,
         out: &mut TrainBuffer,
     ) -> Result<(), Reason> {
-        close(
-            &mut self.peers,
-            &mut self.table,
-            &mut self.due,
-            now,
-            false,
-            out,
-        );
+        self.finish(now, out);
         let ready = self.ready(now, id, flow)?;
         let path = &mut ready.peer.paths[usize::from(ready.path)];
         // All chunks have the same size: those of the next frame can be in

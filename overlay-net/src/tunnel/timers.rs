@@ -6,7 +6,6 @@ use std::time::Duration;
 use super::cookie::Verdict;
 use super::path::ToSend;
 use super::peer::Handshake;
-use super::seal::close;
 use super::session::{EXPIRED, Session, UNHEARD};
 use super::wire::{Datagram, HEADER, INITIATION, OVERHEAD, PROBE, RECORD, RESPONSE, Record, TAG};
 use super::{PeerId, Time, TrainBuffer, Tunnels};
@@ -136,14 +135,7 @@ impl Tunnels {
         size: usize,
         out: &mut TrainBuffer,
     ) {
-        close(
-            &mut self.peers,
-            &mut self.table,
-            &mut self.due,
-            now,
-            false,
-            out,
-        );
+        self.finish(now, out);
         let session = self.peer(id).and_then(|peer| peer.current);
         let session = session.and_then(|id| self.table.get(id));
         let Some(session) = session.filter(|session| session.usable(now)) else {
@@ -170,14 +162,7 @@ impl Tunnels {
     }
 
     fn initiate(&mut self, now: Time, id: PeerId, out: &mut TrainBuffer) {
-        close(
-            &mut self.peers,
-            &mut self.table,
-            &mut self.due,
-            now,
-            false,
-            out,
-        );
+        self.finish(now, out);
         // It grows even if the time does not.
         let time = u64::try_from((self.epoch + now).as_nanos()).unwrap_or(u64::MAX);
         self.stamp = time.max(self.stamp.saturating_add(1));
@@ -261,14 +246,7 @@ impl Tunnels {
     ) -> Result<(), Reason> {
         let message: &[u8; INITIATION] = bytes.try_into().map_err(|_| Reason::Malformed)?;
         if let Verdict::Answer(cookie) = self.gate.judge(now, from.1, sender, message)? {
-            close(
-                &mut self.peers,
-                &mut self.table,
-                &mut self.due,
-                now,
-                false,
-                out,
-            );
+            self.finish(now, out);
             self.message(from, &cookie, out);
             return Err(Reason::HandshakeFlood);
         }
@@ -292,14 +270,7 @@ impl Tunnels {
         self.table.open(session, made);
         peer.add_session(session, &mut self.table);
         peer.to.mark(now, &mut message);
-        close(
-            &mut self.peers,
-            &mut self.table,
-            &mut self.due,
-            now,
-            false,
-            out,
-        );
+        self.finish(now, out);
         self.message(from, &message, out);
         Ok(())
     }
@@ -323,14 +294,7 @@ impl Tunnels {
         let keys = shake.started.finish(message)?;
         peer.handshake = None;
         // What is open was meant for the session before.
-        close(
-            &mut self.peers,
-            &mut self.table,
-            &mut self.due,
-            now,
-            false,
-            out,
-        );
+        self.finish(now, out);
         let session = Session::new(id, sender, keys, now, true);
         self.table.open(receiver, session);
         let slot = self.peers.get_mut(id.0 as usize);

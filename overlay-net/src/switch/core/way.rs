@@ -1,0 +1,243 @@
+//! The way of a frame: flows, bridge, ports and tunnels.
+
+use vm_memory::VolatileSlice;
+
+use super::{Later, MAX_LATER, Switch};
+use crate::bridge::{Edit, Output, Place};
+use crate::directory::NodeId;
+use crate::drops::Reason;
+use crate::flow::{Packet, Sink, Target};
+use crate::frame::{Frame, HEAD, Head, Key, Layers, Offload, PortId, Segmenter, Vni, parse};
+use crate::tunnel::flow_hash;
+impl Switch {
+    /// A frame has come in.
+    pub(super) fn forward(&mut self, from: Place, vni: Vni, mut frame: Frame<'_>) {
+        let len = frame.len();
+        let mut port = PortId::default();
+        if let Place::Port(id) = from {
+            port = id;
+            if let Some(slot) = self.slot_mut(id) {
+                slot.rx.add(len);
+            }
+        }
+        let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
+            return self.drop(from, Reason::Malformed);
+        };
+        let flows = self.flows.get_mut(&vni);
+        let Some(mut pipeline) = flows.and_then(|flows| flows.pipeline.take()) else {
+            return self.drop(from, Reason::NoNetwork);
+        };
+        if pipeline.is_normal(self.now, &key, len) {
+            self.bridge(from, &key, &layers, &mut frame);
+        } else {
+            let mut packet = Packet {
+                frame: &mut frame,
+                key,
+                layers,
+            };
+            let now = self.now;
+            let mut out = Out { switch: self, from };
+            pipeline.run(now, &mut packet, &mut out);
+        }
+        if let Some(flows) = self.flows.get_mut(&vni) {
+            flows.pipeline = Some(pipeline);
+        }
+    }
+
+    /// The way through the bridge.
+    pub(super) fn bridge(
+        &mut self,
+        from: Place,
+        key: &Key,
+        layers: &Layers,
+        frame: &mut Frame<'_>,
+    ) {
+        let mut outputs = std::mem::take(&mut self.outputs);
+        let bridge = &mut self.bridge;
+        // What it drops, the bridge counts.
+        let _ = bridge.forward(self.now, from, key, layers, frame, &mut outputs);
+        for output in &outputs.list {
+            self.emit(output, key, frame);
+        }
+        if let Some(mut reply) = outputs.reply.take() {
+            let (to, mut offload) = (reply.output, Offload::default());
+            // Its sender has its turn, and cannot be sent to now.
+            if to.edit.apply(&mut reply.head, &mut offload) {
+                self.put_off(to.to, to.vni, 0, reply.head.bytes().to_vec(), offload);
+            }
+        }
+        self.outputs = outputs;
+    }
+
+    /// Out of all ports of a network but one, and to all other nodes in it
+    /// unless it came from one.
+    pub(super) fn flood(&mut self, from: Place, packet: &Packet<'_, '_>) {
+        let vni = packet.key.vni;
+        let ports: Vec<PortId> = self
+            .all()
+            .filter(|(id, slot)| slot.vni == vni && Place::Port(*id) != from)
+            .map(|(id, _)| id)
+            .collect();
+        for id in ports {
+            self.send(id, packet.frame);
+        }
+        if matches!(from, Place::Port(_)) {
+            for node in self.directory.members(vni) {
+                self.seal(node, vni, flow_hash(&packet.key), packet.frame);
+            }
+        }
+    }
+
+    pub(super) fn drop(&mut self, at: Place, reason: Reason) {
+        let slot = match at {
+            Place::Port(id) => self.slot_mut(id),
+            Place::Node(_) => None,
+        };
+        match slot {
+            Some(slot) => slot.drops.add(reason),
+            None => self.drops.add(reason),
+        }
+    }
+
+    /// Sends a frame to one of its destinations.
+    pub(super) fn emit(&mut self, output: &Output, key: &Key, frame: &Frame<'_>) {
+        let mut edited;
+        let frame = if output.edit == Edit::None {
+            frame
+        } else {
+            edited = frame.clone();
+            if !output.edit.apply(&mut edited.head, &mut edited.offload) {
+                return self.drop(output.to, Reason::Malformed);
+            }
+            &edited
+        };
+        match output.to {
+            Place::Port(id) => self.send(id, frame),
+            Place::Node(node) => self.seal(node, output.vni, flow_hash(key), frame),
+        }
+    }
+
+    /// Sends a frame out of a port.
+    pub(super) fn send(&mut self, id: PortId, frame: &Frame<'_>) {
+        let Some(slot) = self.slot_mut(id) else {
+            return;
+        };
+        let Some(port) = &mut slot.port else {
+            slot.drops.add(Reason::Down);
+            return;
+        };
+        match port.send(frame) {
+            Ok(()) => {
+                slot.tx.add(frame.len());
+                if !slot.dirty {
+                    slot.dirty = true;
+                    self.dirty.push(id);
+                }
+            }
+            Err(reason) => slot.drops.add(reason),
+        }
+    }
+
+    /// Sends a frame to a node, in segments if what is large gets lost.
+    pub(super) fn seal(&mut self, node: NodeId, vni: Vni, flow: u32, frame: &Frame<'_>) {
+        let to = Place::Node(node);
+        let Some(remote) = &mut self.remote else {
+            // It came by a tunnel and follows its guest into another one, or is
+            // a message: the tunnels have their turn.
+            return self.put_off(to, vni, flow, frame.to_vec(), frame.offload);
+        };
+        let cut = remote
+            .cut(node)
+            .filter(|_| frame.offload.segments.is_some());
+        let sealed = match cut {
+            None => remote.seal(self.now, node, vni, flow, frame),
+            Some(most) => Segmenter::new(frame, most, false).and_then(|mut segments| {
+                while let Some(segment) = segments.next() {
+                    remote.seal(self.now, node, vni, flow, &segment)?;
+                }
+                Ok(())
+            }),
+        };
+        if let Err(reason) = sealed {
+            self.drop(to, reason);
+        }
+    }
+
+    /// Has a frame wait until nobody has a turn.
+    pub(super) fn put_off(
+        &mut self,
+        to: Place,
+        vni: Vni,
+        flow: u32,
+        bytes: Vec<u8>,
+        offload: Offload,
+    ) {
+        if self.later.len() == MAX_LATER {
+            return self.drop(to, Reason::Full);
+        }
+        self.later.push(Later {
+            to,
+            vni,
+            flow,
+            bytes,
+            offload,
+        });
+    }
+
+    /// Sends what was put off.
+    pub(super) fn catch_up(&mut self) {
+        for mut later in std::mem::take(&mut self.later) {
+            let head = Head::of(&later.bytes);
+            let rest = later.bytes.get_mut(HEAD..).unwrap_or_default();
+            let body = [VolatileSlice::from(rest)];
+            let frame = Frame {
+                head,
+                body: &body,
+                offload: later.offload,
+            };
+            match later.to {
+                Place::Port(id) => self.send(id, &frame),
+                Place::Node(node) => self.seal(node, later.vni, later.flow, &frame),
+            }
+        }
+    }
+}
+
+/// Where frames go that come out of a network's flows.
+struct Out<'s> {
+    switch: &'s mut Switch,
+    from: Place,
+}
+
+impl Sink for Out<'_> {
+    fn send(&mut self, target: Target, packet: &Packet<'_, '_>) {
+        let (switch, from) = (&mut *self.switch, self.from);
+        match target {
+            Target::Normal => {
+                let mut frame = packet.frame.clone();
+                switch.bridge(from, &packet.key, &packet.layers, &mut frame);
+            }
+            Target::Flood | Target::All => switch.flood(from, packet),
+            Target::Port(id) | Target::Mirror(id) => {
+                // Nothing leaves its network.
+                if switch
+                    .slot(id)
+                    .is_some_and(|slot| slot.vni == packet.key.vni)
+                {
+                    switch.send(id, packet.frame);
+                } else {
+                    switch.drop(from, Reason::NoPort);
+                }
+            }
+            Target::InPort => {
+                let (bytes, offload) = (packet.frame.to_vec(), packet.frame.offload);
+                switch.put_off(from, packet.key.vni, flow_hash(&packet.key), bytes, offload);
+            }
+            Target::Controller(_) => switch.drop(from, Reason::NoController),
+        }
+    }
+
+    fn dropped(&mut self, reason: Reason, _: &Packet<'_, '_>) {
+        self.switch.drop(self.from, reason);
+    }
+}
