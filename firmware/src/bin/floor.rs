@@ -35,12 +35,13 @@
 //!
 //! | register | meaning |
 //! |---|---|
-//! | rdi | what to do: 0 system calls, 1 page faults, 2 mapping one page, 3 switching between two processes and back, 4 an address space, 5 flushes, 6 flushes of an address |
+//! | rdi | what to do: 0 system calls, 1 page faults, 2 mapping one page, 3 switching between two processes and back, 4 an address space, 5 flushes, 6 flushes of an address, 7 exits |
 //! | rsi | batches |
 //! | r12 | how often in each batch; of page faults 512 at most |
 //! | r13 | where the duration of each batch goes, in ticks: 8 bytes |
 //!
-//! and writes to port 0xf1 at the end, to port 0xee when something is wrong.
+//! and writes to port 0xf1 at the end, to port 0xee when something is wrong, to
+//! port 0xf2 for each exit (whose durations it does not take).
 #![no_std]
 #![no_main]
 
@@ -67,7 +68,7 @@ floor_user:
 .balign 8
 operations:
     .quad system_calls, page_faults, one_page, two_processes, address_space
-    .quad flushes, invalidations
+    .quad flushes, invalidations, exits
 .macro CALL number
     mov $\number, %eax
     syscall
@@ -134,6 +135,14 @@ invalidations:
     START
     CALL 8
     END invalidations
+exits:
+    mov %r12, %rbx
+2:  out %al, $0xf2
+    dec %rbx
+    jnz 2b
+    dec %rsi
+    jnz exits
+    CALL 6
 
 # ---- Where `syscall` arrives: in user code's view only.
 .section .floor.entry, "ax"

@@ -137,7 +137,7 @@ pub struct DiskConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
     /// On a `pv` machine: let the guest reuse the pages that it shares with
-    /// the disk (persistent grants) [default: on].
+    /// the disk (persistent grants) [default: off, as it is slower here].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persistent: Option<bool>,
 }

@@ -5,16 +5,18 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 
 use blanket_devices::char::CharPort;
+use blanket_devices::xen::blkif::INDIRECT_SEGMENTS;
 use blanket_drivers::probe::Virtualization;
 use blanket_memory::GuestRam;
 use blanket_pv_shim::layout;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::GuestAddress;
 
+use super::abi::MAX_GUEST_CMDLINE;
 use super::builder::Kernel;
 use super::cpuid::{Source, Visible};
 use super::shim::area_size;
-use crate::config::{CharConfig, VmConfig};
+use crate::config::{CharConfig, DiskConfig, VmConfig};
 use crate::hvm;
 use crate::machine::open::{self, Disk, Given, Interface, open_char, open_disk, open_interface};
 use crate::machine::{Error, ahead, kvm, lock};
@@ -58,7 +60,7 @@ impl Parts {
             true => Kernel::open_unread,
             false => Kernel::open,
         };
-        let kernel = open(path, config.initrd.as_deref(), config.pv_cmdline(), memory)?;
+        let kernel = open(path, config.initrd.as_deref(), &cmdline(config), memory)?;
         let hardware = Virtualization::of_this_machine().is_hardware();
         let (host, cpu, cpuid) = open_kvm(config, hardware)?;
         let area = area_size(memory);
@@ -70,7 +72,7 @@ impl Parts {
         let disks = config.disk.iter().map(|disk| {
             Ok((
                 open_disk(disk, queues, &mut given)?,
-                disk.persistent.unwrap_or(true),
+                disk.persistent.unwrap_or(false),
             ))
         });
         let disks = disks.collect::<Result<_, Error>>()?;
@@ -156,4 +158,60 @@ fn open_kvm(config: &VmConfig, hardware: bool) -> Result<(Kvm, Shown, Visible), 
     };
     let cpuid = Visible::new(source, &cpu.cpuid)?;
     Ok((host, cpu, cpuid))
+}
+
+/// The kernel's command line, with long requests to disks unless it says itself
+/// how long they are. Linux's own limit is 128 KiB, which is less than a
+/// provider's volume needs to be at its best.
+fn cmdline(config: &VmConfig) -> String {
+    const LONG: &str = "xen_blkfront.max_indirect_segments";
+    let asked = config.pv_cmdline();
+    // With persistent grants a guest keeps pages for as many requests as there
+    // may be.
+    let keeps = |disk: &DiskConfig| disk.persistent == Some(true);
+    if asked.contains(LONG) || config.disk.is_empty() || config.disk.iter().any(keeps) {
+        return asked.to_owned();
+    }
+    // What follows `--` is for init.
+    let (kernel, init) = asked
+        .find(" -- ")
+        .map_or((asked, ""), |at| asked.split_at(at));
+    let long = format!("{kernel} {LONG}={INDIRECT_SEGMENTS}{init}");
+    if long.len() < MAX_GUEST_CMDLINE {
+        long
+    } else {
+        asked.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_to_disks_are_long_unless_the_guest_is_told_otherwise() {
+        let line = |cmdline: &str, persistent: &[Option<bool>]| {
+            let disk = |persistent: &Option<bool>| {
+                let disk = serde_json::json!({ "path": "/d", "persistent": persistent });
+                serde_json::from_value(disk).unwrap()
+            };
+            super::cmdline(&VmConfig {
+                cmdline: Some(cmdline.into()),
+                disk: persistent.iter().map(disk).collect(),
+                ..VmConfig::default()
+            })
+        };
+        const LONG: &str = "quiet xen_blkfront.max_indirect_segments=256";
+        assert_eq!(line("quiet", &[None, Some(false)]), LONG);
+        assert_eq!(
+            line("quiet -- single", &[None]),
+            format!("{LONG} -- single")
+        );
+        assert_eq!(line("quiet", &[]), "quiet");
+        assert_eq!(line("quiet", &[None, Some(true)]), "quiet");
+        let own = "xen_blkfront.max_indirect_segments=64";
+        assert_eq!(line(own, &[None]), own);
+        let full = "x".repeat(1000);
+        assert_eq!(line(&full, &[None]), full);
+    }
 }

@@ -1,16 +1,24 @@
-//! The least that this machine's KVM lets a guest's system calls, page faults
+//! The least that things can cost here, whoever does them: what figures are to
+//! be seen beside.
+//!
+//! [`measure`]: the least that this machine's KVM lets a guest's system calls, page faults
 //! and processes cost, whose kernel runs in ring 3 in address spaces of its
-//! own: what the figures of the pv machine are to be seen beside.
+//! own.
 //!
 //! A payload without a real kernel does, natively, what no kernel can do
-//! without.
+//! without. [`answers`]: an answer of somebody who sleeps. [`transfer`]: moving
+//! memory.
 
+mod answer;
+mod transfer;
 mod vm;
 
 use std::path::Path;
 
 use anyhow::Result;
 
+pub use answer::{Answerer, answers};
+pub use transfer::transfer;
 use vm::Operation;
 
 /// Batches of each measurement. Each is shorter than a time slice, so that on a
@@ -80,6 +88,9 @@ pub fn measure(payloads: &Path) -> Result<Floors> {
 
 #[cfg(test)]
 mod tests {
+
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -108,5 +119,13 @@ mod tests {
             eprintln!("{operation:?}: {flushed:.0} ns, of {floors:?}");
             assert!(flushed > floors.system_call, "{operation:?}: {flushed} ns");
         }
+        let least = |answerer| {
+            let runs = (0..5).map(|_| answers(answerer, 100, Duration::ZERO).unwrap());
+            runs.fold(f64::INFINITY, f64::min)
+        };
+        let guest = least(Answerer::Guest(Path::new(&payloads)));
+        let thread = least(Answerer::Thread);
+        eprintln!("an answer: {guest:.1} us, by a thread {thread:.1} us");
+        assert!(guest > thread, "{guest} us, by a thread {thread} us");
     }
 }

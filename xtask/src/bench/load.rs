@@ -153,9 +153,12 @@ pub(super) fn iperf(client: &Client, iperf3: &str, address: &str, flag: &str) ->
     Ok(bits.with_context(|| format!("iperf3 says {text}"))? / 1e9)
 }
 
+/// Round trips that are measured at once.
+pub(super) const PINGS: u32 = 300;
+
 /// The mean round trip to an address, in microseconds. `pace` is ping's flag.
 pub(super) fn ping(host: &Client, address: &str, pace: &str) -> Result<f64> {
-    let command = format!("ping -c 300 {pace} -q {address}");
+    let command = format!("ping -c {PINGS} {pace} -q {address}");
     let text = host.sh(command).timeout(LIMIT).text()?;
     average_us(&text).with_context(|| format!("ping says {text}"))
 }

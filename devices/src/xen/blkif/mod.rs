@@ -24,7 +24,7 @@ use blanket_drivers::store::{self, Image, SECTOR, Store, ThreadSetup};
 use serde::{Deserialize, Serialize};
 
 use self::handler::{DiskRing, RingHandler};
-use self::request::INDIRECT_SEGMENTS;
+pub use self::request::INDIRECT_SEGMENTS;
 use self::setup::{MAX_RING_PAGE_ORDER, Setup};
 use super::bus::{Backend, Context, Error};
 use super::channel::Channel;

@@ -22,7 +22,7 @@ const DIRECT_SEGMENTS: usize = 11;
 
 /// Most segments in pages of their own. The table of so many is within the
 /// first page.
-pub(super) const INDIRECT_SEGMENTS: usize = 256;
+pub const INDIRECT_SEGMENTS: usize = 256;
 
 /// Bytes of a segment: `struct blkif_request_segment`.
 pub(super) const SEGMENT: usize = 8;

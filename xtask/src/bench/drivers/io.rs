@@ -15,8 +15,9 @@ use blanket_system_tests::{Vm, native_with};
 use blanket_testbed::{Client, workloads};
 
 use super::RUNS;
+use crate::bench::floor::{Answerer, answers};
 use crate::bench::load::{
-    self, Access, BATCHED_READS, BATCHED_WRITES, LONG_READS, LONG_WRITES, RANDOM_READS,
+    self, Access, BATCHED_READS, BATCHED_WRITES, LONG_READS, LONG_WRITES, PINGS, RANDOM_READS,
     RANDOM_WRITES, SEQUENTIAL_READS, SEQUENTIAL_WRITES,
 };
 use crate::bench::row::Row;
@@ -30,10 +31,14 @@ const LONG: [Access; 4] = [SEQUENTIAL_READS, SEQUENTIAL_WRITES, LONG_READS, LONG
 /// What is tried on the device that does nothing, too.
 const SHORT: [Access; 4] = [RANDOM_READS, RANDOM_WRITES, BATCHED_READS, BATCHED_WRITES];
 
-/// Titles and ping's flags.
-const ROUND_TRIPS: [(&str, &str); 2] = [
-    ("round trip, each after 2 ms", "-i 0.002"),
-    ("round trip, one after the other", "-f"),
+/// Titles, ping's flags, and what they mean.
+const ROUND_TRIPS: [(&str, &str, Duration); 2] = [
+    (
+        "round trip, each after 2 ms",
+        "-i 0.002",
+        Duration::from_millis(2),
+    ),
+    ("round trip, one after the other", "-f", Duration::ZERO),
 ];
 
 /// The guests: what rows say of them, and their flags.
@@ -89,7 +94,8 @@ impl<'a> Guest<'a> {
     }
 }
 
-pub(super) fn rows(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
+/// `payloads` are the guests that measure what the least is.
+pub(super) fn rows(programs: &Path, payloads: &Path, progress: &Progress) -> Result<Vec<Row>> {
     let host = native_with("bench", programs)?
         .inject(workloads()?, "/payload/workloads.ext4")
         .open()?;
@@ -123,7 +129,25 @@ pub(super) fn rows(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
     }
     host.sh("pkill -x iperf3 || true; ip netns del far")
         .text()?;
-    Ok(table(&runs))
+    let mut rows = table(&runs);
+    rows.extend(least(payloads)?);
+    Ok(rows)
+}
+
+/// The least that an answer takes which a guest gives, beside one of a thread.
+fn least(payloads: &Path) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for (title, _, pause) in ROUND_TRIPS {
+        let (mut guest, mut thread) = (Vec::new(), Vec::new());
+        for _ in 0..RUNS {
+            guest.push(answers(Answerer::Guest(payloads), PINGS, pause)?);
+            thread.push(answers(Answerer::Thread, PINGS, pause)?);
+        }
+        let title = format!("{title}, the least: a guest without a kernel");
+        let row = Row::new(&title, "us", &guest);
+        rows.extend(row.map(|row| row.against("a thread of the node", &thread)));
+    }
+    Ok(rows)
 }
 
 /// The same in turns, on the node and in the guests.
@@ -167,7 +191,7 @@ fn network(host: &Client, guests: &[Guest], runs: &mut Runs) -> Result<()> {
         add(figures, WITHIN, figure);
     }
     // A guest answers in its kernel, as the namespace does.
-    for (title, pace) in ROUND_TRIPS {
+    for (title, pace, _) in ROUND_TRIPS {
         add(&mut runs.node, title, load::ping(host, "10.8.0.2", pace)?);
         for (guest, figures) in guests.iter().zip(&mut runs.guests) {
             add(figures, title, load::ping(host, &guest.address, pace)?);
@@ -189,7 +213,7 @@ fn table(runs: &Runs) -> Vec<Row> {
     for (title, beside) in [(TO, TO), (FROM, FROM), (WITHIN, TO)] {
         lines.push((title.into(), beside, "Gb/s"));
     }
-    for (title, _) in ROUND_TRIPS {
+    for (title, ..) in ROUND_TRIPS {
         lines.push((title.into(), title, "us"));
     }
     let mut rows = Vec::new();

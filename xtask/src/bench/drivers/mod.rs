@@ -35,7 +35,7 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     workloads()?;
     step.done("");
     let programs = workspace.programs(build::RELEASE);
-    let mut rows = io::rows(&programs, progress)?;
+    let mut rows = io::rows(&programs, &workspace.payloads(), progress)?;
     rows.extend(probing::rows(&programs, progress)?);
     rows.extend(grants::rows(&programs, progress)?);
     Ok(rows)

@@ -45,6 +45,7 @@ const CODE3: u16 = 0x33;
 const TASK: u16 = 0x40;
 
 const PORT_END: u16 = 0xf1;
+const PORT_EXIT: u16 = 0xf2;
 
 /// Page table entry: present, writable, accessed and dirty; for user code; a
 /// page of 2 MiB.
@@ -72,6 +73,79 @@ pub(super) enum Operation {
     Flush = 5,
     /// A system call that flushes an address from the kernel's page table.
     Invalidation = 6,
+    /// An exit, for whoever has the machine to answer.
+    Exit = 7,
+}
+
+/// The machine, with a payload that has not begun.
+pub(super) struct Machine {
+    // The VM has to end before its memory.
+    vcpu: VcpuFd,
+    _vm: VmFd,
+    ram: GuestRam,
+}
+
+impl Machine {
+    /// One whose payload at `path` will do `operation`, `rounds` times in each of
+    /// `batches`.
+    ///
+    /// # Errors
+    /// There is no KVM, or no payload.
+    pub(super) fn new(
+        path: &Path,
+        operation: Operation,
+        batches: u64,
+        rounds: u64,
+    ) -> Result<Self> {
+        let ram = blanket_memory::build(&Spec {
+            size: MEMORY,
+            backing: Backing::Transparent,
+            shared: false,
+        })?;
+        let kvm = Kvm::new().context("/dev/kvm")?;
+        let vm = kvm.create_vm()?;
+        for (slot, region) in ram.iter().enumerate() {
+            let mapping = kvm_userspace_memory_region {
+                slot: u32::try_from(slot)?,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: `ram` is kept for as long as the VM is.
+            unsafe { vm.set_user_memory_region(mapping) }?;
+        }
+        let mut file = File::open(path).with_context(|| format!("{}", path.display()))?;
+        let entry = Elf::load(&ram, None, &mut file, None)?.kernel_load.0;
+        page_tables(&ram)?;
+        view(&ram, USER_VIEW, true)?;
+        view(&ram, KERNEL_VIEW, false)?;
+        let vcpu = vcpu(&kvm, &vm)?;
+        vcpu.set_regs(&kvm_regs {
+            rip: entry,
+            rflags: 2,
+            rdi: operation as u64,
+            rsi: batches,
+            r12: rounds,
+            r13: RESULTS,
+            ..Default::default()
+        })?;
+        Ok(Self { vcpu, _vm: vm, ram })
+    }
+
+    /// Lets the payload go on to its next exit; false: it has ended.
+    ///
+    /// # Errors
+    /// KVM or the payload does not do what it must.
+    pub(super) fn go_on(&mut self) -> Result<bool> {
+        let exit = match self.vcpu.run()? {
+            VcpuExit::IoOut(PORT_END, _) => return Ok(false),
+            VcpuExit::IoOut(PORT_EXIT, _) => return Ok(true),
+            other => format!("{other:?}"),
+        };
+        let at = self.vcpu.get_regs()?.rip;
+        bail!("the floor payload ends with {exit} at {at:#x}");
+    }
 }
 
 /// Runs `operation`, `rounds` times in each of `batches`; the nanoseconds that
@@ -85,50 +159,11 @@ pub(super) fn run(
     batches: u64,
     rounds: u64,
 ) -> Result<Vec<f64>> {
-    let ram = blanket_memory::build(&Spec {
-        size: MEMORY,
-        backing: Backing::Transparent,
-        shared: false,
-    })?;
-    let kvm = Kvm::new().context("/dev/kvm")?;
-    let vm = kvm.create_vm()?;
-    for (slot, region) in ram.iter().enumerate() {
-        let mapping = kvm_userspace_memory_region {
-            slot: u32::try_from(slot)?,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: `ram` is older than the VM and so outlives it.
-        unsafe { vm.set_user_memory_region(mapping) }?;
-    }
-    let mut file = File::open(path).with_context(|| format!("{}", path.display()))?;
-    let entry = Elf::load(&ram, None, &mut file, None)?.kernel_load.0;
-    page_tables(&ram)?;
-    view(&ram, USER_VIEW, true)?;
-    view(&ram, KERNEL_VIEW, false)?;
-    let mut vcpu = vcpu(&kvm, &vm)?;
-    vcpu.set_regs(&kvm_regs {
-        rip: entry,
-        rflags: 2,
-        rdi: operation as u64,
-        rsi: batches,
-        r12: rounds,
-        r13: RESULTS,
-        ..Default::default()
-    })?;
-    let exit = match vcpu.run()? {
-        VcpuExit::IoOut(PORT_END, _) => None,
-        other => Some(format!("{other:?}")),
-    };
-    if let Some(exit) = exit {
-        let at = vcpu.get_regs()?.rip;
-        bail!("{operation:?} of the floor payload ends with {exit} at {at:#x}");
-    }
-    let khz = f64::from(vcpu.get_tsc_khz()?);
+    let mut machine = Machine::new(path, operation, batches, rounds)?;
+    while machine.go_on()? {}
+    let khz = f64::from(machine.vcpu.get_tsc_khz()?);
     let batch = |index: u64| -> Result<f64> {
-        let ticks: u64 = ram.read_obj(GuestAddress(RESULTS + 8 * index))?;
+        let ticks: u64 = machine.ram.read_obj(GuestAddress(RESULTS + 8 * index))?;
         ensure!(ticks > 0, "{operation:?}: batch {index} took no time");
         Ok(ticks as f64 * 1e6 / khz / rounds as f64)
     };
