@@ -1,8 +1,8 @@
 //! What records are sealed and opened with.
 
-use ring::aead::{AES_128_GCM, AES_256_GCM, Algorithm, CHACHA20_POLY1305, LessSafeKey};
-use ring::aead::{NONCE_LEN, Nonce, UnboundKey};
-use ring::hkdf::{HKDF_SHA256, HKDF_SHA384, KeyType, Prk};
+use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Algorithm, CHACHA20_POLY1305, LessSafeKey};
+use aws_lc_rs::aead::{NONCE_LEN, Nonce, UnboundKey};
+use aws_lc_rs::hkdf::{HKDF_SHA256, HKDF_SHA384, KeyType, Prk};
 use zeroize::Zeroizing;
 
 use super::{Error, Opener, Sealer};
@@ -51,7 +51,7 @@ impl Suite {
         }
     }
 
-    fn hash(self) -> ring::hkdf::Algorithm {
+    fn hash(self) -> aws_lc_rs::hkdf::Algorithm {
         match self {
             Self::Aes128Gcm | Self::ChaCha20Poly1305 => HKDF_SHA256,
             Self::Aes256Gcm => HKDF_SHA384,

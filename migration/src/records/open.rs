@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-use ring::aead::Aad;
+use aws_lc_rs::aead::Aad;
 
 use super::keys::Keys;
 use super::{ALERT, CLOSE_NOTIFY, DATA, Error, HANDSHAKE, HEADER, KEY_UPDATE};

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, Write};
 
-use ring::aead::Aad;
+use aws_lc_rs::aead::Aad;
 
 use super::keys::Keys;
 use super::{ALERT, CLOSE_NOTIFY, DATA, Error, FATAL, HANDSHAKE, HEADER, KEY_UPDATE};
