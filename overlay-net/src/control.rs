@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use crate::api::types::{
-    Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus,
+    ControllerSpec, Controllers, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec,
+    PortStatus,
 };
+use crate::controllers;
 use crate::key;
 use crate::port::{self, Port};
 use crate::switch::saved::{self, Change, Saved};
@@ -23,6 +25,9 @@ pub enum Error {
     /// It would be forgotten.
     #[error(transparent)]
     Save(#[from] saved::Error),
+    /// Controllers are not taken.
+    #[error(transparent)]
+    Controllers(#[from] controllers::Error),
     /// There is no switch any more.
     #[error(transparent)]
     Stopped(#[from] Stopped),
@@ -41,6 +46,7 @@ pub struct Control {
     handle: Handle,
     saved: Saved,
     path: PathBuf,
+    controllers: controllers::Set,
 }
 
 fn check_name(name: &str) -> Result<(), Error> {
@@ -66,7 +72,8 @@ impl Control {
     /// The file cannot be read, or contradicts itself.
     pub async fn restore(handle: Handle, path: PathBuf) -> Result<Self, Error> {
         let saved = Saved::read(&path)?;
-        let control = Self {
+        let mut control = Self {
+            controllers: controllers::Set::new(handle.clone()),
             handle,
             saved,
             path,
@@ -95,21 +102,36 @@ impl Control {
                 .order(move |switch| switch.add_port(&name, spec, opened))
                 .await??;
         }
-        for (network, changes) in control.saved.flows.clone() {
-            for change in changes {
-                let network = network.clone();
-                let done = control.order(move |switch| match change {
-                    Change::Add(flow) => switch.add_flow(&network, &flow),
-                    Change::Remove(filter, strict) => {
-                        switch.remove_flows(&network, &filter, strict).map(drop)
-                    }
-                });
-                if let Err(error) = done.await? {
-                    tracing::warn!("{error}");
-                }
-            }
+        for (network, spec) in control.saved.controllers.clone() {
+            // What a network begins with depends on it.
+            let (name, mode) = (network.clone(), spec.mode());
+            let set = control.order(move |switch| switch.set_fail_mode(&name, mode));
+            set.await??;
+        }
+        for network in control.saved.flows.keys() {
+            control.replay(network).await?;
+        }
+        for (network, spec) in control.saved.controllers.clone() {
+            control.controllers.set(&network, spec, false).await?;
         }
         Ok(control)
+    }
+
+    /// Does again what was done to a network's flows by command.
+    async fn replay(&self, network: &str) -> Result<(), Error> {
+        for change in self.saved.flows.get(network).cloned().unwrap_or_default() {
+            let network = network.to_owned();
+            let done = self.order(move |switch| match change {
+                Change::Add(flow) => switch.add_flow(&network, &flow),
+                Change::Remove(filter, strict) => {
+                    switch.remove_flows(&network, &filter, strict).map(drop)
+                }
+            });
+            if let Err(error) = done.await? {
+                tracing::warn!("{error}");
+            }
+        }
+        Ok(())
     }
 
     async fn order<R: Send + 'static>(
@@ -170,10 +192,67 @@ impl Control {
         let network = self
             .order(move |switch| switch.remove_network(&name))
             .await??;
+        if self.saved.controllers.remove(&key).is_some() {
+            self.controllers.remove(&key).await?;
+        }
         self.saved.networks.remove(&key);
         self.saved.flows.remove(&key);
         self.saved.write(&self.path)?;
         Ok(network)
+    }
+
+    /// How a network's controllers are.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or it has none.
+    pub async fn controllers(&self, network: String) -> Result<Controllers, Error> {
+        self.known(&network)?;
+        Ok(self.controllers.get(&network).await?)
+    }
+
+    /// Gives a network these controllers, and no others.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or something is wrong with one of them; then
+    /// there are those that there were.
+    pub async fn put_controllers(
+        &mut self,
+        network: String,
+        spec: ControllerSpec,
+    ) -> Result<Controllers, Error> {
+        self.known(&network)?;
+        self.controllers.set(&network, spec.clone(), true).await?;
+        self.saved.controllers.insert(network.clone(), spec);
+        self.saved.write(&self.path)?;
+        self.controllers(network).await
+    }
+
+    /// Leaves a network's controllers, and forgets their flows and meters; which
+    /// they were.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or it has none.
+    pub async fn remove_controllers(&mut self, network: String) -> Result<ControllerSpec, Error> {
+        self.known(&network)?;
+        let spec = self.controllers.remove(&network).await?;
+        let name = network.clone();
+        self.order(move |switch| switch.reset_flows(&name))
+            .await??;
+        self.replay(&network).await?;
+        self.saved.controllers.remove(&network);
+        self.saved.write(&self.path)?;
+        Ok(spec)
+    }
+
+    fn known(&self, network: &str) -> Result<(), Error> {
+        if self.saved.networks.contains_key(network) {
+            Ok(())
+        } else {
+            Err(switch::Error::NoNetwork(network.to_owned()).into())
+        }
     }
 
     /// A network's flows, a line each.
@@ -314,9 +393,7 @@ impl Control {
     /// behind the port cannot be had.
     pub async fn put_port(&mut self, name: String, spec: PortSpec) -> Result<PortStatus, Error> {
         check_name(&name)?;
-        if !self.saved.networks.contains_key(&spec.network) {
-            return Err(switch::Error::NoNetwork(spec.network).into());
-        }
+        self.known(&spec.network)?;
         if let Some(old) = self.saved.ports.get(&name) {
             let same = *old == spec;
             let ports = self.ports().await?;

@@ -11,8 +11,9 @@ use axum::{Json, Router};
 use serde::Serialize;
 use tokio::sync::Mutex;
 
-use super::types::{FlowFilter, NetworkSpec, PeerSpec, PortSpec, Problem};
+use super::types::{ControllerSpec, FlowFilter, NetworkSpec, PeerSpec, PortSpec, Problem};
 use crate::control::{Control, Error};
+use crate::controllers;
 use crate::switch;
 
 /// A request is never longer than this, in bytes.
@@ -34,6 +35,12 @@ pub fn router(control: Control) -> Router {
             "/networks/{name}/flows",
             get(flows).post(add_flows).delete(remove_flows),
         )
+        .route(
+            "/networks/{name}/controllers",
+            get(controllers)
+                .put(put_controllers)
+                .delete(remove_controllers),
+        )
         .route("/networks/{name}/trace", post(trace))
         .route("/peers", get(peers))
         .route("/peers/{name}", put(put_peer).delete(remove_peer))
@@ -49,7 +56,11 @@ fn status(error: &Error) -> StatusCode {
         Error::Switch(
             switch::Error::NoNetwork(_) | switch::Error::NoPort(_) | switch::Error::NoPeer(_),
         ) => StatusCode::NOT_FOUND,
+        Error::Controllers(
+            controllers::Error::None(_) | controllers::Error::Switch(switch::Error::NoNetwork(_)),
+        ) => StatusCode::NOT_FOUND,
         Error::Switch(_) => StatusCode::CONFLICT,
+        Error::Controllers(_) => StatusCode::BAD_REQUEST,
         Error::Port(_) | Error::Name(_) | Error::Key(_) => StatusCode::BAD_REQUEST,
         Error::Save(_) | Error::Stopped(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }
@@ -131,6 +142,25 @@ async fn remove_flows(
         control.remove_flows(name, filter, strict).await
     })
     .await
+}
+
+async fn controllers(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.controllers(name).await)
+}
+
+async fn put_controllers(
+    State(control): Shared,
+    Path(name): Path<String>,
+    spec: Body<ControllerSpec>,
+) -> Response {
+    with_body(&control, spec, async |control, spec| {
+        control.put_controllers(name, spec).await
+    })
+    .await
+}
+
+async fn remove_controllers(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.remove_controllers(name).await)
 }
 
 async fn trace(State(control): Shared, Path(name): Path<String>, packet: Body<String>) -> Response {

@@ -16,6 +16,9 @@
 //! | `GET /networks/NAME/flows` | | its flows, a line of text each |
 //! | `POST /networks/NAME/flows` | flows, a line of text each | `null` |
 //! | `DELETE /networks/NAME/flows` | [`FlowFilter`] | how many there were |
+//! | `GET /networks/NAME/controllers` | | its [`Controllers`] |
+//! | `PUT /networks/NAME/controllers` | [`ControllerSpec`] | its [`Controllers`] |
+//! | `DELETE /networks/NAME/controllers` | | [`ControllerSpec`] as it was |
 //! | `POST /networks/NAME/trace` | a packet, as text | which flows it would hit, as text |
 //!
 //! Whatever fails is answered with a 4xx or 5xx status and a [`Problem`].
@@ -25,8 +28,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::bridge::{Origin, PortConfig};
+pub use crate::controllers::{ControllerSpec, ControllerStatus, Controllers, Target, Tls};
 use crate::drops::Drops;
 use crate::frame::{Mac, PortId, Vni};
+pub use crate::switch::FailMode;
 use crate::tunnel::PeerStatus;
 
 /// Why a request was refused or failed.

@@ -17,8 +17,8 @@ pub mod saved;
 mod tests;
 pub mod worker;
 
-pub use self::core::Switch;
-pub use flows::FlowError;
+pub use self::core::{PEERS, Switch};
+pub use flows::{FailMode, FlowError};
 pub use remote::{Remote, node_of};
 
 /// Why the switch refuses something.

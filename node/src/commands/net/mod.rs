@@ -19,6 +19,8 @@ use crate::home::Home;
 use crate::switch::ask;
 use crate::table;
 
+mod controller;
+
 /// Networks that span nodes, and the ports of this node's switch.
 #[derive(clap::Subcommand)]
 pub(crate) enum Args {
@@ -43,6 +45,9 @@ pub(crate) enum Args {
     /// The flow table of a network: what happens to its frames, as `ovs-ofctl` users know it.
     #[command(subcommand)]
     Flow(FlowArgs),
+    /// The OpenFlow controllers of a network, as `ovs-vsctl set-controller` users know them.
+    #[command(subcommand)]
+    Controller(controller::ControllerArgs),
     /// Tell which flows a packet would hit, like in_port=a,tcp,nw_dst=10.0.0.1,tp_dst=80.
     Trace(TraceArgs),
     /// Describe this node's switch.
@@ -283,6 +288,7 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
             show(&args.list, &macs, |macs| mac_rows(macs))?;
         }
         Args::Flow(args) => flow(home, args)?,
+        Args::Controller(args) => controller::controller(home, args)?,
         Args::Trace(args) => {
             let path = format!("/networks/{}/trace", args.network);
             let text: String = ask(home, Method::POST, &path, Some(&args.packet))?;

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use super::datapath::Turn;
 use super::{LOOK, Switch};
 use crate::bridge::Place;
 use crate::frame::PortId;
@@ -122,6 +123,9 @@ impl Switch {
                 tracing::warn!("port {} is down: {error}", slot.name);
                 slot.drops.merge(port.drops());
                 slot.down = Some(error.to_string());
+                if let Some(slot) = self.slot(id) {
+                    self.tell_of_port(id, slot, Turn::Changed);
+                }
                 None
             }
         }
