@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use crate::api::types::{
-    ControllerSpec, Controllers, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec,
-    PortStatus,
+    ControllerSpec, Controllers, GroupStatus, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec,
+    PortSpec, PortStatus,
 };
 use crate::controllers;
+use crate::directory::GROUPS;
+use crate::flow::groups::{BadRule, Rule};
 use crate::key;
 use crate::port::{self, Port};
 use crate::switch::saved::{self, Change, Saved};
@@ -25,6 +27,9 @@ pub enum Error {
     /// It would be forgotten.
     #[error(transparent)]
     Save(#[from] saved::Error),
+    /// No rule.
+    #[error(transparent)]
+    Rule(#[from] BadRule),
     /// Controllers are not taken.
     #[error(transparent)]
     Controllers(#[from] controllers::Error),
@@ -91,6 +96,15 @@ impl Control {
             if let Err(error) = added {
                 tracing::warn!("{error}");
             }
+        }
+        for (name, rules) in control.saved.groups.clone() {
+            control
+                .order(move |switch| switch.add_group(&name, rules))
+                .await??;
+        }
+        let ports = control.saved.ports.values();
+        if ports.into_iter().any(|port| !port.groups.is_empty()) {
+            control.order(Switch::adopt_connections).await?;
         }
         for (name, spec) in control.saved.ports.clone() {
             let opened = port::open(&spec.attachment, control.mtu(&spec));
@@ -403,6 +417,7 @@ impl Control {
                 _ => Err(switch::Error::Exists(name).into()),
             };
         }
+        self.known_groups(&spec.groups)?;
         let (key, kept) = (name.clone(), spec.clone());
         let port: Box<dyn Port> = port::open(&spec.attachment, self.mtu(&spec))?;
         let status = self
@@ -426,5 +441,109 @@ impl Control {
         self.saved.ports.remove(&key);
         self.saved.write(&self.path)?;
         Ok(status)
+    }
+
+    /// Puts a port into groups, and out of all others; without any, all passes.
+    ///
+    /// # Errors
+    ///
+    /// There is no such port or group, or there are too many.
+    pub async fn put_port_groups(
+        &mut self,
+        name: String,
+        groups: Vec<String>,
+    ) -> Result<PortStatus, Error> {
+        self.known_groups(&groups)?;
+        let (key, kept) = (name.clone(), groups.clone());
+        self.order(move |switch| switch.set_port_groups(&key, groups))
+            .await??;
+        if let Some(spec) = self.saved.ports.get_mut(&name) {
+            spec.groups = kept;
+        }
+        self.saved.write(&self.path)?;
+        let mut ports = self.ports().await?.into_iter();
+        let port = ports.find(|port| port.name == name);
+        Ok(port.ok_or(switch::Error::NoPort(name))?)
+    }
+
+    /// Groups that ports can be put into.
+    fn known_groups(&self, groups: &[String]) -> Result<(), Error> {
+        if groups.len() > GROUPS {
+            return Err(switch::Error::TooMany(GROUPS, "groups of a port").into());
+        }
+        let unknown = |name: &&String| !self.saved.groups.contains_key(*name);
+        match groups.iter().find(unknown) {
+            Some(name) => Err(switch::Error::NoGroup(name.clone()).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// All security groups.
+    ///
+    /// # Errors
+    ///
+    /// The switch has stopped.
+    pub async fn groups(&self) -> Result<Vec<GroupStatus>, Error> {
+        Ok(self.order(|switch| switch.groups()).await?)
+    }
+
+    /// Makes a security group with rules.
+    ///
+    /// # Errors
+    ///
+    /// There is one of that name, or a rule makes no sense.
+    pub async fn add_group(&mut self, name: String, rules: Vec<Rule>) -> Result<(), Error> {
+        check_name(&name)?;
+        rules.iter().try_for_each(Rule::check)?;
+        let (key, kept) = (name.clone(), rules.clone());
+        self.order(move |switch| switch.add_group(&name, rules))
+            .await??;
+        self.saved.groups.insert(key, kept);
+        Ok(self.saved.write(&self.path)?)
+    }
+
+    /// Removes a security group; with `force` even if ports are in it, which
+    /// are closed then.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or ports are in it.
+    pub async fn remove_group(&mut self, name: String, force: bool) -> Result<(), Error> {
+        let key = name.clone();
+        self.order(move |switch| switch.remove_group(&name, force))
+            .await??;
+        self.saved.groups.remove(&key);
+        Ok(self.saved.write(&self.path)?)
+    }
+
+    /// Adds a rule to a security group.
+    ///
+    /// # Errors
+    ///
+    /// There is no such group, or the rule makes no sense.
+    pub async fn add_rule(&mut self, group: String, rule: Rule) -> Result<(), Error> {
+        rule.check()?;
+        let (key, kept) = (group.clone(), rule.clone());
+        self.order(move |switch| switch.add_rule(&group, rule))
+            .await??;
+        let rules = self.saved.groups.entry(key).or_default();
+        if !rules.contains(&kept) {
+            rules.push(kept);
+        }
+        Ok(self.saved.write(&self.path)?)
+    }
+
+    /// Removes a rule from a security group.
+    ///
+    /// # Errors
+    ///
+    /// There is no such group, or it has no such rule.
+    pub async fn remove_rule(&mut self, group: String, rule: Rule) -> Result<(), Error> {
+        let (key, gone) = (group.clone(), rule.clone());
+        self.order(move |switch| switch.remove_rule(&group, &rule))
+            .await??;
+        let rules = self.saved.groups.entry(key).or_default();
+        rules.retain(|kept| *kept != gone);
+        Ok(self.saved.write(&self.path)?)
     }
 }

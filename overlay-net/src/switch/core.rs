@@ -6,6 +6,7 @@
 //! | `talk` | what switches tell each other of who is where |
 //! | `turns` | ports' and uplinks' turns, and what time asks for |
 //! | `way` | the way of a frame: flows, bridge, ports and tunnels |
+//! | `groups` | security groups |
 //! | `datapath` | a network as its OpenFlow controllers see it |
 
 use std::collections::{BTreeMap, HashMap};
@@ -21,6 +22,7 @@ use crate::frame::{Offload, PortId, Vni};
 use crate::port::Port;
 
 mod datapath;
+mod groups;
 mod talk;
 mod told;
 mod turns;
@@ -82,6 +84,7 @@ pub struct Switch {
     /// Index: a port's number.
     slots: Vec<Option<Slot>>,
     flows: HashMap<Vni, Flows>,
+    security: groups::Security,
     names: BTreeMap<String, PortId>,
     /// Ports with something to flush.
     dirty: Vec<PortId>,

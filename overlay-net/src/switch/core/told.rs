@@ -35,6 +35,7 @@ impl Switch {
             // Numbers begin with 1.
             slots: vec![None],
             flows: HashMap::new(),
+            security: super::groups::Security::default(),
             names: BTreeMap::new(),
             dirty: Vec::new(),
             drops: Drops::default(),
@@ -237,6 +238,7 @@ impl Switch {
         let status = self.status(id, &slot);
         self.slots.push(Some(slot));
         self.names.insert(name.to_owned(), id);
+        self.renew_groups();
         for (key, value) in self.attached(id) {
             self.claim(key, value);
         }
@@ -259,6 +261,7 @@ impl Switch {
             self.directory.withdraw(self.now, &key);
         }
         self.bridge.remove_port(self.now, id)?;
+        self.forget_connections(id);
         self.tell();
         Ok(status)
     }
@@ -272,6 +275,7 @@ impl Switch {
             ips: config.ips.clone(),
             attached: true,
             isolated: config.isolated,
+            groups: self.told_groups(id),
         };
         let key = |station: Station| Record::Station(station.vni, station.vlan, station.mac);
         let stations = stations(config).into_iter();

@@ -22,6 +22,11 @@ impl Switch {
         self.remote.as_ref().map(|remote| remote.waker())
     }
 
+    #[cfg(test)]
+    pub(in crate::switch) fn start(&self) -> Instant {
+        self.start
+    }
+
     pub(in crate::switch) fn set_now(&mut self, now: Instant) {
         self.now = now.saturating_duration_since(self.start);
     }
@@ -38,6 +43,7 @@ impl Switch {
             }
         }
         self.notice();
+        self.refresh_groups();
         let remote = self.remote.as_mut()?;
         let mut next = remote.tick(now);
         if now >= self.look {
@@ -52,6 +58,9 @@ impl Switch {
         }
         if remote.waits() {
             next = next.min(self.look);
+        }
+        if let Some(at) = self.security.next() {
+            next = next.min(at);
         }
         if now >= self.gossip.next(now) {
             self.tell();

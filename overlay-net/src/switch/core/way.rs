@@ -31,6 +31,9 @@ impl Switch {
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
             return self.drop(from, Reason::Malformed);
         };
+        if !self.admits(from, vni, (&key, layers, frame.head.bytes())) {
+            return;
+        }
         let Some(flows) = self.flows.get_mut(&vni) else {
             return self.drop(from, Reason::NoNetwork);
         };
@@ -161,6 +164,12 @@ impl Switch {
 
     /// Sends a frame out of a port.
     pub(super) fn send(&mut self, id: PortId, frame: &Frame<'_>) {
+        if let Some(slot) = self.slot(id)
+            && !slot.spec.groups.is_empty()
+            && let Err(reason) = self.screen_to(id, slot.vni, frame)
+        {
+            return self.drop(Place::Port(id), reason);
+        }
         let Some(slot) = self.slot_mut(id) else {
             return;
         };
