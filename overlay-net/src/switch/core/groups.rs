@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use super::Switch;
 use crate::api::types::GroupStatus;
-use crate::bridge::Place;
 use crate::directory::{GroupId, GroupList, Key as Record, Value};
 use crate::drops::Reason;
 use crate::flow::Connections;
@@ -312,23 +311,5 @@ impl Switch {
         security.generation = generation;
         security.stale = false;
         security.looked = now;
-    }
-
-    /// Whether a frame that has come in by a port may go on; dropped and
-    /// counted if not.
-    pub(super) fn admits(&mut self, from: Place, vni: Vni, frame: (&Key, Layers, &[u8])) -> bool {
-        let Place::Port(id) = from else {
-            return true;
-        };
-        if self.slot(id).is_none_or(|slot| slot.spec.groups.is_empty()) {
-            return true;
-        }
-        match self.screen(id, vni, Direction::Out, frame) {
-            Ok(()) => true,
-            Err(reason) => {
-                self.drop(from, reason);
-                false
-            }
-        }
     }
 }

@@ -6,6 +6,7 @@ use super::{Later, MAX_LATER, PEERS, Switch};
 use crate::bridge::{Edit, Output, Place, Station, Vlan};
 use crate::directory::NodeId;
 use crate::drops::Reason;
+use crate::flow::groups::Direction;
 use crate::flow::{Packet, Sink, Target};
 use crate::frame::key::ethertype;
 use crate::frame::{Frame, HEAD, Head, Key, Layers, Offload, PortId, Segmenter, Vni, parse};
@@ -18,7 +19,7 @@ impl Switch {
     /// A frame has come in.
     pub(super) fn forward(&mut self, from: Place, vni: Vni, mut frame: Frame<'_>) {
         let len = frame.len();
-        let mut port = PEERS;
+        let (mut port, mut screened) = (PEERS, false);
         if let Place::Port(id) = from {
             port = id;
             if let Some(slot) = self.slot_mut(id) {
@@ -26,13 +27,17 @@ impl Switch {
                 if slot.closed {
                     return slot.drops.add(Reason::Down);
                 }
+                screened = !slot.spec.groups.is_empty();
             }
         }
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
             return self.drop(from, Reason::Malformed);
         };
-        if !self.admits(from, vni, (&key, layers, frame.head.bytes())) {
-            return;
+        if screened {
+            let frame = (&key, layers, frame.head.bytes());
+            if let Err(reason) = self.screen(port, vni, Direction::Out, frame) {
+                return self.drop(from, reason);
+            }
         }
         let Some(flows) = self.flows.get_mut(&vni) else {
             return self.drop(from, Reason::NoNetwork);

@@ -94,7 +94,7 @@ fn ovs_ofctl_controls_a_network() {
         ofctl(
             &node,
             "add-meter",
-            "meter=1,pktps,band=type=drop,rate=1,burst_size=1",
+            "meter=1,pktps,burst,band=type=drop,rate=1,burst_size=1",
         );
         ofctl(&node, "add-flow", "priority=90,icmp,actions=meter:1,NORMAL");
         let flood = "ip netns exec a ping -q -c 20 -i 0.02 -W 1 10.0.0.2; true";
