@@ -9,7 +9,7 @@ use arbitrary::Arbitrary;
 use blanket_overlay::bridge::Vlan;
 use blanket_overlay::directory::wire::{MESSAGE, Message};
 use blanket_overlay::directory::{
-    Directory, EPOCHS, Gossip, Key, Limits, NodeId, Record, Settings, Value, Version,
+    Directory, EPOCHS, Gossip, GroupId, Key, Limits, NodeId, Record, Settings, Value, Version,
 };
 use blanket_overlay::frame::{Mac, Vni};
 use libfuzzer_sys::fuzz_target;
@@ -53,6 +53,7 @@ fn value(flags: u8) -> Value {
         ips: vec![[10, 0, 0, flags].into(); usize::from(flags % 4)],
         attached: flags & 1 != 0,
         isolated: flags & 2 != 0,
+        groups: vec![GroupId(flags.into()); usize::from(flags >> 6)],
     }
 }
 

@@ -3,8 +3,12 @@
 use std::path::PathBuf;
 
 use crate::api::types::{
-    Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus,
+    ControllerSpec, Controllers, GroupStatus, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec,
+    PortSpec, PortStatus,
 };
+use crate::controllers;
+use crate::directory::GROUPS;
+use crate::flow::groups::{BadRule, Rule};
 use crate::key;
 use crate::port::{self, Port};
 use crate::switch::saved::{self, Change, Saved};
@@ -23,6 +27,12 @@ pub enum Error {
     /// It would be forgotten.
     #[error(transparent)]
     Save(#[from] saved::Error),
+    /// No rule.
+    #[error(transparent)]
+    Rule(#[from] BadRule),
+    /// Controllers are not taken.
+    #[error(transparent)]
+    Controllers(#[from] controllers::Error),
     /// There is no switch any more.
     #[error(transparent)]
     Stopped(#[from] Stopped),
@@ -41,6 +51,7 @@ pub struct Control {
     handle: Handle,
     saved: Saved,
     path: PathBuf,
+    controllers: controllers::Set,
 }
 
 fn check_name(name: &str) -> Result<(), Error> {
@@ -66,7 +77,8 @@ impl Control {
     /// The file cannot be read, or contradicts itself.
     pub async fn restore(handle: Handle, path: PathBuf) -> Result<Self, Error> {
         let saved = Saved::read(&path)?;
-        let control = Self {
+        let mut control = Self {
+            controllers: controllers::Set::new(handle.clone()),
             handle,
             saved,
             path,
@@ -85,6 +97,15 @@ impl Control {
                 tracing::warn!("{error}");
             }
         }
+        for (name, rules) in control.saved.groups.clone() {
+            control
+                .order(move |switch| switch.add_group(&name, rules))
+                .await??;
+        }
+        let ports = control.saved.ports.values();
+        if ports.into_iter().any(|port| !port.groups.is_empty()) {
+            control.order(Switch::adopt_connections).await?;
+        }
         for (name, spec) in control.saved.ports.clone() {
             let opened = port::open(&spec.attachment, control.mtu(&spec));
             if let Err(error) = &opened {
@@ -95,21 +116,36 @@ impl Control {
                 .order(move |switch| switch.add_port(&name, spec, opened))
                 .await??;
         }
-        for (network, changes) in control.saved.flows.clone() {
-            for change in changes {
-                let network = network.clone();
-                let done = control.order(move |switch| match change {
-                    Change::Add(flow) => switch.add_flow(&network, &flow),
-                    Change::Remove(filter, strict) => {
-                        switch.remove_flows(&network, &filter, strict).map(drop)
-                    }
-                });
-                if let Err(error) = done.await? {
-                    tracing::warn!("{error}");
-                }
-            }
+        for (network, spec) in control.saved.controllers.clone() {
+            // What a network begins with depends on it.
+            let (name, mode) = (network.clone(), spec.mode());
+            let set = control.order(move |switch| switch.set_fail_mode(&name, mode));
+            set.await??;
+        }
+        for network in control.saved.flows.keys() {
+            control.replay(network).await?;
+        }
+        for (network, spec) in control.saved.controllers.clone() {
+            control.controllers.set(&network, spec, false).await?;
         }
         Ok(control)
+    }
+
+    /// Does again what was done to a network's flows by command.
+    async fn replay(&self, network: &str) -> Result<(), Error> {
+        for change in self.saved.flows.get(network).cloned().unwrap_or_default() {
+            let network = network.to_owned();
+            let done = self.order(move |switch| match change {
+                Change::Add(flow) => switch.add_flow(&network, &flow),
+                Change::Remove(filter, strict) => {
+                    switch.remove_flows(&network, &filter, strict).map(drop)
+                }
+            });
+            if let Err(error) = done.await? {
+                tracing::warn!("{error}");
+            }
+        }
+        Ok(())
     }
 
     async fn order<R: Send + 'static>(
@@ -170,10 +206,67 @@ impl Control {
         let network = self
             .order(move |switch| switch.remove_network(&name))
             .await??;
+        if self.saved.controllers.remove(&key).is_some() {
+            self.controllers.remove(&key).await?;
+        }
         self.saved.networks.remove(&key);
         self.saved.flows.remove(&key);
         self.saved.write(&self.path)?;
         Ok(network)
+    }
+
+    /// How a network's controllers are.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or it has none.
+    pub async fn controllers(&self, network: String) -> Result<Controllers, Error> {
+        self.known(&network)?;
+        Ok(self.controllers.get(&network).await?)
+    }
+
+    /// Gives a network these controllers, and no others.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or something is wrong with one of them; then
+    /// there are those that there were.
+    pub async fn put_controllers(
+        &mut self,
+        network: String,
+        spec: ControllerSpec,
+    ) -> Result<Controllers, Error> {
+        self.known(&network)?;
+        self.controllers.set(&network, spec.clone(), true).await?;
+        self.saved.controllers.insert(network.clone(), spec);
+        self.saved.write(&self.path)?;
+        self.controllers(network).await
+    }
+
+    /// Leaves a network's controllers, and forgets their flows and meters; which
+    /// they were.
+    ///
+    /// # Errors
+    ///
+    /// There is no such network, or it has none.
+    pub async fn remove_controllers(&mut self, network: String) -> Result<ControllerSpec, Error> {
+        self.known(&network)?;
+        let spec = self.controllers.remove(&network).await?;
+        let name = network.clone();
+        self.order(move |switch| switch.reset_flows(&name))
+            .await??;
+        self.replay(&network).await?;
+        self.saved.controllers.remove(&network);
+        self.saved.write(&self.path)?;
+        Ok(spec)
+    }
+
+    fn known(&self, network: &str) -> Result<(), Error> {
+        if self.saved.networks.contains_key(network) {
+            Ok(())
+        } else {
+            Err(switch::Error::NoNetwork(network.to_owned()).into())
+        }
     }
 
     /// A network's flows, a line each.
@@ -314,9 +407,7 @@ impl Control {
     /// behind the port cannot be had.
     pub async fn put_port(&mut self, name: String, spec: PortSpec) -> Result<PortStatus, Error> {
         check_name(&name)?;
-        if !self.saved.networks.contains_key(&spec.network) {
-            return Err(switch::Error::NoNetwork(spec.network).into());
-        }
+        self.known(&spec.network)?;
         if let Some(old) = self.saved.ports.get(&name) {
             let same = *old == spec;
             let ports = self.ports().await?;
@@ -326,6 +417,7 @@ impl Control {
                 _ => Err(switch::Error::Exists(name).into()),
             };
         }
+        self.known_groups(&spec.groups)?;
         let (key, kept) = (name.clone(), spec.clone());
         let port: Box<dyn Port> = port::open(&spec.attachment, self.mtu(&spec))?;
         let status = self
@@ -349,5 +441,109 @@ impl Control {
         self.saved.ports.remove(&key);
         self.saved.write(&self.path)?;
         Ok(status)
+    }
+
+    /// Puts a port into groups, and out of all others; without any, all passes.
+    ///
+    /// # Errors
+    ///
+    /// There is no such port or group, or there are too many.
+    pub async fn put_port_groups(
+        &mut self,
+        name: String,
+        groups: Vec<String>,
+    ) -> Result<PortStatus, Error> {
+        self.known_groups(&groups)?;
+        let (key, kept) = (name.clone(), groups.clone());
+        self.order(move |switch| switch.set_port_groups(&key, groups))
+            .await??;
+        if let Some(spec) = self.saved.ports.get_mut(&name) {
+            spec.groups = kept;
+        }
+        self.saved.write(&self.path)?;
+        let mut ports = self.ports().await?.into_iter();
+        let port = ports.find(|port| port.name == name);
+        Ok(port.ok_or(switch::Error::NoPort(name))?)
+    }
+
+    /// Groups that ports can be put into.
+    fn known_groups(&self, groups: &[String]) -> Result<(), Error> {
+        if groups.len() > GROUPS {
+            return Err(switch::Error::TooMany(GROUPS, "groups of a port").into());
+        }
+        let unknown = |name: &&String| !self.saved.groups.contains_key(*name);
+        match groups.iter().find(unknown) {
+            Some(name) => Err(switch::Error::NoGroup(name.clone()).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// All security groups.
+    ///
+    /// # Errors
+    ///
+    /// The switch has stopped.
+    pub async fn groups(&self) -> Result<Vec<GroupStatus>, Error> {
+        Ok(self.order(|switch| switch.groups()).await?)
+    }
+
+    /// Makes a security group with rules.
+    ///
+    /// # Errors
+    ///
+    /// There is one of that name, or a rule makes no sense.
+    pub async fn add_group(&mut self, name: String, rules: Vec<Rule>) -> Result<(), Error> {
+        check_name(&name)?;
+        rules.iter().try_for_each(Rule::check)?;
+        let (key, kept) = (name.clone(), rules.clone());
+        self.order(move |switch| switch.add_group(&name, rules))
+            .await??;
+        self.saved.groups.insert(key, kept);
+        Ok(self.saved.write(&self.path)?)
+    }
+
+    /// Removes a security group; with `force` even if ports are in it, which
+    /// are closed then.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or ports are in it.
+    pub async fn remove_group(&mut self, name: String, force: bool) -> Result<(), Error> {
+        let key = name.clone();
+        self.order(move |switch| switch.remove_group(&name, force))
+            .await??;
+        self.saved.groups.remove(&key);
+        Ok(self.saved.write(&self.path)?)
+    }
+
+    /// Adds a rule to a security group.
+    ///
+    /// # Errors
+    ///
+    /// There is no such group, or the rule makes no sense.
+    pub async fn add_rule(&mut self, group: String, rule: Rule) -> Result<(), Error> {
+        rule.check()?;
+        let (key, kept) = (group.clone(), rule.clone());
+        self.order(move |switch| switch.add_rule(&group, rule))
+            .await??;
+        let rules = self.saved.groups.entry(key).or_default();
+        if !rules.contains(&kept) {
+            rules.push(kept);
+        }
+        Ok(self.saved.write(&self.path)?)
+    }
+
+    /// Removes a rule from a security group.
+    ///
+    /// # Errors
+    ///
+    /// There is no such group, or it has no such rule.
+    pub async fn remove_rule(&mut self, group: String, rule: Rule) -> Result<(), Error> {
+        let (key, gone) = (group.clone(), rule.clone());
+        self.order(move |switch| switch.remove_rule(&group, &rule))
+            .await??;
+        let rules = self.saved.groups.entry(key).or_default();
+        rules.retain(|kept| *kept != gone);
+        Ok(self.saved.write(&self.path)?)
     }
 }

@@ -19,6 +19,7 @@
 //! | [`tunnel`] | between nodes: encrypted, super-frames, several paths; VXLAN and Geneve |
 //! | [`flow`] | the programmable flow table, OpenFlow, stateful security groups |
 //! | [`switch`] | networks and ports, the way of each frame, and the thread that moves them |
+//! | [`controllers`] | who networks' OpenFlow controllers are, and how they are reached |
 //! | [`control`], [`api`], [`key`] | what the switch is asked, checked and kept; HTTP; who it is |
 //! | [`drops`] | why frames are dropped, counted |
 //!
@@ -31,6 +32,7 @@ pub mod api;
 pub mod bridge;
 pub mod capture;
 pub mod control;
+pub mod controllers;
 pub mod directory;
 pub mod drops;
 pub mod flow;

@@ -14,7 +14,8 @@ use blanket_overlay::api::server;
 use blanket_overlay::control::Control;
 use blanket_overlay::key;
 use blanket_overlay::switch::worker::Worker;
-use blanket_overlay::switch::{Remote, Switch};
+use blanket_overlay::switch::{Remote, Switch, node_of};
+use blanket_overlay::tunnel::{PrivateKey, public};
 use clap::Parser;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -98,9 +99,12 @@ async fn serve(arguments: &Arguments) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let listener = listen(&arguments.socket).await?;
     let spin = Duration::from_micros(arguments.spin);
-    let switch = Switch::new(Instant::now(), remote(arguments)?);
+    let private = key::load(&arguments.state.join("key"))?;
+    let identity = node_of(&public(&private));
+    let mut switch = Switch::new(Instant::now(), remote(arguments, private)?);
+    switch.set_identity(identity.0);
     let (handle, thread) = Worker::start(switch, spin)?;
-    let control = Control::restore(handle, arguments.state.join("switch.json")).await?;
+    let control = Control::restore(handle.clone(), arguments.state.join("switch.json")).await?;
     let router = server::router(control);
     tracing::info!("ready");
     let served = tokio::select! {
@@ -108,7 +112,8 @@ async fn serve(arguments: &Arguments) -> Result<()> {
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     };
-    // The router is gone, and with it the last handle: the worker ends.
+    // Requests and controllers may still have handles.
+    handle.stop();
     let ended = thread.join();
     if std::fs::remove_file(&arguments.socket).is_err() {
         tracing::debug!("{} was removed already", arguments.socket.display());
@@ -121,11 +126,10 @@ async fn serve(arguments: &Arguments) -> Result<()> {
 }
 
 /// The way to other nodes, if there is to be one.
-fn remote(arguments: &Arguments) -> Result<Option<Remote>> {
+fn remote(arguments: &Arguments, private: PrivateKey) -> Result<Option<Remote>> {
     let Some((local, interface)) = arguments.listen.zip(arguments.interface.as_deref()) else {
         return Ok(None);
     };
-    let private = key::load(&arguments.state.join("key"))?;
     let uplink = uplink::open(arguments.uplink, &Spec::new(interface, local))?;
     let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let epoch = epoch.context("this machine's clock is before 1970: set it")?;

@@ -1,4 +1,7 @@
-"""A learning switch for os-ken, after its simple_switch_13."""
+"""A learning switch for os-ken, after its simple_switch_13.
+
+learning_switch.py PORT [KEY CERTIFICATE CA]
+"""
 
 import os
 import sys
@@ -72,7 +75,14 @@ class LearningSwitch(OSKenApp):
 
 
 if __name__ == "__main__":
-    listen = ["--ofp-listen-host", "127.0.0.1", "--ofp-tcp-listen-port", sys.argv[1]]
+    port, tls = sys.argv[1], sys.argv[2:]
+    listen = ["--ofp-listen-host", "127.0.0.1"]
+    if tls:
+        key, certificate, ca = tls
+        listen += ["--ofp-ssl-listen-port", port, "--ctl-privkey", key]
+        listen += ["--ctl-cert", certificate, "--ca-certs", ca]
+    else:
+        listen += ["--ofp-tcp-listen-port", port]
     cfg.CONF(args=listen, project="os_ken", version="test")
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     AppManager.run_apps(["learning_switch"])

@@ -9,10 +9,12 @@ use crate::run::{Output, checked};
 
 /// What building and testing need. The testbed installs what its machines
 /// are made of when it makes them.
-const PACKAGES: [&str; 6] = [
+const PACKAGES: [&str; 8] = [
     "gcc",
     "libc6-dev",
+    "openssl",
     "openvswitch-common",
+    "python3-os-ken",
     "qemu-system-x86",
     "qemu-utils",
     "tcpdump",

@@ -11,17 +11,19 @@ use axum::{Json, Router};
 use serde::Serialize;
 use tokio::sync::Mutex;
 
-use super::types::{FlowFilter, NetworkSpec, PeerSpec, PortSpec, Problem};
+use super::groups;
+use super::types::{ControllerSpec, FlowFilter, NetworkSpec, PeerSpec, PortSpec, Problem};
 use crate::control::{Control, Error};
+use crate::controllers;
 use crate::switch;
 
 /// A request is never longer than this, in bytes.
 const MAX_BODY: usize = 1 << 20;
 
-type Shared = State<Arc<Mutex<Control>>>;
+pub(super) type Shared = State<Arc<Mutex<Control>>>;
 
 /// A body that may be none.
-type Body<T> = Result<Json<T>, JsonRejection>;
+pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
 
 /// The API in front of `control`.
 pub fn router(control: Control) -> Router {
@@ -34,11 +36,18 @@ pub fn router(control: Control) -> Router {
             "/networks/{name}/flows",
             get(flows).post(add_flows).delete(remove_flows),
         )
+        .route(
+            "/networks/{name}/controllers",
+            get(controllers)
+                .put(put_controllers)
+                .delete(remove_controllers),
+        )
         .route("/networks/{name}/trace", post(trace))
         .route("/peers", get(peers))
         .route("/peers/{name}", put(put_peer).delete(remove_peer))
         .route("/ports", get(ports))
         .route("/ports/{name}", put(put_port).delete(remove_port))
+        .merge(groups::router())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Arc::new(Mutex::new(control)))
@@ -47,10 +56,18 @@ pub fn router(control: Control) -> Router {
 fn status(error: &Error) -> StatusCode {
     match error {
         Error::Switch(
-            switch::Error::NoNetwork(_) | switch::Error::NoPort(_) | switch::Error::NoPeer(_),
+            switch::Error::NoNetwork(_)
+            | switch::Error::NoPort(_)
+            | switch::Error::NoPeer(_)
+            | switch::Error::NoGroup(_)
+            | switch::Error::NoRule(_),
+        ) => StatusCode::NOT_FOUND,
+        Error::Controllers(
+            controllers::Error::None(_) | controllers::Error::Switch(switch::Error::NoNetwork(_)),
         ) => StatusCode::NOT_FOUND,
         Error::Switch(_) => StatusCode::CONFLICT,
-        Error::Port(_) | Error::Name(_) | Error::Key(_) => StatusCode::BAD_REQUEST,
+        Error::Controllers(_) => StatusCode::BAD_REQUEST,
+        Error::Port(_) | Error::Name(_) | Error::Key(_) | Error::Rule(_) => StatusCode::BAD_REQUEST,
         Error::Save(_) | Error::Stopped(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -60,7 +77,7 @@ fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response 
     (status, Json(Problem { error, remedy })).into_response()
 }
 
-fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
+pub(super) fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
     match result {
         Ok(value) => Json(value).into_response(),
         Err(error) => problem(status(&error), error.to_string(), None),
@@ -68,7 +85,7 @@ fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
 }
 
 /// Does `act` with a request's body, if it is one.
-async fn with_body<T, R: Serialize>(
+pub(super) async fn with_body<T, R: Serialize>(
     control: &Mutex<Control>,
     body: Body<T>,
     act: impl AsyncFnOnce(&mut Control, T) -> Result<R, Error>,
@@ -133,6 +150,25 @@ async fn remove_flows(
     .await
 }
 
+async fn controllers(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.controllers(name).await)
+}
+
+async fn put_controllers(
+    State(control): Shared,
+    Path(name): Path<String>,
+    spec: Body<ControllerSpec>,
+) -> Response {
+    with_body(&control, spec, async |control, spec| {
+        control.put_controllers(name, spec).await
+    })
+    .await
+}
+
+async fn remove_controllers(State(control): Shared, Path(name): Path<String>) -> Response {
+    answer(control.lock().await.remove_controllers(name).await)
+}
+
 async fn trace(State(control): Shared, Path(name): Path<String>, packet: Body<String>) -> Response {
     with_body(&control, packet, async |control, packet| {
         control.trace(name, packet).await
@@ -182,6 +218,6 @@ async fn unknown() -> Response {
     problem(
         StatusCode::NOT_FOUND,
         "no such path".to_owned(),
-        Some("GET /switch, /networks, /ports, /peers; see `blanket net --help`"),
+        Some("GET /switch, /networks, /ports, /groups, /peers; see `blanket net --help`"),
     )
 }

@@ -9,6 +9,12 @@
 //! | `GET /ports` | | all [`PortStatus`]es |
 //! | `PUT /ports/NAME` | [`PortSpec`] | [`PortStatus`] |
 //! | `DELETE /ports/NAME` | | [`PortStatus`] as it was |
+//! | `PUT /ports/NAME/groups` | its security groups, by name | [`PortStatus`] |
+//! | `GET /groups` | | all [`GroupStatus`]es |
+//! | `PUT /groups/NAME` | its [`Rule`]s | `null` |
+//! | `DELETE /groups/NAME` | [`GroupRemoval`] | `null` |
+//! | `POST /groups/NAME/rules` | [`Rule`] | `null` |
+//! | `DELETE /groups/NAME/rules` | [`Rule`] | `null` |
 //! | `GET /peers` | | all [`Peer`]s |
 //! | `PUT /peers/NAME` | [`PeerSpec`] | [`Peer`] |
 //! | `DELETE /peers/NAME` | | [`Peer`] as it was |
@@ -16,6 +22,9 @@
 //! | `GET /networks/NAME/flows` | | its flows, a line of text each |
 //! | `POST /networks/NAME/flows` | flows, a line of text each | `null` |
 //! | `DELETE /networks/NAME/flows` | [`FlowFilter`] | how many there were |
+//! | `GET /networks/NAME/controllers` | | its [`Controllers`] |
+//! | `PUT /networks/NAME/controllers` | [`ControllerSpec`] | its [`Controllers`] |
+//! | `DELETE /networks/NAME/controllers` | | [`ControllerSpec`] as it was |
 //! | `POST /networks/NAME/trace` | a packet, as text | which flows it would hit, as text |
 //!
 //! Whatever fails is answered with a 4xx or 5xx status and a [`Problem`].
@@ -25,8 +34,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::bridge::{Origin, PortConfig};
+pub use crate::controllers::{ControllerSpec, ControllerStatus, Controllers, Target, Tls};
 use crate::drops::Drops;
+pub use crate::flow::groups::{Direction, Remote, Rule};
 use crate::frame::{Mac, PortId, Vni};
+pub use crate::switch::FailMode;
 use crate::tunnel::PeerStatus;
 
 /// Why a request was refused or failed.
@@ -111,6 +123,9 @@ pub struct PortSpec {
     /// How the bridge sees it; its network and MTU are those of the network.
     #[serde(default)]
     pub bridge: PortConfig,
+    /// The security groups that it is in; without any, all passes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
 }
 
 /// Another node's switch.
@@ -164,6 +179,27 @@ pub struct FlowFilter {
     /// Only the one with exactly this match and priority.
     #[serde(default)]
     pub strict: bool,
+}
+
+/// A security group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Its name.
+    pub name: String,
+    /// What it lets through; none: ports are in it, and it is not there, so
+    /// they are closed.
+    pub rules: Option<Vec<Rule>>,
+    /// This node's ports in it.
+    pub ports: Vec<String>,
+}
+
+/// How a group is removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupRemoval {
+    /// Even if ports are in it, which are closed then.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// What went through a port in one direction.

@@ -166,6 +166,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<Record>, FileError> {
             ips: station.ips,
             attached: true,
             isolated: station.isolated,
+            groups: Vec::new(),
         };
         put(Key::Station(station.vni, vlan, mac), station.node, value);
     }

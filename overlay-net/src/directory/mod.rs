@@ -33,7 +33,9 @@ pub mod wire;
 
 pub use file::{FileError, Source, StaticFile};
 pub use gossip::{Gossip, Outgoing, Settings, Traffic};
-pub use record::{ADDRESSES, EPOCHS, Key, NodeId, Record, Value, Version};
+pub use record::{
+    ADDRESSES, EPOCHS, GROUPS, GroupId, GroupList, Key, NodeId, Record, Value, Version,
+};
 
 /// What became of a record that came.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -469,6 +471,7 @@ impl Directory {
                 ips,
                 attached,
                 isolated,
+                ..
             }) if record.version.node != self.me => Some(Located {
                 node: record.version.node,
                 attached: *attached,

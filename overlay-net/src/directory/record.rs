@@ -43,6 +43,8 @@ pub enum Value {
         attached: bool,
         /// Its port is isolated.
         isolated: bool,
+        /// The security groups that its port is in.
+        groups: GroupList,
     },
     /// The node is in the network.
     Member,
@@ -54,6 +56,27 @@ pub enum Value {
         endpoints: Vec<SocketAddr>,
     },
 }
+
+/// A security group as nodes tell each other of it: those of the same name are
+/// the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GroupId(pub u64);
+
+impl GroupId {
+    /// The first bytes of its name's hash.
+    #[must_use]
+    pub fn of(name: &str) -> Self {
+        let mut first = [0; 8];
+        first.copy_from_slice(&blake3::hash(name.as_bytes()).as_bytes()[..8]);
+        Self(u64::from_be_bytes(first))
+    }
+}
+
+/// Groups of a station.
+pub type GroupList = Vec<GroupId>;
+
+/// Groups of a station at most.
+pub const GROUPS: usize = 16;
 
 /// IP addresses of a station, and endpoints of a node, at most.
 pub const ADDRESSES: usize = 16;
@@ -95,7 +118,9 @@ impl Record {
         let by = self.version.node;
         let fits = match (&self.key, &self.value) {
             (_, None) => true,
-            (Key::Station(..), Some(Value::Station { ips, .. })) => ips.len() <= ADDRESSES,
+            (Key::Station(..), Some(Value::Station { ips, groups, .. })) => {
+                ips.len() <= ADDRESSES && groups.len() <= GROUPS
+            }
             (Key::Member(_, node), Some(Value::Member)) => *node == by,
             (Key::Node(node), Some(Value::Node { endpoints, .. })) => {
                 *node == by && endpoints.len() <= ADDRESSES

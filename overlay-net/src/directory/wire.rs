@@ -15,7 +15,7 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 1 | 0 station, 1 member, 2 node; +16 gone, +32 attached, +64 isolated |
+//! | 1 | 0 station, 1 member, 2 node; +16 gone, +32 attached, +64 isolated, +128 in groups |
 //! | 3 + 2 + 6 | station: VNI, VLAN (highest bit: 802.1ad), address |
 //! | 3 + 8 | member: VNI, node |
 //! | 8 | node |
@@ -25,6 +25,8 @@
 //! | 1 | station, node, not gone: how many addresses follow |
 //! | 1 + 4 or 16 | each address: 4 or 6, then it |
 //! | 2 | node, after each address: its port |
+//! | 1 | in groups: how many follow |
+//! | 8 | each group: the first bytes of its name's BLAKE3 hash |
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -34,7 +36,7 @@ use thiserror::Error;
 use crate::bridge::Vlan;
 use crate::frame::{Mac, Vni};
 
-use super::{ADDRESSES, BUCKETS, Key, NodeId, Record, Value, Version};
+use super::{ADDRESSES, BUCKETS, GROUPS, GroupId, GroupList, Key, NodeId, Record, Value, Version};
 
 /// The version of the format.
 const FORMAT: u8 = 1;
@@ -44,6 +46,7 @@ pub const MESSAGE: usize = 1200;
 const GONE: u8 = 16;
 const ATTACHED: u8 = 32;
 const ISOLATED: u8 = 64;
+const GROUPED: u8 = 128;
 
 /// Bytes that are no message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -118,8 +121,16 @@ pub(super) fn put_record(to: &mut Vec<u8>, record: &Record, age: Duration) {
     let flags = match &record.value {
         None => GONE,
         Some(Value::Station {
-            attached, isolated, ..
-        }) => (if *attached { ATTACHED } else { 0 }) | (if *isolated { ISOLATED } else { 0 }),
+            attached,
+            isolated,
+            groups,
+            ..
+        }) => {
+            let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+            flag(*attached, ATTACHED)
+                | flag(*isolated, ISOLATED)
+                | flag(!groups.is_empty(), GROUPED)
+        }
         Some(_) => 0,
     };
     to.push(kind | flags);
@@ -132,10 +143,16 @@ pub(super) fn put_record(to: &mut Vec<u8>, record: &Record, age: Duration) {
             to.extend(seconds.to_be_bytes());
         }
         Some(Value::Member) => {}
-        Some(Value::Station { ips, .. }) => {
+        Some(Value::Station { ips, groups, .. }) => {
             to.push(ips.len().min(ADDRESSES) as u8);
             for ip in ips.iter().take(ADDRESSES) {
                 put_ip(to, *ip);
+            }
+            if !groups.is_empty() {
+                to.push(groups.len().min(GROUPS) as u8);
+                for group in groups.iter().take(GROUPS) {
+                    to.extend(group.0.to_be_bytes());
+                }
             }
         }
         Some(Value::Node { public, endpoints }) => {
@@ -299,6 +316,14 @@ impl Reader<'_> {
         Ok(count)
     }
 
+    fn groups(&mut self) -> Result<GroupList, Wrong> {
+        let count = usize::from(self.byte()?);
+        if !(1..=GROUPS).contains(&count) {
+            return Err(Wrong::Value);
+        }
+        (0..count).map(|_| Ok(GroupId(self.long()?))).collect()
+    }
+
     fn records(&mut self) -> Result<Vec<(Record, Duration)>, Wrong> {
         let mut records = Vec::new();
         while !self.0.is_empty() {
@@ -311,8 +336,9 @@ impl Reader<'_> {
         let kind = self.byte()?;
         let gone = kind & GONE != 0;
         let (attached, isolated) = (kind & ATTACHED != 0, kind & ISOLATED != 0);
-        let kind = kind & !(GONE | ATTACHED | ISOLATED);
-        if (gone || kind != 0) && (attached || isolated) {
+        let grouped = kind & GROUPED != 0;
+        let kind = kind & !(GONE | ATTACHED | ISOLATED | GROUPED);
+        if (gone || kind != 0) && (attached || isolated || grouped) {
             return Err(Wrong::Value);
         }
         let key = match kind {
@@ -338,10 +364,12 @@ impl Reader<'_> {
             Key::Station(..) => {
                 let count = self.count()?;
                 let ips = (0..count).map(|_| self.ip()).collect::<Result<_, _>>()?;
+                let groups = if grouped { self.groups()? } else { Vec::new() };
                 Some(Value::Station {
                     ips,
                     attached,
                     isolated,
+                    groups,
                 })
             }
             Key::Member(..) => Some(Value::Member),

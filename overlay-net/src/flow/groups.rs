@@ -74,6 +74,44 @@ pub struct Rule {
     pub remote: Remote,
 }
 
+/// Why a rule makes no sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadRule {
+    /// Ports of something that has none, or the last before the first.
+    #[error("ports are 1 to 65535, the first before the last, and of tcp, udp or sctp")]
+    Ports,
+    /// More bits than an address has.
+    #[error("an IPv4 prefix has 0 to 32 bits, an IPv6 prefix 0 to 128")]
+    Prefix,
+}
+
+impl Rule {
+    /// Whether it makes sense.
+    ///
+    /// # Errors
+    ///
+    /// See [`BadRule`].
+    pub fn check(&self) -> Result<(), BadRule> {
+        if let Some((first, last)) = self.ports {
+            let has_ports = matches!(
+                self.protocol,
+                Some(protocol::TCP | protocol::UDP | protocol::SCTP)
+            );
+            if !has_ports || first == 0 || first > last {
+                return Err(BadRule::Ports);
+            }
+        }
+        match self.remote {
+            Remote::Network { address, prefix }
+                if prefix > if address.is_ipv4() { 32 } else { 128 } =>
+            {
+                Err(BadRule::Prefix)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A group.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -105,6 +143,9 @@ pub struct Groups {
     pub groups: BTreeMap<String, Group>,
     /// The groups that a port is in; without any, it has no connections.
     pub ports: BTreeMap<PortId, Vec<String>>,
+    /// Until then, TCP connections whose beginning was not seen are taken over
+    /// if rules would have let them begin.
+    pub adopts: Duration,
 }
 
 /// Zones of ports are no zones of flows.
@@ -203,12 +244,39 @@ impl Groups {
                 Ok(()) => Verdict::Pass,
                 Err(Full) => Verdict::Drop(Reason::Connections),
             },
-            Found::Invalid => Verdict::Drop(Reason::NoConnection),
+            Found::Within(tuple) if now < self.adopts => {
+                self.adopt(now, connections, &groups, tuple, direction, port)
+            }
+            Found::Within(_) | Found::Invalid => Verdict::Drop(Reason::NoConnection),
         };
         if verdict == Verdict::Pass && key.fragment == Some(false) {
             connections.expect_fragments(now, zone, key, self.generation);
         }
         verdict
+    }
+
+    /// A frame in the middle of a connection that nothing is known of: it may
+    /// have been begun by either side.
+    fn adopt(
+        &self,
+        now: Duration,
+        connections: &Connections,
+        groups: &[&Group],
+        tuple: Tuple,
+        direction: Direction,
+        port: PortId,
+    ) -> Verdict {
+        let as_begun = if self.allows(groups, &tuple, direction) {
+            tuple
+        } else if self.allows(groups, &tuple.reversed(), direction.opposite()) {
+            tuple.reversed()
+        } else {
+            return Verdict::Drop(Reason::NoConnection);
+        };
+        match connections.adopt(now, zone(port), as_begun, self.generation) {
+            Ok(()) => Verdict::Pass,
+            Err(Full) => Verdict::Drop(Reason::Connections),
+        }
     }
 
     /// A port's groups; none if it, or one of them, is not known.

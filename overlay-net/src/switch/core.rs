@@ -6,6 +6,8 @@
 //! | `talk` | what switches tell each other of who is where |
 //! | `turns` | ports' and uplinks' turns, and what time asks for |
 //! | `way` | the way of a frame: flows, bridge, ports and tunnels |
+//! | `groups` | security groups |
+//! | `datapath` | a network as its OpenFlow controllers see it |
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
@@ -19,10 +21,14 @@ use crate::drops::Drops;
 use crate::frame::{Offload, PortId, Vni};
 use crate::port::Port;
 
+mod datapath;
+mod groups;
 mod talk;
 mod told;
 mod turns;
 mod way;
+
+pub use datapath::PEERS;
 
 /// How what switches tell each other begins: as a frame of an experiment
 /// (IEEE 802's local experimental ethertype) from nobody to nobody.
@@ -51,6 +57,8 @@ struct Slot {
     rx: Traffic,
     tx: Traffic,
     drops: Drops,
+    /// A controller has taken it down.
+    closed: bool,
     /// Something was sent since the last flush.
     dirty: bool,
 }
@@ -66,6 +74,8 @@ struct Later {
 
 /// See the module above.
 pub struct Switch {
+    /// What controllers know this node by.
+    identity: u64,
     /// Time 0.
     start: Instant,
     /// Now, in the tables' time.
@@ -74,6 +84,7 @@ pub struct Switch {
     /// Index: a port's number.
     slots: Vec<Option<Slot>>,
     flows: HashMap<Vni, Flows>,
+    security: groups::Security,
     names: BTreeMap<String, PortId>,
     /// Ports with something to flush.
     dirty: Vec<PortId>,

@@ -17,8 +17,8 @@ pub mod saved;
 mod tests;
 pub mod worker;
 
-pub use self::core::Switch;
-pub use flows::FlowError;
+pub use self::core::{PEERS, Switch};
+pub use flows::{FailMode, FlowError};
 pub use remote::{Remote, node_of};
 
 /// Why the switch refuses something.
@@ -48,6 +48,22 @@ pub enum Error {
     /// A port of that name is there.
     #[error("there is a port `{0}` already; detach it first, or take another name")]
     Exists(String),
+    /// No such group.
+    #[error("there is no security group `{0}`; blanket net group ls shows those that there are")]
+    NoGroup(String),
+    /// A group of that name is there.
+    #[error("there is a security group `{0}` already; change its rules, or take another name")]
+    GroupExists(String),
+    /// A group has ports.
+    #[error(
+        "{1} ports are in the security group `{0}`; put them into others (blanket net group set), or close them with --force"
+    )]
+    GroupInUse(String, usize),
+    /// No such rule.
+    #[error(
+        "the security group `{0}` has no such rule; blanket net group ls shows those that it has"
+    )]
+    NoRule(String),
     /// There are too many.
     #[error("there are {0} {1} already, and no more are taken")]
     TooMany(usize, &'static str),

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::api::types::{NetworkSpec, PeerSpec, PortSpec};
+use crate::controllers::ControllerSpec;
+use crate::flow::groups::Rule;
 
 /// The file's version; a newer one is refused.
 const VERSION: u32 = 1;
@@ -30,6 +32,12 @@ pub struct Saved {
     /// What was done to the flows of each network, in order.
     #[serde(default)]
     pub flows: BTreeMap<String, Vec<Change>>,
+    /// Security groups' rules by name.
+    #[serde(default)]
+    pub groups: BTreeMap<String, Vec<Rule>>,
+    /// How networks are controlled.
+    #[serde(default)]
+    pub controllers: BTreeMap<String, ControllerSpec>,
 }
 
 /// Something that was done to flows, in their text form.

@@ -15,6 +15,9 @@ use crate::drops::{Drops, Reason};
 use crate::frame::{Frame, Head, Mac, Offload, PortId, Vni};
 use crate::port::Port;
 
+mod controllers;
+mod groups;
+
 /// What the other side of a port has sent, and got; it can break.
 #[derive(Default)]
 struct Wire {
@@ -91,6 +94,7 @@ fn spec(network: &str) -> PortSpec {
         network: network.to_owned(),
         attachment: Attachment::Tap("none".to_owned()),
         bridge: PortConfig::default(),
+        groups: Vec::new(),
     }
 }
 

@@ -21,8 +21,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::Switch;
 use crate::frame::PortId;
 
-/// Something to do with the switch, by its own thread.
-type Order = Box<dyn FnOnce(&mut Switch) + Send>;
+/// Something to do with the switch, by its own thread; none: to end.
+type Order = Option<Box<dyn FnOnce(&mut Switch) + Send>>;
 
 /// Rounds over the active ports between two looks at the others, and at
 /// orders.
@@ -65,14 +65,32 @@ impl Handle {
         act: impl FnOnce(&mut Switch) -> R + Send + 'static,
     ) -> Result<R, Stopped> {
         let (tell, told) = oneshot::channel();
-        let order: Order = Box::new(move |switch| {
+        self.tell(move |switch| {
             // Nobody waits any more: it is done all the same.
             let _ = tell.send(act(switch));
-        });
+        })?;
+        told.await.map_err(|_| Stopped)
+    }
+
+    /// Has the switch's thread do something, and does not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// The thread has ended.
+    pub fn tell(&self, act: impl FnOnce(&mut Switch) + Send + 'static) -> Result<(), Stopped> {
+        self.send(Some(Box::new(act)))
+    }
+
+    /// Ends the switch's thread, whoever else has a handle. It may have ended.
+    pub fn stop(&self) {
+        let _ = self.send(None);
+    }
+
+    fn send(&self, order: Order) -> Result<(), Stopped> {
         self.orders.send(order).map_err(|_| Stopped)?;
         // The counter is far from its end: it is read whenever it is not 0.
         let _ = self.wake.write(1);
-        told.await.map_err(|_| Stopped)
+        Ok(())
     }
 }
 
@@ -130,7 +148,7 @@ impl Worker {
         Ok((handle, thread))
     }
 
-    /// Runs until the last handle is gone.
+    /// Runs until it is stopped, or the last handle is gone.
     fn run(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 64];
         let mut due = Instant::now();
@@ -173,12 +191,12 @@ impl Worker {
         let mut changed = false;
         loop {
             match self.orders.try_recv() {
-                Ok(order) => {
+                Ok(Some(order)) => {
                     order(&mut self.switch);
                     changed = true;
                 }
                 Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => return Ok(false),
+                Ok(None) | Err(TryRecvError::Disconnected) => return Ok(false),
             }
         }
         if changed {

@@ -3,5 +3,7 @@
 
 #[path = "overlay/basic.rs"]
 mod basic;
+#[path = "overlay/control.rs"]
+mod control;
 #[path = "overlay/node.rs"]
 mod node;

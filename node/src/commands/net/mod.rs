@@ -19,6 +19,9 @@ use crate::home::Home;
 use crate::switch::ask;
 use crate::table;
 
+mod controller;
+mod group;
+
 /// Networks that span nodes, and the ports of this node's switch.
 #[derive(clap::Subcommand)]
 pub(crate) enum Args {
@@ -43,6 +46,12 @@ pub(crate) enum Args {
     /// The flow table of a network: what happens to its frames, as `ovs-ofctl` users know it.
     #[command(subcommand)]
     Flow(FlowArgs),
+    /// The OpenFlow controllers of a network, as `ovs-vsctl set-controller` users know them.
+    #[command(subcommand)]
+    Controller(controller::ControllerArgs),
+    /// Security groups: which connections the ports in them may have.
+    #[command(subcommand)]
+    Group(group::GroupArgs),
     /// Tell which flows a packet would hit, like in_port=a,tcp,nw_dst=10.0.0.1,tp_dst=80.
     Trace(TraceArgs),
     /// Describe this node's switch.
@@ -173,6 +182,9 @@ pub(crate) struct AttachArgs {
     /// It only talks to ports that are not isolated.
     #[arg(long)]
     isolated: bool,
+    /// The security groups that it is in; without any, it is not filtered.
+    #[arg(long, value_name = "GROUPS", value_delimiter = ',')]
+    group: Vec<String>,
 }
 
 #[derive(clap::Args)]
@@ -217,6 +229,7 @@ impl AttachArgs {
                 isolated: self.isolated,
                 ..PortConfig::default()
             },
+            groups: self.group.clone(),
         })
     }
 }
@@ -283,6 +296,8 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
             show(&args.list, &macs, |macs| mac_rows(macs))?;
         }
         Args::Flow(args) => flow(home, args)?,
+        Args::Group(args) => group::group(home, args)?,
+        Args::Controller(args) => controller::controller(home, args)?,
         Args::Trace(args) => {
             let path = format!("/networks/{}/trace", args.network);
             let text: String = ask(home, Method::POST, &path, Some(&args.packet))?;

@@ -29,6 +29,7 @@ pub(super) fn station(number: u32) -> Value {
         ips: vec![IpAddr::from(number.to_be_bytes())],
         attached: true,
         isolated: false,
+        groups: Vec::new(),
     }
 }
 
@@ -56,6 +57,11 @@ fn record() -> impl Strategy<Value = Record> {
                         ips,
                         attached,
                         isolated,
+                        groups: if attached {
+                            vec![GroupId(number.into())]
+                        } else {
+                            Vec::new()
+                        },
                     },
                 ),
                 1 => (Key::Member(vni(number), version.node), Value::Member),

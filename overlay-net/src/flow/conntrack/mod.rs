@@ -185,6 +185,9 @@ pub enum Found {
         /// What that was committed with.
         generation: u64,
     },
+    /// In the middle of a TCP connection, if there is one: nothing is known of
+    /// it.
+    Within(Tuple),
     /// Neither.
     Invalid,
 }
@@ -243,8 +246,13 @@ impl Connections {
             Kind::Opens(tuple) => (tuple, true),
             Kind::Within(tuple) => (tuple, false),
         };
+        let middle = key.protocol == protocol::TCP
+            && !tuple.fragments
+            && key.tcp_flags & (SYN | RST | ACK) == ACK;
         let unknown = if opens {
             Found::New(tuple)
+        } else if middle {
+            Found::Within(tuple)
         } else {
             Found::Invalid
         };
@@ -319,6 +327,23 @@ impl Connections {
     ) -> Result<(), Full> {
         let lasts = Progress::Opening.lasts(tuple.protocol);
         self.put(now, zone, tuple, Progress::Opening, lasts, generation)
+    }
+
+    /// Remembers a connection, begun with `tuple`, as one that both sides talk
+    /// in.
+    ///
+    /// # Errors
+    ///
+    /// There is no room; it is not remembered.
+    pub fn adopt(
+        &self,
+        now: Duration,
+        zone: u64,
+        tuple: Tuple,
+        generation: u64,
+    ) -> Result<(), Full> {
+        let lasts = Progress::Open.lasts(tuple.protocol);
+        self.put(now, zone, tuple, Progress::Open, lasts, generation)
     }
 
     fn put(
@@ -489,7 +514,7 @@ impl Connections {
             Found::New(_) => ct_state::NEW,
             Found::Known { reply: back, .. } => ct_state::ESTABLISHED | reply(back),
             Found::Related { reply: back, .. } => ct_state::RELATED | reply(!back),
-            Found::Invalid => ct_state::INVALID,
+            Found::Within(_) | Found::Invalid => ct_state::INVALID,
         };
         if commit && first && state & ct_state::INVALID == 0 {
             self.expect_fragments(now, zone, key, 0);

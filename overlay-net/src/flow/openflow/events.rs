@@ -1,14 +1,13 @@
 //! What controllers are told without having asked.
 
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
+use tokio::sync::Notify;
 
 use super::PortInfo;
+use crate::drops::Reason;
 use crate::flow::conntrack::Connections;
 use crate::flow::control::Gone;
 use crate::flow::tables::Entry;
@@ -49,10 +48,10 @@ pub enum Event {
     Port(u8, PortInfo),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Queue {
     events: Mutex<VecDeque<Event>>,
-    wake: OwnedFd,
+    wake: Notify,
 }
 
 /// Events that one session has not told its controller yet.
@@ -69,28 +68,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Hub {
     /// A new session's inbox.
-    ///
-    /// # Errors
-    ///
-    /// There are too many open files.
-    pub fn join(&self) -> io::Result<Inbox> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let queue = Arc::new(Queue {
-            events: Mutex::default(),
-            wake,
-        });
+    #[must_use]
+    pub fn join(&self) -> Inbox {
+        let queue = Arc::new(Queue::default());
         let mut queues = lock(&self.0);
         queues.retain(|queue| queue.strong_count() != 0);
         queues.push(Arc::downgrade(&queue));
-        Ok(Inbox(queue))
+        Inbox(queue)
     }
 
-    /// Tells all sessions. False: there is none, or one of them has no room
-    /// ([`crate::drops::Reason::Controller`]).
-    pub fn send(&self, event: &Event) -> bool {
+    /// Tells all sessions. It never waits for one: locks are held for a few
+    /// instructions.
+    ///
+    /// # Errors
+    ///
+    /// There is no session, or one of them has no room.
+    pub fn send(&self, event: &Event) -> Result<(), Reason> {
         let queues = lock(&self.0);
-        let mut told = false;
-        let mut full = false;
+        let mut result = Err(Reason::NoController);
         for queue in queues.iter().filter_map(Weak::upgrade) {
             let mut events = lock(&queue.events);
             // What has happened to entries and ports is worth more than a frame.
@@ -100,15 +95,24 @@ impl Hub {
                 4 * WAITING
             };
             if events.len() >= room {
-                full = true;
+                result = Err(Reason::Controller);
                 continue;
             }
             events.push_back(event.clone());
-            told = true;
-            // It is only full if it wakes already.
-            let _ = rustix::io::write(&queue.wake, &1_u64.to_ne_bytes());
+            if events.len() == 1 {
+                queue.wake.notify_one();
+            }
+            if result == Err(Reason::NoController) {
+                result = Ok(());
+            }
         }
-        told && !full
+        result
+    }
+
+    /// Whether there is a session.
+    #[must_use]
+    pub fn has_sessions(&self) -> bool {
+        lock(&self.0).iter().any(|queue| queue.strong_count() != 0)
     }
 }
 
@@ -119,16 +123,11 @@ impl Inbox {
         lock(&self.0.events).pop_front()
     }
 
-    /// Readable when there are events.
-    #[must_use]
-    pub fn waker(&self) -> BorrowedFd<'_> {
-        self.0.wake.as_fd()
-    }
-
-    /// Has seen that it was woken.
-    pub fn woken(&self) {
-        // Nothing to read: it was not.
-        let _ = rustix::io::read(&self.0.wake, &mut [0; 8]);
+    /// Until there are events. It may come back too early, never too late.
+    pub async fn wait(&self) {
+        if lock(&self.0.events).is_empty() {
+            self.0.wake.notified().await;
+        }
     }
 }
 

@@ -143,6 +143,12 @@ impl Session {
         self.behind
     }
 
+    /// Whether its controller has said hello.
+    #[must_use]
+    pub fn is_greeted(&self) -> bool {
+        self.greeted
+    }
+
     /// What is to be sent to the controller.
     #[must_use]
     pub fn output(&self) -> &[u8] {

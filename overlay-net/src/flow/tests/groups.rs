@@ -1,6 +1,6 @@
 //! Security groups and connections.
 
-use super::super::groups::{self, Direction, Group, Groups, Remote, Rule, Verdict};
+use super::super::groups::{self, BadRule, Direction, Group, Groups, Remote, Rule, Verdict};
 use super::*;
 use crate::frame::key::ethertype;
 use std::net::IpAddr;
@@ -29,6 +29,7 @@ fn groups(rules: Vec<Rule>) -> Groups {
         generation: 1,
         groups: [("web".to_owned(), group)].into(),
         ports: [(PORT, vec!["web".to_owned()])].into(),
+        adopts: Duration::ZERO,
     }
 }
 
@@ -295,4 +296,61 @@ fn connections_move_with_their_guest() {
         closed.check(In, &between(9, 5, 6, &segment(4000, 80, 16))),
         GROUP
     );
+}
+
+#[test]
+fn connections_of_before_a_restart_go_on_for_a_while_if_rules_let_them_begin() {
+    let mut world = web();
+    let to = |flags| between(9, 5, 6, &segment(4000, 80, flags));
+    let from = |flags| between(5, 9, 6, &segment(80, 4000, flags));
+    world.groups.adopts = second(120);
+    // Whoever of the two is heard first.
+    assert!(world.passes(Out, &from(16)) && world.passes(In, &to(24)));
+    assert!(world.passes(In, &between(9, 5, 6, &segment(4001, 80, 16))));
+    assert_eq!(
+        world.check(In, &between(9, 5, 6, &segment(4002, 81, 16))),
+        NONE
+    );
+    assert_eq!(
+        world.check(Out, &between(5, 9, 6, &segment(81, 4002, 16))),
+        NONE
+    );
+    // A new one is one that begins, and what begins nothing else is none.
+    assert_eq!(
+        world.check(Out, &between(5, 9, 6, &segment(80, 4003, 2))),
+        GROUP
+    );
+    assert_eq!(
+        world.check(Out, &between(5, 9, 6, &segment(80, 4003, 18))),
+        NONE
+    );
+    assert_eq!(
+        world.check(Out, &between(5, 9, 6, &segment(80, 4003, 4))),
+        NONE
+    );
+    world.now = second(121);
+    assert_eq!(
+        world.check(In, &between(9, 5, 6, &segment(4004, 80, 16))),
+        NONE
+    );
+    assert!(world.passes(Out, &from(16)), "what was taken over is there");
+}
+
+#[test]
+fn rules_that_make_no_sense_are_told() {
+    let port = |protocol, ports| rule(In, protocol, Some(ports), Remote::Any).check();
+    assert_eq!(port(6, (80, 80)), Ok(()));
+    for (protocol, ports) in [(0, (80, 80)), (1, (80, 80)), (6, (81, 80)), (17, (0, 80))] {
+        assert_eq!(port(protocol, ports), Err(BadRule::Ports));
+    }
+    let prefix = |text: &str, prefix| {
+        let address = text.parse().expect("an address");
+        rule(In, 0, None, Remote::Network { address, prefix }).check()
+    };
+    assert_eq!(
+        (prefix("10.0.0.0", 32), prefix("fd00::", 128)),
+        (Ok(()), Ok(()))
+    );
+    assert_eq!(prefix("10.0.0.0", 33), Err(BadRule::Prefix));
+    assert_eq!(prefix("fd00::", 129), Err(BadRule::Prefix));
 }

@@ -24,6 +24,7 @@ impl Switch {
     /// what is new here.
     pub(super) fn tell(&mut self) {
         for key in self.directory.changes() {
+            self.regrouped(&key);
             match key {
                 Record::Station(vni, vlan, mac) => {
                     let located = self.directory.located(&key);
@@ -75,6 +76,7 @@ impl Switch {
                     let value = Value::Station {
                         ips: Vec::new(),
                         attached: false,
+                        groups: Vec::new(),
                         isolated: self.bridge.port(*port).is_some_and(|port| port.isolated),
                     };
                     // A full directory only means that frames to it go to all.

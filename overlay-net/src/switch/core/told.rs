@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use data_encoding::BASE64;
 
+use super::datapath::{PEERS, Turn};
 use super::{MAX_NETWORKS, MAX_PORTS, Slot, Switch};
 use crate::api::types::{
     Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus, Traffic,
@@ -27,12 +28,14 @@ impl Switch {
     pub fn new(start: Instant, remote: Option<Remote>) -> Self {
         let me = remote.as_ref().map(|remote| node_of(remote.public_key()));
         Self {
+            identity: me.unwrap_or_default().0,
             start,
             now: Duration::ZERO,
             networks: BTreeMap::new(),
             // Numbers begin with 1.
             slots: vec![None],
             flows: HashMap::new(),
+            security: super::groups::Security::default(),
             names: BTreeMap::new(),
             dirty: Vec::new(),
             drops: Drops::default(),
@@ -131,7 +134,7 @@ impl Switch {
             return Err(Error::Taken(spec.vni, other.clone()));
         }
         self.bridge.set_network(spec.vni, NetworkConfig::default());
-        self.flows.entry(spec.vni).or_insert_with(Flows::new);
+        self.flows.entry(spec.vni).or_default();
         self.claim(Record::Member(spec.vni, self.directory.me()), Value::Member);
         let members = self.directory.members(spec.vni);
         self.bridge.set_members(spec.vni, &members);
@@ -228,11 +231,14 @@ impl Switch {
             rx: Traffic::default(),
             tx: Traffic::default(),
             drops: Drops::default(),
+            closed: false,
             dirty: false,
         };
+        self.tell_of_port(id, &slot, Turn::Came);
         let status = self.status(id, &slot);
         self.slots.push(Some(slot));
         self.names.insert(name.to_owned(), id);
+        self.renew_groups();
         for (key, value) in self.attached(id) {
             self.claim(key, value);
         }
@@ -250,10 +256,12 @@ impl Switch {
         let slot = self.slots.get_mut(id.0 as usize).and_then(Option::take);
         let slot = slot.ok_or_else(missing)?;
         let status = self.status(id, &slot);
+        self.tell_of_port(id, &slot, Turn::Went);
         for (key, _) in self.attached(id) {
             self.directory.withdraw(self.now, &key);
         }
         self.bridge.remove_port(self.now, id)?;
+        self.forget_connections(id);
         self.tell();
         Ok(status)
     }
@@ -267,6 +275,7 @@ impl Switch {
             ips: config.ips.clone(),
             attached: true,
             isolated: config.isolated,
+            groups: self.told_groups(id),
         };
         let key = |station: Station| Record::Station(station.vni, station.vlan, station.mac);
         let stations = stations(config).into_iter();
@@ -315,7 +324,11 @@ impl Switch {
     pub(super) fn names(&self, vni: Vni) -> impl Fn(&str) -> Option<PortId> + use<> {
         let ports = self.all().filter(|(_, slot)| slot.vni == vni);
         let names: HashMap<_, _> = ports.map(|(id, slot)| (slot.name.clone(), id)).collect();
-        move |name| names.get(name).copied()
+        let peers = self.remote.is_some();
+        move |name| match names.get(name) {
+            None if peers && name == "peers" => Some(PEERS),
+            id => id.copied(),
+        }
     }
 
     pub(super) fn with_flows<R>(

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use super::datapath::Turn;
 use super::{LOOK, Switch};
 use crate::bridge::Place;
 use crate::frame::PortId;
@@ -19,6 +20,11 @@ impl Switch {
 
     pub(in crate::switch) fn uplink_waker(&self) -> Option<BorrowedFd<'_>> {
         self.remote.as_ref().map(|remote| remote.waker())
+    }
+
+    #[cfg(test)]
+    pub(in crate::switch) fn start(&self) -> Instant {
+        self.start
     }
 
     pub(in crate::switch) fn set_now(&mut self, now: Instant) {
@@ -37,6 +43,7 @@ impl Switch {
             }
         }
         self.notice();
+        self.refresh_groups();
         let remote = self.remote.as_mut()?;
         let mut next = remote.tick(now);
         if now >= self.look {
@@ -51,6 +58,9 @@ impl Switch {
         }
         if remote.waits() {
             next = next.min(self.look);
+        }
+        if let Some(at) = self.security.next() {
+            next = next.min(at);
         }
         if now >= self.gossip.next(now) {
             self.tell();
@@ -122,6 +132,9 @@ impl Switch {
                 tracing::warn!("port {} is down: {error}", slot.name);
                 slot.drops.merge(port.drops());
                 slot.down = Some(error.to_string());
+                if let Some(slot) = self.slot(id) {
+                    self.tell_of_port(id, slot, Turn::Changed);
+                }
                 None
             }
         }

@@ -2,29 +2,50 @@
 
 use vm_memory::VolatileSlice;
 
-use super::{Later, MAX_LATER, Switch};
-use crate::bridge::{Edit, Output, Place};
+use super::{Later, MAX_LATER, PEERS, Switch};
+use crate::bridge::{Edit, Output, Place, Station, Vlan};
 use crate::directory::NodeId;
 use crate::drops::Reason;
+use crate::flow::groups::Direction;
 use crate::flow::{Packet, Sink, Target};
+use crate::frame::key::ethertype;
 use crate::frame::{Frame, HEAD, Head, Key, Layers, Offload, PortId, Segmenter, Vni, parse};
 use crate::tunnel::flow_hash;
+
+/// Where a controller's frames come from that came in nowhere.
+const NOBODY: Place = Place::Port(PortId(0));
+
 impl Switch {
     /// A frame has come in.
     pub(super) fn forward(&mut self, from: Place, vni: Vni, mut frame: Frame<'_>) {
         let len = frame.len();
-        let mut port = PortId::default();
+        let (mut port, mut screened) = (PEERS, false);
         if let Place::Port(id) = from {
             port = id;
             if let Some(slot) = self.slot_mut(id) {
                 slot.rx.add(len);
+                if slot.closed {
+                    return slot.drops.add(Reason::Down);
+                }
+                screened = !slot.spec.groups.is_empty();
             }
         }
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
             return self.drop(from, Reason::Malformed);
         };
-        let flows = self.flows.get_mut(&vni);
-        let Some(mut pipeline) = flows.and_then(|flows| flows.pipeline.take()) else {
+        if screened {
+            let frame = (&key, layers, frame.head.bytes());
+            if let Err(reason) = self.screen(port, vni, Direction::Out, frame) {
+                return self.drop(from, reason);
+            }
+        }
+        let Some(flows) = self.flows.get_mut(&vni) else {
+            return self.drop(from, Reason::NoNetwork);
+        };
+        if flows.is_open() {
+            return self.bridge(from, &key, &layers, &mut frame);
+        }
+        let Some(mut pipeline) = flows.pipeline.take() else {
             return self.drop(from, Reason::NoNetwork);
         };
         if pipeline.is_normal(self.now, &key, len) {
@@ -36,7 +57,7 @@ impl Switch {
                 layers,
             };
             let now = self.now;
-            let mut out = Out { switch: self, from };
+            let mut out = Out::new(self, from);
             pipeline.run(now, &mut packet, &mut out);
         }
         if let Some(flows) = self.flows.get_mut(&vni) {
@@ -82,9 +103,38 @@ impl Switch {
             self.send(id, packet.frame);
         }
         if matches!(from, Place::Port(_)) {
-            for node in self.directory.members(vni) {
-                self.seal(node, vni, flow_hash(&packet.key), packet.frame);
-            }
+            self.to_members(packet);
+        }
+    }
+
+    fn to_members(&mut self, packet: &Packet<'_, '_>) {
+        let vni = packet.key.vni;
+        for node in self.directory.members(vni) {
+            self.seal(node, vni, flow_hash(&packet.key), packet.frame);
+        }
+    }
+
+    /// To the node that has a frame's destination, or to all in its network.
+    fn to_peers(&mut self, from: Place, packet: &Packet<'_, '_>) {
+        if !matches!(from, Place::Port(_)) {
+            return self.drop(from, Reason::SplitHorizon);
+        }
+        let key = &packet.key;
+        let vlan = key.tags[0].map_or(Some(Vlan::NONE), |tag| match tag.tpid {
+            ethertype::SERVICE_VLAN => Vlan::service(tag.vid()),
+            _ => Vlan::new(tag.vid()),
+        });
+        let Some(vlan) = vlan else {
+            return self.drop(from, Reason::VlanRefused);
+        };
+        let station = Station {
+            vni: key.vni,
+            vlan,
+            mac: key.dst,
+        };
+        match self.bridge.find(self.now, &station) {
+            Some((Place::Node(node), _)) => self.seal(node, key.vni, flow_hash(key), packet.frame),
+            _ => self.to_members(packet),
         }
     }
 
@@ -119,10 +169,16 @@ impl Switch {
 
     /// Sends a frame out of a port.
     pub(super) fn send(&mut self, id: PortId, frame: &Frame<'_>) {
+        if let Some(slot) = self.slot(id)
+            && !slot.spec.groups.is_empty()
+            && let Err(reason) = self.screen_to(id, slot.vni, frame)
+        {
+            return self.drop(Place::Port(id), reason);
+        }
         let Some(slot) = self.slot_mut(id) else {
             return;
         };
-        let Some(port) = &mut slot.port else {
+        let Some(port) = slot.port.as_mut().filter(|_| !slot.closed) else {
             slot.drops.add(Reason::Down);
             return;
         };
@@ -204,20 +260,30 @@ impl Switch {
 }
 
 /// Where frames go that come out of a network's flows.
-struct Out<'s> {
+pub(super) struct Out<'s> {
     switch: &'s mut Switch,
     from: Place,
+}
+
+impl<'s> Out<'s> {
+    /// For a frame that came in `from` there.
+    pub(super) fn new(switch: &'s mut Switch, from: Place) -> Self {
+        Self { switch, from }
+    }
 }
 
 impl Sink for Out<'_> {
     fn send(&mut self, target: Target, packet: &Packet<'_, '_>) {
         let (switch, from) = (&mut *self.switch, self.from);
         match target {
+            // Nobody's frame: a controller's.
+            Target::Normal if from == NOBODY => switch.flood(from, packet),
             Target::Normal => {
                 let mut frame = packet.frame.clone();
                 switch.bridge(from, &packet.key, &packet.layers, &mut frame);
             }
             Target::Flood | Target::All => switch.flood(from, packet),
+            Target::Port(PEERS) => switch.to_peers(from, packet),
             Target::Port(id) | Target::Mirror(id) => {
                 // Nothing leaves its network.
                 if switch
@@ -233,7 +299,7 @@ impl Sink for Out<'_> {
                 let (bytes, offload) = (packet.frame.to_vec(), packet.frame.offload);
                 switch.put_off(from, packet.key.vni, flow_hash(&packet.key), bytes, offload);
             }
-            Target::Controller(_) => switch.drop(from, Reason::NoController),
+            Target::Controller(what) => switch.to_controller(from, what, packet),
         }
     }
 
