@@ -11,6 +11,8 @@ use crate::switch::saved::{self, Change, Saved};
 use crate::switch::worker::{Handle, Stopped};
 use crate::switch::{self, Switch};
 
+mod observe;
+
 /// Why something was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -95,6 +97,7 @@ impl Control {
                 .order(move |switch| switch.add_port(&name, spec, opened))
                 .await??;
         }
+        control.restore_mirrors().await?;
         for (network, changes) in control.saved.flows.clone() {
             for change in changes {
                 let network = network.clone();

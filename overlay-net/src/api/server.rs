@@ -18,10 +18,10 @@ use crate::switch;
 /// A request is never longer than this, in bytes.
 const MAX_BODY: usize = 1 << 20;
 
-type Shared = State<Arc<Mutex<Control>>>;
+pub(super) type Shared = State<Arc<Mutex<Control>>>;
 
 /// A body that may be none.
-type Body<T> = Result<Json<T>, JsonRejection>;
+pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
 
 /// The API in front of `control`.
 pub fn router(control: Control) -> Router {
@@ -39,15 +39,20 @@ pub fn router(control: Control) -> Router {
         .route("/peers/{name}", put(put_peer).delete(remove_peer))
         .route("/ports", get(ports))
         .route("/ports/{name}", put(put_port).delete(remove_port))
+        .merge(super::observing::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Arc::new(Mutex::new(control)))
 }
 
-fn status(error: &Error) -> StatusCode {
+pub(super) fn status(error: &Error) -> StatusCode {
     match error {
         Error::Switch(
-            switch::Error::NoNetwork(_) | switch::Error::NoPort(_) | switch::Error::NoPeer(_),
+            switch::Error::NoNetwork(_)
+            | switch::Error::NoPort(_)
+            | switch::Error::NoPeer(_)
+            | switch::Error::NoMirror(_)
+            | switch::Error::Nothing(_),
         ) => StatusCode::NOT_FOUND,
         Error::Switch(_) => StatusCode::CONFLICT,
         Error::Port(_) | Error::Name(_) | Error::Key(_) => StatusCode::BAD_REQUEST,
@@ -55,12 +60,12 @@ fn status(error: &Error) -> StatusCode {
     }
 }
 
-fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response {
+pub(super) fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response {
     let remedy = remedy.map(str::to_owned);
     (status, Json(Problem { error, remedy })).into_response()
 }
 
-fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
+pub(super) fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
     match result {
         Ok(value) => Json(value).into_response(),
         Err(error) => problem(status(&error), error.to_string(), None),
@@ -68,7 +73,7 @@ fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
 }
 
 /// Does `act` with a request's body, if it is one.
-async fn with_body<T, R: Serialize>(
+pub(super) async fn with_body<T, R: Serialize>(
     control: &Mutex<Control>,
     body: Body<T>,
     act: impl AsyncFnOnce(&mut Control, T) -> Result<R, Error>,

@@ -5,6 +5,8 @@
 //! | `told` | what it is told, and tells when it is asked |
 //! | `talk` | what switches tell each other of who is where |
 //! | `turns` | ports' and uplinks' turns, and what time asks for |
+//! | `captures`, `mirrors` | who sees frames besides those who get them |
+//! | `figures`, `pings` | how it is doing; whether others answer |
 //! | `way` | the way of a frame: flows, bridge, ports and tunnels |
 
 use std::collections::{BTreeMap, HashMap};
@@ -19,10 +21,16 @@ use crate::drops::Drops;
 use crate::frame::{Offload, PortId, Vni};
 use crate::port::Port;
 
+mod captures;
+mod figures;
+mod mirrors;
+mod pings;
 mod talk;
 mod told;
 mod turns;
 mod way;
+
+pub use captures::Stream;
 
 /// How what switches tell each other begins: as a frame of an experiment
 /// (IEEE 802's local experimental ethertype) from nobody to nobody.
@@ -87,6 +95,9 @@ pub struct Switch {
     peers: BTreeMap<String, NodeId>,
     directory: Directory,
     gossip: Gossip,
+    captures: captures::Captures,
+    mirrors: mirrors::Mirroring,
+    pings: pings::Pings,
     /// When peers are looked at again, and what is old is forgotten.
     look: Duration,
     expire: Duration,

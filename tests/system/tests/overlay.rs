@@ -5,3 +5,5 @@
 mod basic;
 #[path = "overlay/node.rs"]
 mod node;
+#[path = "overlay/observe.rs"]
+mod observe;

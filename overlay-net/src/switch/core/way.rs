@@ -4,6 +4,7 @@ use vm_memory::VolatileSlice;
 
 use super::{Later, MAX_LATER, Switch};
 use crate::bridge::{Edit, Output, Place};
+use crate::capture::Direction;
 use crate::directory::NodeId;
 use crate::drops::Reason;
 use crate::flow::{Packet, Sink, Target};
@@ -21,11 +22,14 @@ impl Switch {
             }
         }
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
-            return self.drop(from, Reason::Malformed);
+            return self.lose(from, Reason::Malformed, vni, &frame);
         };
+        if self.is_watched() {
+            self.watch(from, vni, Direction::In, &frame);
+        }
         let flows = self.flows.get_mut(&vni);
         let Some(mut pipeline) = flows.and_then(|flows| flows.pipeline.take()) else {
-            return self.drop(from, Reason::NoNetwork);
+            return self.lose(from, Reason::NoNetwork, vni, &frame);
         };
         if pipeline.is_normal(self.now, &key, len) {
             self.bridge(from, &key, &layers, &mut frame);
@@ -55,7 +59,9 @@ impl Switch {
         let mut outputs = std::mem::take(&mut self.outputs);
         let bridge = &mut self.bridge;
         // What it drops, the bridge counts.
-        let _ = bridge.forward(self.now, from, key, layers, frame, &mut outputs);
+        if let Err(reason) = bridge.forward(self.now, from, key, layers, frame, &mut outputs) {
+            self.lost(from, reason, key.vni, frame);
+        }
         for output in &outputs.list {
             self.emit(output, key, frame);
         }
@@ -119,22 +125,40 @@ impl Switch {
 
     /// Sends a frame out of a port.
     pub(super) fn send(&mut self, id: PortId, frame: &Frame<'_>) {
+        if self.put(id, frame)
+            && self.is_watched()
+            && let Some(vni) = self.slot(id).map(|slot| slot.vni)
+        {
+            self.watch(Place::Port(id), vni, Direction::Out, frame);
+        }
+    }
+
+    /// The same, and nobody sees it who mirrors or captures. False: it was
+    /// dropped.
+    pub(super) fn put(&mut self, id: PortId, frame: &Frame<'_>) -> bool {
         let Some(slot) = self.slot_mut(id) else {
-            return;
+            self.answered(id, frame);
+            return false;
         };
-        let Some(port) = &mut slot.port else {
-            slot.drops.add(Reason::Down);
-            return;
+        let sent = match &mut slot.port {
+            Some(port) => port.send(frame),
+            None => Err(Reason::Down),
         };
-        match port.send(frame) {
+        match sent {
             Ok(()) => {
                 slot.tx.add(frame.len());
                 if !slot.dirty {
                     slot.dirty = true;
                     self.dirty.push(id);
                 }
+                true
             }
-            Err(reason) => slot.drops.add(reason),
+            Err(reason) => {
+                slot.drops.add(reason);
+                let vni = slot.vni;
+                self.lost(Place::Port(id), reason, vni, frame);
+                false
+            }
         }
     }
 
@@ -158,8 +182,10 @@ impl Switch {
                 Ok(())
             }),
         };
-        if let Err(reason) = sealed {
-            self.drop(to, reason);
+        match sealed {
+            Ok(()) if self.is_watched() => self.watch(to, vni, Direction::Out, frame),
+            Ok(()) => {}
+            Err(reason) => self.lose(to, reason, vni, frame),
         }
     }
 
@@ -226,18 +252,21 @@ impl Sink for Out<'_> {
                 {
                     switch.send(id, packet.frame);
                 } else {
-                    switch.drop(from, Reason::NoPort);
+                    switch.lose(from, Reason::NoPort, packet.key.vni, packet.frame);
                 }
             }
             Target::InPort => {
                 let (bytes, offload) = (packet.frame.to_vec(), packet.frame.offload);
                 switch.put_off(from, packet.key.vni, flow_hash(&packet.key), bytes, offload);
             }
-            Target::Controller(_) => switch.drop(from, Reason::NoController),
+            Target::Controller(_) => {
+                switch.lose(from, Reason::NoController, packet.key.vni, packet.frame);
+            }
         }
     }
 
-    fn dropped(&mut self, reason: Reason, _: &Packet<'_, '_>) {
-        self.switch.drop(self.from, reason);
+    fn dropped(&mut self, reason: Reason, packet: &Packet<'_, '_>) {
+        let vni = packet.key.vni;
+        self.switch.lose(self.from, reason, vni, packet.frame);
     }
 }
