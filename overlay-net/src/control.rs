@@ -15,6 +15,8 @@ use crate::switch::saved::{self, Change, Saved};
 use crate::switch::worker::{Handle, Stopped};
 use crate::switch::{self, Switch};
 
+mod observe;
+
 /// Why something was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -116,6 +118,7 @@ impl Control {
                 .order(move |switch| switch.add_port(&name, spec, opened))
                 .await??;
         }
+        control.restore_mirrors().await?;
         for (network, spec) in control.saved.controllers.clone() {
             // What a network begins with depends on it.
             let (name, mode) = (network.clone(), spec.mode());

@@ -194,3 +194,55 @@ pub(crate) async fn listen(
         .err()
         .unwrap_or_else(|| anyhow::anyhow!("{path} is refused")))
 }
+
+/// An answer whose body is taken as it comes.
+pub(crate) struct Download {
+    answer: Response<Incoming>,
+    connection: Option<Connection<'static>>,
+}
+
+impl Download {
+    /// A header of the answer.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.answer.headers().get(name)?.to_str().ok()
+    }
+
+    /// More of the body; none: that was all.
+    pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            let next = self.answer.frame();
+            let frame = match &mut self.connection {
+                Some(connection) => tokio::select! {
+                    frame = next => frame,
+                    _ = connection => {
+                        // What has come already is still there to be taken.
+                        self.connection = None;
+                        continue;
+                    }
+                },
+                None => next.await,
+            };
+            let Some(frame) = frame else { return Ok(None) };
+            if let Ok(bytes) = frame?.into_data() {
+                return Ok(Some(bytes));
+            }
+        }
+    }
+}
+
+/// Makes one request, whose answer may be long.
+pub(crate) async fn download(
+    io: impl Io + 'static,
+    method: Method,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> Result<Download> {
+    let (answer, connection) = send(io, method, path, body).await?;
+    if answer.status().is_success() {
+        return Ok(Download { answer, connection });
+    }
+    Err(read::<()>(path, answer, connection)
+        .await
+        .err()
+        .unwrap_or_else(|| anyhow::anyhow!("{path} is refused")))
+}

@@ -48,19 +48,22 @@ pub fn router(control: Control) -> Router {
         .route("/ports", get(ports))
         .route("/ports/{name}", put(put_port).delete(remove_port))
         .merge(groups::router())
+        .merge(super::observing::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Arc::new(Mutex::new(control)))
 }
 
-fn status(error: &Error) -> StatusCode {
+pub(super) fn status(error: &Error) -> StatusCode {
     match error {
         Error::Switch(
             switch::Error::NoNetwork(_)
             | switch::Error::NoPort(_)
             | switch::Error::NoPeer(_)
             | switch::Error::NoGroup(_)
-            | switch::Error::NoRule(_),
+            | switch::Error::NoRule(_)
+            | switch::Error::NoMirror(_)
+            | switch::Error::Nothing(_),
         ) => StatusCode::NOT_FOUND,
         Error::Controllers(
             controllers::Error::None(_) | controllers::Error::Switch(switch::Error::NoNetwork(_)),
@@ -72,7 +75,7 @@ fn status(error: &Error) -> StatusCode {
     }
 }
 
-fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response {
+pub(super) fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response {
     let remedy = remedy.map(str::to_owned);
     (status, Json(Problem { error, remedy })).into_response()
 }

@@ -31,13 +31,13 @@ pub(super) fn changed(checksum: u16, from: u16, to: u16) -> u16 {
     fold(u32::from(!checksum) + u32::from(!from) + u32::from(to))
 }
 
-struct Made {
+pub(super) struct Made {
     bytes: [u8; HEAD],
     len: usize,
 }
 
 impl Made {
-    fn new(dst: Mac, src: Mac, kind: u16) -> Self {
+    pub(super) fn new(dst: Mac, src: Mac, kind: u16) -> Self {
         let mut made = Self {
             bytes: [0; HEAD],
             len: 0,
@@ -49,7 +49,7 @@ impl Made {
     }
 
     /// Adds bytes; as many as there is room for.
-    fn put(&mut self, bytes: &[u8]) {
+    pub(super) fn put(&mut self, bytes: &[u8]) {
         let len = bytes.len().min(HEAD - self.len);
         self.bytes[self.len..self.len + len].copy_from_slice(&bytes[..len]);
         self.len += len;
@@ -61,14 +61,14 @@ impl Made {
 
     /// Begins an IPv6 packet with ICMPv6 in it, of a length that is not known
     /// yet.
-    fn icmp6(&mut self, from: Ipv6Addr, to: Ipv6Addr) {
+    pub(super) fn icmp6(&mut self, from: Ipv6Addr, to: Ipv6Addr) {
         self.put(&[0x60, 0, 0, 0, 0, 0, protocol::ICMPV6, 255]);
         self.put(&from.octets());
         self.put(&to.octets());
     }
 
     /// Fills in the length and the checksum.
-    fn icmp6_done(mut self) -> Head {
+    pub(super) fn icmp6_done(mut self) -> Head {
         let len = self.len - 54;
         self.set(18, len as u16);
         let pseudo = sum(&self.bytes[22..54]) + len as u32 + u32::from(protocol::ICMPV6);
@@ -76,7 +76,7 @@ impl Made {
         self.done()
     }
 
-    fn done(self) -> Head {
+    pub(super) fn done(self) -> Head {
         Head::of(&self.bytes[..self.len])
     }
 }

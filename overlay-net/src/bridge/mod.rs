@@ -32,6 +32,7 @@ use crate::drops::{Drops, Reason};
 use crate::frame::{Head, Mac, PortId, Vni};
 
 mod answer;
+mod ask;
 mod config;
 mod forward;
 mod hold;
@@ -44,6 +45,7 @@ mod table;
 mod tests;
 mod vlan;
 
+pub use ask::{answers as asked_by, question};
 pub use config::{Config, NetworkConfig, NodeConfig, PortConfig, PortError, Storm};
 pub use hold::Held;
 pub use qos::{Bucket, Drr, Rate};
@@ -414,6 +416,12 @@ impl Bridge {
             Some(mac) => self.neighbours.insert((vni, vlan, ip), mac),
             None => self.neighbours.remove(&(vni, vlan, ip)),
         };
+    }
+
+    /// Who has an IP address, if that is known.
+    #[must_use]
+    pub fn neighbour(&self, vni: Vni, vlan: Vlan, ip: IpAddr) -> Option<Mac> {
+        self.neighbours.get(&(vni, vlan, ip)).copied()
     }
 
     /// What the directory says of a station now: which other node has it, or

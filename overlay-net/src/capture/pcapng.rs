@@ -8,14 +8,18 @@ use crate::frame::Frame;
 
 use super::Direction;
 
-const SECTION: u32 = 0x0a0d_0d0a;
-const INTERFACE: u32 = 1;
-const PACKET: u32 = 6;
-const BYTE_ORDER: u32 = 0x1a2b_3c4d;
+pub(super) const SECTION: u32 = 0x0a0d_0d0a;
+pub(super) const INTERFACE: u32 = 1;
+pub(super) const STATISTICS: u32 = 5;
+pub(super) const PACKET: u32 = 6;
+pub(super) const COMMENT: u16 = 1;
+pub(super) const RECEIVED: u16 = 4;
+pub(super) const DROPPED: u16 = 5;
+pub(super) const BYTE_ORDER: u32 = 0x1a2b_3c4d;
 const ETHERNET: u16 = 1;
 
 /// An interface of the capture: a port or a tunnel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interface(u32);
 
 /// Writes a capture to a file or a pipe, a block at a time and each in one
@@ -98,6 +102,22 @@ impl<W: Write> Writer<W> {
         time: Duration,
         frame: &Frame<'_>,
     ) -> io::Result<()> {
+        self.frame_with(interface, direction, time, frame, "")
+    }
+
+    /// The same with a comment, unless it is empty.
+    ///
+    /// # Errors
+    ///
+    /// As [`Writer::frame`].
+    pub fn frame_with(
+        &mut self,
+        interface: Interface,
+        direction: Direction,
+        time: Duration,
+        frame: &Frame<'_>,
+        comment: &str,
+    ) -> io::Result<()> {
         let len = frame.len();
         let captured = len.min(self.snaplen as usize);
         self.begin(PACKET);
@@ -116,7 +136,35 @@ impl<W: Write> Writer<W> {
             Direction::In => 1,
             Direction::Out => 2,
         };
+        if !comment.is_empty() {
+            option(block, COMMENT, comment.as_bytes());
+        }
         option(block, 2, &flags.to_le_bytes());
+        option(block, 0, &[]);
+        self.end()
+    }
+
+    /// Says how many frames of an interface were to be captured, and how many
+    /// of these were not.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub fn statistics(
+        &mut self,
+        interface: Interface,
+        time: Duration,
+        received: u64,
+        dropped: u64,
+    ) -> io::Result<()> {
+        self.begin(STATISTICS);
+        let block = &mut self.block;
+        block.extend(interface.0.to_le_bytes());
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        block.extend(((nanos >> 32) as u32).to_le_bytes());
+        block.extend((nanos as u32).to_le_bytes());
+        option(block, RECEIVED, &received.to_le_bytes());
+        option(block, DROPPED, &dropped.to_le_bytes());
         option(block, 0, &[]);
         self.end()
     }
@@ -133,6 +181,11 @@ impl<W: Write> Writer<W> {
     /// Ends the capture.
     pub fn into_inner(self) -> W {
         self.to
+    }
+
+    /// Where it is written to.
+    pub fn get_mut(&mut self) -> &mut W {
+        &mut self.to
     }
 
     fn begin(&mut self, kind: u32) {

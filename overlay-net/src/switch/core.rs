@@ -5,6 +5,8 @@
 //! | `told` | what it is told, and tells when it is asked |
 //! | `talk` | what switches tell each other of who is where |
 //! | `turns` | ports' and uplinks' turns, and what time asks for |
+//! | `captures`, `mirrors` | who sees frames besides those who get them |
+//! | `figures`, `pings` | how it is doing; whether others answer |
 //! | `way` | the way of a frame: flows, bridge, ports and tunnels |
 //! | `groups` | security groups |
 //! | `datapath` | a network as its OpenFlow controllers see it |
@@ -21,13 +23,18 @@ use crate::drops::Drops;
 use crate::frame::{Offload, PortId, Vni};
 use crate::port::Port;
 
+mod captures;
 mod datapath;
+mod figures;
 mod groups;
+mod mirrors;
+mod pings;
 mod talk;
 mod told;
 mod turns;
 mod way;
 
+pub use captures::Stream;
 pub use datapath::PEERS;
 
 /// How what switches tell each other begins: as a frame of an experiment
@@ -98,6 +105,9 @@ pub struct Switch {
     peers: BTreeMap<String, NodeId>,
     directory: Directory,
     gossip: Gossip,
+    captures: captures::Captures,
+    mirrors: mirrors::Mirroring,
+    pings: pings::Pings,
     /// When peers are looked at again, and what is old is forgotten.
     look: Duration,
     expire: Duration,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::api::metrics::FlowFigures;
 use crate::flow::openflow::{Event, Hub};
 use crate::flow::text::{self, TextError};
 use crate::flow::{
@@ -200,6 +201,19 @@ impl Flows {
         self.fold(now);
         let entries = self.control.select(&Default::default());
         entries.iter().map(|entry| text::dump(entry, now)).collect()
+    }
+
+    /// How many there are, and how often they had to be looked up.
+    pub(super) fn figures(&mut self, now: Duration) -> FlowFigures {
+        let (hits, misses) = self.pipeline.as_mut().map_or((0, 0), |pipeline| {
+            pipeline.fold(now);
+            pipeline.cached()
+        });
+        FlowFigures {
+            entries: self.control.tables().len(),
+            hits,
+            misses,
+        }
     }
 
     /// Which entries a packet would hit.

@@ -17,7 +17,7 @@ pub mod saved;
 mod tests;
 pub mod worker;
 
-pub use self::core::{PEERS, Switch};
+pub use self::core::{PEERS, Stream, Switch};
 pub use flows::{FailMode, FlowError};
 pub use remote::{Remote, node_of};
 
@@ -33,6 +33,20 @@ pub enum Error {
     /// No such peer.
     #[error("there is no peer `{0}`; blanket net peer ls shows those that there are")]
     NoPeer(String),
+    /// Neither a port nor a network nor a peer.
+    #[error(
+        "there is no port, network or peer `{0}`; `all` means all, and port:, network: or peer: before a name what it is"
+    )]
+    Nothing(String),
+    /// No such mirror.
+    #[error("there is no mirror `{0}`; blanket net mirror ls shows those that there are")]
+    NoMirror(String),
+    /// A mirror of nothing, or of a port to itself.
+    #[error("a mirror copies what is at one port or network to another port")]
+    Mirror,
+    /// A ping of nobody.
+    #[error("a peer is pinged, or an address in a network")]
+    Ping,
     /// Nodes talk to each other in it.
     #[error("VNI 0 is what switches talk to each other in; take 1 to 16777215")]
     Reserved,

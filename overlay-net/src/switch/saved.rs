@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::api::observe::MirrorSpec;
 use crate::api::types::{NetworkSpec, PeerSpec, PortSpec};
 use crate::controllers::ControllerSpec;
 use crate::flow::groups::Rule;
@@ -29,6 +30,9 @@ pub struct Saved {
     /// Other nodes' switches by name.
     #[serde(default)]
     pub peers: BTreeMap<String, PeerSpec>,
+    /// Mirrors by name.
+    #[serde(default)]
+    pub mirrors: BTreeMap<String, MirrorSpec>,
     /// What was done to the flows of each network, in order.
     #[serde(default)]
     pub flows: BTreeMap<String, Vec<Change>>,

@@ -6,11 +6,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
-use super::{Error, Switch};
+use super::{Error, Stream, Switch};
+use crate::api::metrics;
+use crate::api::observe::{CaptureSpec, MirrorSpec, PingSpec};
 use crate::api::types::{Attachment, NetworkSpec, PortSpec};
 use crate::bridge::PortConfig;
+use crate::capture::{Block, Direction, Reader};
 use crate::drops::{Drops, Reason};
 use crate::frame::{Frame, Head, Mac, Offload, PortId, Vni};
 use crate::port::Port;
@@ -216,4 +220,256 @@ fn flows_never_lead_out_of_a_network() {
     // Names are those of the network's own ports.
     assert!(switch.add_flow("blue", "actions=output:r").is_err());
     assert_eq!(switch.remove_flows("blue", "priority=10", true), Ok(1));
+}
+
+/// What a capture has written by now, and whether that is all.
+fn captured(stream: &mut Stream) -> (Vec<Block>, bool) {
+    let mut context = Context::from_waker(Waker::noop());
+    let (mut reader, mut blocks) = (Reader::default(), Vec::new());
+    loop {
+        match stream.poll(&mut context) {
+            Poll::Ready(Some(bytes)) => reader.put(&bytes),
+            Poll::Ready(None) => return (blocks, true),
+            Poll::Pending => return (blocks, false),
+        }
+        while let Some(block) = reader.next().unwrap() {
+            if !matches!(block, Block::Other) {
+                blocks.push(block);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_capture_has_the_frames_that_were_asked_for_and_says_what_became_of_them() {
+    let mut switch = switch();
+    let a = plug(&mut switch, "a", "blue");
+    let b = plug(&mut switch, "b", "blue");
+    let r = plug(&mut switch, "r", "red");
+    let spec = |of: &str, filter: &str| CaptureSpec {
+        of: of.to_owned(),
+        filter: filter.to_owned(),
+        ..CaptureSpec::default()
+    };
+    let wrong = switch.capture(&spec("x", ""));
+    assert!(matches!(wrong.err(), Some(Error::Nothing(_))));
+    let wrong = switch.capture(&spec("a", "tcp,tp_dst=x"));
+    assert!(matches!(wrong.err(), Some(Error::Flow(_))));
+    let mut blue = switch.capture(&spec("network:blue", "")).unwrap();
+    let mut at_b = switch
+        .capture(&CaptureSpec {
+            count: Some(1),
+            ..spec("b", "dl_src=02:00:00:00:00:01")
+        })
+        .unwrap();
+    put(&mut switch, &b, frame(2, Mac::BROADCAST));
+    put(&mut switch, &r, frame(3, Mac::BROADCAST));
+    put(&mut switch, &a, frame(1, Mac::BROADCAST));
+    let frames = |blocks: &[Block]| {
+        let frames = blocks.iter().filter_map(|block| match block {
+            Block::Frame {
+                interface,
+                direction,
+                bytes,
+                ..
+            } => Some((*interface, *direction, bytes[11])),
+            _ => None,
+        });
+        frames.collect::<Vec<_>>()
+    };
+    let (blocks, over) = captured(&mut at_b);
+    assert!(over, "after one frame");
+    assert_eq!(frames(&blocks), [(0, Direction::Out, 1)]);
+    let (blocks, over) = captured(&mut blue);
+    assert!(!over);
+    let (a, b) = (0, 1);
+    assert_eq!(
+        frames(&blocks),
+        [
+            (b, Direction::In, 2),
+            (a, Direction::Out, 2),
+            (a, Direction::In, 1),
+            (b, Direction::Out, 1)
+        ]
+    );
+    assert!(switch.end_capture(blue.id));
+    assert!(!switch.end_capture(blue.id));
+    let (blocks, over) = captured(&mut blue);
+    let counts = |received| Block::Statistics {
+        received,
+        dropped: 0,
+    };
+    assert_eq!((blocks, over), (vec![counts(2), counts(2)], true));
+}
+
+#[test]
+fn a_capture_that_nobody_takes_is_bounded_and_one_that_is_dropped_ends() {
+    let mut switch = switch();
+    let a = plug(&mut switch, "a", "blue");
+    let spec = CaptureSpec::default();
+    let mut stream = switch.capture(&spec).unwrap();
+    let mut long = frame(1, Mac::BROADCAST);
+    long.resize(192, 1);
+    for _ in 0..400 {
+        put(&mut switch, &a, long.clone());
+    }
+    switch.end_capture(stream.id);
+    let (blocks, over) = captured(&mut stream);
+    let Some(Block::Statistics { received, dropped }) = blocks.last() else {
+        panic!("{} blocks", blocks.len());
+    };
+    assert!(over && *received == 400 && (50..=250).contains(dropped));
+    assert_eq!(blocks.len() as u64, 2 + 400 - dropped);
+    // Of a limited number at once, those that nobody listens to do not count.
+    for _ in 0..40 {
+        drop(switch.capture(&spec).unwrap());
+        switch.flush();
+    }
+}
+
+#[test]
+fn what_is_dropped_can_be_captured_with_the_reason() {
+    let mut switch = switch();
+    let a = plug(&mut switch, "a", "blue");
+    let b = plug(&mut switch, "b", "blue");
+    let spec = CaptureSpec {
+        drops: true,
+        ..CaptureSpec::default()
+    };
+    let mut stream = switch.capture(&spec).unwrap();
+    switch
+        .add_flow("blue", "dl_src=02:00:00:00:00:01,actions=drop")
+        .unwrap();
+    put(&mut switch, &a, frame(1, Mac::BROADCAST));
+    put(&mut switch, &a, frame(2, Mac::BROADCAST));
+    put(&mut switch, &a, vec![0xff; 9]);
+    b.1.lock().unwrap().broken = true;
+    assert_eq!(switch.service(Some(b.0)), 0);
+    put(&mut switch, &a, frame(3, Mac::BROADCAST));
+    let comments: Vec<_> = captured(&mut stream)
+        .0
+        .into_iter()
+        .filter_map(|block| match block {
+            Block::Frame { comment, .. } => Some(comment),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        comments,
+        [
+            "dropped: flow_drop",
+            "dropped: malformed",
+            "dropped: port_down"
+        ]
+    );
+}
+
+#[test]
+fn mirrors_copy_once_and_wait_for_their_ports() {
+    let mut switch = switch();
+    let a = plug(&mut switch, "a", "blue");
+    let b = plug(&mut switch, "b", "blue");
+    let spec = |port: Option<&str>, network: Option<&str>, to: &str| MirrorSpec {
+        port: port.map(str::to_owned),
+        network: network.map(str::to_owned),
+        direction: None,
+        to: to.to_owned(),
+    };
+    let of_a = spec(Some("a"), None, "w");
+    assert!(switch.add_mirror("m", of_a.clone(), false).is_err());
+    let made = switch.add_mirror("m", of_a, true).unwrap();
+    assert!(made.down.is_some());
+    // It is in another network, and takes no part in this one.
+    let w = plug(&mut switch, "w", "red");
+    assert!(switch.mirrors()[0].down.is_none());
+    let itself = spec(Some("w"), None, "w");
+    assert_eq!(switch.add_mirror("x", itself, false), Err(Error::Mirror));
+    put(&mut switch, &a, frame(1, Mac::BROADCAST));
+    put(&mut switch, &b, frame(2, Mac::BROADCAST));
+    assert_eq!((got(&w).len(), got(&a).len(), got(&b).len()), (2, 1, 1));
+    // Of a network, each frame is there once.
+    let of_blue = spec(None, Some("blue"), "w");
+    switch.add_mirror("m", of_blue, false).unwrap();
+    put(&mut switch, &a, frame(1, Mac::BROADCAST));
+    put(&mut switch, &b, frame(2, Mac::BROADCAST));
+    assert_eq!(got(&w).len(), 2);
+    switch.remove_port("w").unwrap();
+    put(&mut switch, &a, frame(1, Mac::BROADCAST));
+    assert!(switch.remove_mirror("m").is_ok());
+    assert!(switch.remove_mirror("m").is_err());
+}
+
+#[test]
+fn who_has_an_address_is_asked_for_it_and_the_answer_goes_to_nobody_else() {
+    let mut switch = switch();
+    let a = plug(&mut switch, "a", "blue");
+    let b = plug(&mut switch, "b", "blue");
+    let ip = std::net::Ipv4Addr::new(10, 0, 0, 2);
+    let spec = PingSpec {
+        network: Some("blue".to_owned()),
+        address: Some(ip.into()),
+        ..PingSpec::default()
+    };
+    let (_, mut told) = switch.ping(&spec).unwrap();
+    switch.flush();
+    let asked = got(&a).remove(0);
+    assert_eq!(got(&b).len(), 1);
+    assert_eq!(
+        (&asked[..6], &asked[38..42]),
+        (&[0xff; 6][..], &ip.octets()[..])
+    );
+    assert!(told.try_recv().is_err());
+    let mut answer = [&asked[6..12], &[2, 0, 0, 0, 0, 2], &asked[12..20], &[0, 2]].concat();
+    answer.extend([2, 0, 0, 0, 0, 2]);
+    answer.extend(ip.octets());
+    answer.extend([&asked[22..32], &[0; 18]].concat());
+    put(&mut switch, &a, answer.clone());
+    assert_eq!(told.try_recv().unwrap().mac, Some(Mac([2, 0, 0, 0, 0, 2])));
+    assert_eq!(got(&b).len(), 0);
+    // Nobody waits any more, and later the address is forgotten.
+    put(&mut switch, &a, answer);
+    let later = Instant::now() + std::time::Duration::from_secs(20);
+    switch.tick(later);
+    assert_eq!(switch.macs("blue").unwrap().len(), 1);
+    let nobody = PingSpec {
+        peer: Some("n2".to_owned()),
+        ..PingSpec::default()
+    };
+    assert!(matches!(switch.ping(&nobody).err(), Some(Error::NoPeer(_))));
+    let both = PingSpec {
+        peer: Some("n2".to_owned()),
+        ..spec
+    };
+    assert!(matches!(switch.ping(&both).err(), Some(Error::Ping)));
+}
+
+#[test]
+fn figures_are_as_prometheus_reads_them() {
+    let mut switch = switch();
+    let a = plug(&mut switch, "a", "blue");
+    plug(&mut switch, "b", "blue");
+    put(&mut switch, &a, frame(1, Mac::BROADCAST));
+    put(&mut switch, &a, vec![0xff; 9]);
+    let text = metrics::text(&switch.figures());
+    for line in [
+        "# TYPE blanket_switch_port_frames_total counter",
+        r#"blanket_switch_port_frames_total{port="a",network="blue",direction="in"} 2"#,
+        r#"blanket_switch_port_bytes_total{port="b",network="blue",direction="out"} 60"#,
+        r#"blanket_switch_port_drops_total{port="a",network="blue",reason="malformed"} 1"#,
+        r#"blanket_switch_port_up{port="b",network="blue"} 1"#,
+        r#"blanket_switch_port_macs{port="a",network="blue"} 1"#,
+        r#"blanket_switch_network_flows{network="blue",vni="1"} 1"#,
+        "blanket_switch_captures 0",
+    ] {
+        assert!(text.lines().any(|is| is == line), "no {line} in {text}");
+    }
+    // Each family once, described, and each sample a number.
+    let mut families = std::collections::HashSet::new();
+    for line in text.lines() {
+        match line.strip_prefix("# TYPE ") {
+            Some(family) => assert!(families.insert(family.to_owned()), "{line}"),
+            None if line.starts_with('#') => {}
+            None => assert!(line.rsplit_once(' ').unwrap().1.parse::<f64>().is_ok()),
+        }
+    }
 }

@@ -7,3 +7,5 @@ mod basic;
 mod control;
 #[path = "overlay/node.rs"]
 mod node;
+#[path = "overlay/observe.rs"]
+mod observe;

@@ -14,9 +14,14 @@ use blanket_overlay::frame::{Mac, Vni};
 use hyper::Method;
 use sha2::{Digest, Sha256};
 
+mod capture;
+mod mirror;
+mod ping;
+mod top;
+
 use super::{print, print_json};
 use crate::home::Home;
-use crate::switch::ask;
+use crate::switch::{ask, fetch};
 use crate::table;
 
 mod controller;
@@ -54,6 +59,17 @@ pub(crate) enum Args {
     Group(group::GroupArgs),
     /// Tell which flows a packet would hit, like in_port=a,tcp,nw_dst=10.0.0.1,tp_dst=80.
     Trace(TraceArgs),
+    /// Show the frames of a port or network, as `tcpdump` does, or write them to a file for it.
+    Capture(capture::CaptureArgs),
+    /// Copies of a port's or network's frames at another port.
+    #[command(subcommand)]
+    Mirror(mirror::MirrorArgs),
+    /// Live rates of ports and peers, the busiest first.
+    Top(top::TopArgs),
+    /// Ping another node's switch through its tunnel, or an address in a network, as arping does.
+    Ping(ping::PingArgs),
+    /// All figures of the switch, as Prometheus reads them.
+    Metrics,
     /// Describe this node's switch.
     Info(ListArgs),
 }
@@ -303,6 +319,11 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
             let text: String = ask(home, Method::POST, &path, Some(&args.packet))?;
             print(&text)?;
         }
+        Args::Capture(args) => return capture::capture(home, args),
+        Args::Mirror(args) => mirror::mirror(home, args)?,
+        Args::Top(args) => top::top(home, args)?,
+        Args::Ping(args) => return ping::ping(home, args),
+        Args::Metrics => print(&fetch(home, "/metrics")?)?,
         Args::Info(args) => {
             let info: Info = ask(home, Method::GET, "/switch", None::<&()>)?;
             show(args, &info, info_rows)?;

@@ -51,6 +51,9 @@ impl Switch {
     /// A message from another switch.
     pub(super) fn hear(&mut self, node: NodeId, frame: &Frame<'_>) {
         let bytes = frame.to_vec();
+        if self.echo(node, &bytes) {
+            return;
+        }
         let message = bytes.strip_prefix(&CONTROL_HEAD);
         let heard = message.is_some_and(|message| {
             let heard = self

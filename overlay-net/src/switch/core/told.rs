@@ -46,6 +46,9 @@ impl Switch {
             peers: BTreeMap::new(),
             directory: Directory::new(me.unwrap_or_default(), Limits::default()),
             gossip: Gossip::new(Settings::default()),
+            captures: Default::default(),
+            mirrors: Default::default(),
+            pings: Default::default(),
             look: Duration::ZERO,
             expire: Duration::ZERO,
         }
@@ -140,6 +143,7 @@ impl Switch {
         self.bridge.set_members(spec.vni, &members);
         let network = self.network(name, &spec);
         self.networks.insert(name.to_owned(), spec);
+        self.renew_mirrors();
         Ok(network)
     }
 
@@ -155,12 +159,14 @@ impl Switch {
         if network.ports > 0 {
             return Err(Error::InUse(name.to_owned(), network.ports));
         }
+        self.end_probes(Some(network.spec.vni));
         self.bridge.remove_network(network.spec.vni);
         self.flows.remove(&network.spec.vni);
         let member = Record::Member(network.spec.vni, self.directory.me());
         self.directory.withdraw(self.now, &member);
         self.tell();
         self.networks.remove(name);
+        self.renew_mirrors();
         Ok(network)
     }
 
@@ -239,6 +245,7 @@ impl Switch {
         self.slots.push(Some(slot));
         self.names.insert(name.to_owned(), id);
         self.renew_groups();
+        self.renew_mirrors();
         for (key, value) in self.attached(id) {
             self.claim(key, value);
         }
@@ -257,6 +264,7 @@ impl Switch {
         let slot = slot.ok_or_else(missing)?;
         let status = self.status(id, &slot);
         self.tell_of_port(id, &slot, Turn::Went);
+        self.renew_mirrors();
         for (key, _) in self.attached(id) {
             self.directory.withdraw(self.now, &key);
         }

@@ -38,6 +38,7 @@ impl Switch {
         if now >= self.expire {
             self.expire = now + Duration::from_secs(1);
             self.bridge.expire(now);
+            self.end_probes(None);
             for flows in self.flows.values_mut() {
                 flows.expire(now);
             }
@@ -181,6 +182,9 @@ impl Switch {
                 slot.dirty = false;
             }
             self.with_port(Some(id), |port| port.flush());
+        }
+        if !self.captures.is_empty() {
+            self.captures.flush();
         }
     }
 }

@@ -4,6 +4,7 @@ use vm_memory::VolatileSlice;
 
 use super::{Later, MAX_LATER, PEERS, Switch};
 use crate::bridge::{Edit, Output, Place, Station, Vlan};
+use crate::capture;
 use crate::directory::NodeId;
 use crate::drops::Reason;
 use crate::flow::groups::Direction;
@@ -31,22 +32,25 @@ impl Switch {
             }
         }
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
-            return self.drop(from, Reason::Malformed);
+            return self.lose(from, Reason::Malformed, vni, &frame);
         };
+        if self.is_watched() {
+            self.watch(from, vni, capture::Direction::In, &frame);
+        }
         if screened {
-            let frame = (&key, layers, frame.head.bytes());
-            if let Err(reason) = self.screen(port, vni, Direction::Out, frame) {
-                return self.drop(from, reason);
+            let looked_at = (&key, layers, frame.head.bytes());
+            if let Err(reason) = self.screen(port, vni, Direction::Out, looked_at) {
+                return self.lose(from, reason, vni, &frame);
             }
         }
         let Some(flows) = self.flows.get_mut(&vni) else {
-            return self.drop(from, Reason::NoNetwork);
+            return self.lose(from, Reason::NoNetwork, vni, &frame);
         };
         if flows.is_open() {
             return self.bridge(from, &key, &layers, &mut frame);
         }
         let Some(mut pipeline) = flows.pipeline.take() else {
-            return self.drop(from, Reason::NoNetwork);
+            return self.lose(from, Reason::NoNetwork, vni, &frame);
         };
         if pipeline.is_normal(self.now, &key, len) {
             self.bridge(from, &key, &layers, &mut frame);
@@ -76,7 +80,9 @@ impl Switch {
         let mut outputs = std::mem::take(&mut self.outputs);
         let bridge = &mut self.bridge;
         // What it drops, the bridge counts.
-        let _ = bridge.forward(self.now, from, key, layers, frame, &mut outputs);
+        if let Err(reason) = bridge.forward(self.now, from, key, layers, frame, &mut outputs) {
+            self.lost(from, reason, key.vni, frame);
+        }
         for output in &outputs.list {
             self.emit(output, key, frame);
         }
@@ -169,28 +175,46 @@ impl Switch {
 
     /// Sends a frame out of a port.
     pub(super) fn send(&mut self, id: PortId, frame: &Frame<'_>) {
-        if let Some(slot) = self.slot(id)
-            && !slot.spec.groups.is_empty()
-            && let Err(reason) = self.screen_to(id, slot.vni, frame)
+        let grouped = self.slot(id).filter(|slot| !slot.spec.groups.is_empty());
+        if let Some(vni) = grouped.map(|slot| slot.vni)
+            && let Err(reason) = self.screen_to(id, vni, frame)
         {
-            return self.drop(Place::Port(id), reason);
+            return self.lose(Place::Port(id), reason, vni, frame);
         }
+        if self.put(id, frame)
+            && self.is_watched()
+            && let Some(vni) = self.slot(id).map(|slot| slot.vni)
+        {
+            self.watch(Place::Port(id), vni, capture::Direction::Out, frame);
+        }
+    }
+
+    /// The same, and nobody sees it who mirrors or captures. False: it was
+    /// dropped.
+    pub(super) fn put(&mut self, id: PortId, frame: &Frame<'_>) -> bool {
         let Some(slot) = self.slot_mut(id) else {
-            return;
+            self.answered(id, frame);
+            return false;
         };
-        let Some(port) = slot.port.as_mut().filter(|_| !slot.closed) else {
-            slot.drops.add(Reason::Down);
-            return;
+        let sent = match &mut slot.port {
+            Some(port) if !slot.closed => port.send(frame),
+            _ => Err(Reason::Down),
         };
-        match port.send(frame) {
+        match sent {
             Ok(()) => {
                 slot.tx.add(frame.len());
                 if !slot.dirty {
                     slot.dirty = true;
                     self.dirty.push(id);
                 }
+                true
             }
-            Err(reason) => slot.drops.add(reason),
+            Err(reason) => {
+                slot.drops.add(reason);
+                let vni = slot.vni;
+                self.lost(Place::Port(id), reason, vni, frame);
+                false
+            }
         }
     }
 
@@ -214,8 +238,10 @@ impl Switch {
                 Ok(())
             }),
         };
-        if let Err(reason) = sealed {
-            self.drop(to, reason);
+        match sealed {
+            Ok(()) if self.is_watched() => self.watch(to, vni, capture::Direction::Out, frame),
+            Ok(()) => {}
+            Err(reason) => self.lose(to, reason, vni, frame),
         }
     }
 
@@ -292,7 +318,7 @@ impl Sink for Out<'_> {
                 {
                     switch.send(id, packet.frame);
                 } else {
-                    switch.drop(from, Reason::NoPort);
+                    switch.lose(from, Reason::NoPort, packet.key.vni, packet.frame);
                 }
             }
             Target::InPort => {
@@ -303,7 +329,8 @@ impl Sink for Out<'_> {
         }
     }
 
-    fn dropped(&mut self, reason: Reason, _: &Packet<'_, '_>) {
-        self.switch.drop(self.from, reason);
+    fn dropped(&mut self, reason: Reason, packet: &Packet<'_, '_>) {
+        let vni = packet.key.vni;
+        self.switch.lose(self.from, reason, vni, packet.frame);
     }
 }
