@@ -45,10 +45,18 @@ pub(crate) fn ask<A: DeserializeOwned>(
         .enable_all()
         .build()
         .context("cannot start")?;
-    runtime.block_on(async {
-        let asked = http::call(connect(home).await?, method, path, body);
-        tokio::time::timeout(LIMIT, asked)
-            .await
-            .context("the switch does not answer")?
-    })
+    runtime.block_on(call(home, method, path, body))
+}
+
+/// The same where there is a runtime.
+pub(crate) async fn call<A: DeserializeOwned>(
+    home: &Home,
+    method: Method,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> Result<A> {
+    let asked = http::call(connect(home).await?, method, path, body);
+    tokio::time::timeout(LIMIT, asked)
+        .await
+        .context("the switch does not answer")?
 }

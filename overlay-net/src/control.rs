@@ -3,13 +3,16 @@
 use std::path::PathBuf;
 
 use crate::api::types::{
-    Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus,
+    Attachment, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus,
 };
 use crate::key;
 use crate::port::{self, Port};
+
 use crate::switch::saved::{self, Change, Saved};
 use crate::switch::worker::{Handle, Stopped};
 use crate::switch::{self, Switch};
+
+mod moving;
 
 /// Why something was refused.
 #[derive(Debug, thiserror::Error)]
@@ -85,15 +88,19 @@ impl Control {
                 tracing::warn!("{error}");
             }
         }
-        for (name, spec) in control.saved.ports.clone() {
-            let opened = port::open(&spec.attachment, control.mtu(&spec));
+        // Those whose guests come from others are made after those.
+        let mut ports: Vec<_> = control.saved.ports.clone().into_iter().collect();
+        ports.sort_by_key(|(name, _)| control.saved.arriving.contains_key(name));
+        for (name, spec) in ports {
+            let opened = control.open(&spec);
             if let Err(error) = &opened {
                 tracing::warn!("port {name}: {error}");
             }
             let opened = opened.map_err(|error| error.to_string());
-            control
-                .order(move |switch| switch.add_port(&name, spec, opened))
-                .await??;
+            let arrival = control.saved.arriving.get(&name).cloned();
+            let made =
+                control.order(move |switch| switch.restore_port(&name, spec, arrival, opened));
+            made.await??;
         }
         for (network, changes) in control.saved.flows.clone() {
             for change in changes {
@@ -117,6 +124,19 @@ impl Control {
         act: impl FnOnce(&mut Switch) -> R + Send + 'static,
     ) -> Result<R, Stopped> {
         self.handle.with(act).await
+    }
+
+    /// What is behind a port.
+    fn open(&self, spec: &PortSpec) -> Result<Box<dyn Port>, port::OpenError> {
+        let port = port::open(&spec.attachment, self.mtu(spec))?;
+        if let (Attachment::VhostUser(path), Some((user, group))) = (&spec.attachment, spec.owner) {
+            let owned = std::os::unix::fs::chown(path, Some(user), Some(group));
+            owned.map_err(|source| port::OpenError::Socket {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(port)
     }
 
     fn mtu(&self, spec: &PortSpec) -> Option<u16> {
@@ -327,7 +347,7 @@ impl Control {
             };
         }
         let (key, kept) = (name.clone(), spec.clone());
-        let port: Box<dyn Port> = port::open(&spec.attachment, self.mtu(&spec))?;
+        let port = self.open(&spec)?;
         let status = self
             .order(move |switch| switch.add_port(&name, spec, Ok(port)))
             .await??;
@@ -347,6 +367,7 @@ impl Control {
             .order(move |switch| switch.remove_port(&name))
             .await??;
         self.saved.ports.remove(&key);
+        self.saved.arriving.remove(&key);
         self.saved.write(&self.path)?;
         Ok(status)
     }

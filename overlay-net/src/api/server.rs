@@ -18,10 +18,10 @@ use crate::switch;
 /// A request is never longer than this, in bytes.
 const MAX_BODY: usize = 1 << 20;
 
-type Shared = State<Arc<Mutex<Control>>>;
+pub(super) type Shared = Arc<Mutex<Control>>;
 
 /// A body that may be none.
-type Body<T> = Result<Json<T>, JsonRejection>;
+pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
 
 /// The API in front of `control`.
 pub fn router(control: Control) -> Router {
@@ -39,6 +39,7 @@ pub fn router(control: Control) -> Router {
         .route("/peers/{name}", put(put_peer).delete(remove_peer))
         .route("/ports", get(ports))
         .route("/ports/{name}", put(put_port).delete(remove_port))
+        .merge(super::moving::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Arc::new(Mutex::new(control)))
@@ -60,7 +61,7 @@ fn problem(status: StatusCode, error: String, remedy: Option<&str>) -> Response 
     (status, Json(Problem { error, remedy })).into_response()
 }
 
-fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
+pub(super) fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
     match result {
         Ok(value) => Json(value).into_response(),
         Err(error) => problem(status(&error), error.to_string(), None),
@@ -68,7 +69,7 @@ fn answer<T: Serialize>(result: Result<T, Error>) -> Response {
 }
 
 /// Does `act` with a request's body, if it is one.
-async fn with_body<T, R: Serialize>(
+pub(super) async fn with_body<T, R: Serialize>(
     control: &Mutex<Control>,
     body: Body<T>,
     act: impl AsyncFnOnce(&mut Control, T) -> Result<R, Error>,
@@ -79,16 +80,16 @@ async fn with_body<T, R: Serialize>(
     }
 }
 
-async fn info(State(control): Shared) -> Response {
+async fn info(State(control): State<Shared>) -> Response {
     answer(control.lock().await.info().await)
 }
 
-async fn networks(State(control): Shared) -> Response {
+async fn networks(State(control): State<Shared>) -> Response {
     answer(control.lock().await.networks().await)
 }
 
 async fn put_network(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<NetworkSpec>,
 ) -> Response {
@@ -98,20 +99,20 @@ async fn put_network(
     .await
 }
 
-async fn remove_network(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_network(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_network(name).await)
 }
 
-async fn macs(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn macs(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.macs(name).await)
 }
 
-async fn flows(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn flows(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.flows(name).await)
 }
 
 async fn add_flows(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     flows: Body<Vec<String>>,
 ) -> Response {
@@ -122,7 +123,7 @@ async fn add_flows(
 }
 
 async fn remove_flows(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     filter: Body<FlowFilter>,
 ) -> Response {
@@ -133,19 +134,23 @@ async fn remove_flows(
     .await
 }
 
-async fn trace(State(control): Shared, Path(name): Path<String>, packet: Body<String>) -> Response {
+async fn trace(
+    State(control): State<Shared>,
+    Path(name): Path<String>,
+    packet: Body<String>,
+) -> Response {
     with_body(&control, packet, async |control, packet| {
         control.trace(name, packet).await
     })
     .await
 }
 
-async fn peers(State(control): Shared) -> Response {
+async fn peers(State(control): State<Shared>) -> Response {
     answer(control.lock().await.peers().await)
 }
 
 async fn put_peer(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<PeerSpec>,
 ) -> Response {
@@ -155,16 +160,16 @@ async fn put_peer(
     .await
 }
 
-async fn remove_peer(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_peer(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_peer(name).await)
 }
 
-async fn ports(State(control): Shared) -> Response {
+async fn ports(State(control): State<Shared>) -> Response {
     answer(control.lock().await.ports().await)
 }
 
 async fn put_port(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<PortSpec>,
 ) -> Response {
@@ -174,7 +179,7 @@ async fn put_port(
     .await
 }
 
-async fn remove_port(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_port(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_port(name).await)
 }
 

@@ -3,5 +3,7 @@
 
 #[path = "overlay/basic.rs"]
 mod basic;
+#[path = "overlay/moving.rs"]
+mod moving;
 #[path = "overlay/node.rs"]
 mod node;

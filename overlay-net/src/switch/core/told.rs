@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use data_encoding::BASE64;
 
+use super::moving::Moving;
 use super::{MAX_NETWORKS, MAX_PORTS, Slot, Switch};
+use crate::api::moving::{Arrival, Whereabouts};
 use crate::api::types::{
     Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus, Traffic,
 };
@@ -16,6 +18,7 @@ use crate::bridge::{
 use crate::directory::{Directory, Gossip, Key as Record, Limits, NodeId, Settings, Value};
 use crate::drops::Drops;
 use crate::frame::{PortId, Vni};
+use crate::key;
 use crate::port::Port;
 use crate::switch::Error;
 use crate::switch::flows::Flows;
@@ -39,6 +42,8 @@ impl Switch {
             bridge: Bridge::new(Config::default()),
             outputs: Outputs::default(),
             later: Vec::new(),
+            settling: HashMap::new(),
+            token: 0,
             remote: remote.map(Box::new),
             peers: BTreeMap::new(),
             directory: Directory::new(me.unwrap_or_default(), Limits::default()),
@@ -87,6 +92,7 @@ impl Switch {
             drops,
             key: remote.map(|remote| BASE64.encode(remote.public_key())),
             uplinks: remote.map(|remote| remote.describe()).unwrap_or_default(),
+            endpoints: remote.map(|remote| remote.endpoints()).unwrap_or_default(),
         }
     }
 
@@ -174,6 +180,7 @@ impl Switch {
             id,
             spec: slot.spec.clone(),
             down: slot.down.clone(),
+            moving: self.describe_moving(slot),
             rx: slot.rx,
             tx: slot.tx,
             drops,
@@ -198,6 +205,40 @@ impl Switch {
         spec: PortSpec,
         opened: Result<Box<dyn Port>, String>,
     ) -> Result<PortStatus, Error> {
+        self.make_port(name, spec, opened, None)
+    }
+
+    /// The same, for a port of which a switch knew before it was started again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Switch::add_port`].
+    pub fn restore_port(
+        &mut self,
+        name: &str,
+        spec: PortSpec,
+        arrival: Option<Arrival>,
+        opened: Result<Box<dyn Port>, String>,
+    ) -> Result<PortStatus, Error> {
+        // Of tunnels nothing is known yet.
+        let from = arrival.and_then(|arrival| {
+            let place = match &arrival.from {
+                Whereabouts::Port(name) => Place::Port(self.named(name).ok()?),
+                Whereabouts::Peer(key) => Place::Node(node_of(&key::parse(key).ok()?)),
+            };
+            Some((place, arrival.epoch))
+        });
+        self.make_port(name, spec, opened, from)
+    }
+
+    /// A port; if `from` is there, one whose guest comes from there.
+    pub(super) fn make_port(
+        &mut self,
+        name: &str,
+        spec: PortSpec,
+        opened: Result<Box<dyn Port>, String>,
+        from: Option<(Place, u64)>,
+    ) -> Result<PortStatus, Error> {
         let network = self.networks.get(&spec.network);
         let network = network.ok_or_else(|| Error::NoNetwork(spec.network.clone()))?;
         let (vni, mtu) = (network.vni, usize::from(network.mtu));
@@ -214,7 +255,11 @@ impl Switch {
             mtu,
             ..spec.bridge.clone()
         };
-        self.bridge.add_port(id, config)?;
+        match from {
+            None => self.bridge.add_port(id, config)?,
+            Some((Place::Port(old), _)) => self.bridge.prepare_after(id, config, old)?,
+            Some((Place::Node(_), _)) => self.bridge.prepare_port(id, config)?,
+        }
         let (port, down) = match opened {
             Ok(port) => (Some(port), None),
             Err(reason) => (None, Some(reason)),
@@ -229,12 +274,15 @@ impl Switch {
             tx: Traffic::default(),
             drops: Drops::default(),
             dirty: false,
+            moving: from.map_or(Moving::No, |(from, epoch)| Moving::Arriving { from, epoch }),
         };
         let status = self.status(id, &slot);
         self.slots.push(Some(slot));
         self.names.insert(name.to_owned(), id);
-        for (key, value) in self.attached(id) {
-            self.claim(key, value);
+        if from.is_none() {
+            for (key, value) in self.attached(id) {
+                self.claim(key, value);
+            }
         }
         Ok(status)
     }
@@ -250,9 +298,7 @@ impl Switch {
         let slot = self.slots.get_mut(id.0 as usize).and_then(Option::take);
         let slot = slot.ok_or_else(missing)?;
         let status = self.status(id, &slot);
-        for (key, _) in self.attached(id) {
-            self.directory.withdraw(self.now, &key);
-        }
+        self.remove_moving(id, &slot);
         self.bridge.remove_port(self.now, id)?;
         self.tell();
         Ok(status)

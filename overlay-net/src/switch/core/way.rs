@@ -56,8 +56,13 @@ impl Switch {
         let bridge = &mut self.bridge;
         // What it drops, the bridge counts.
         let _ = bridge.forward(self.now, from, key, layers, frame, &mut outputs);
-        for output in &outputs.list {
-            self.emit(output, key, frame);
+        match &outputs.list[..] {
+            [output] if !self.settling.is_empty() && self.waits(from, key, frame, output) => {}
+            list => {
+                for output in list {
+                    self.emit(output, key, frame);
+                }
+            }
         }
         if let Some(mut reply) = outputs.reply.take() {
             let (to, mut offload) = (reply.output, Offload::default());
@@ -119,23 +124,24 @@ impl Switch {
 
     /// Sends a frame out of a port.
     pub(super) fn send(&mut self, id: PortId, frame: &Frame<'_>) {
-        let Some(slot) = self.slot_mut(id) else {
-            return;
-        };
-        let Some(port) = &mut slot.port else {
-            slot.drops.add(Reason::Down);
-            return;
-        };
-        match port.send(frame) {
-            Ok(()) => {
-                slot.tx.add(frame.len());
-                if !slot.dirty {
-                    slot.dirty = true;
-                    self.dirty.push(id);
-                }
-            }
-            Err(reason) => slot.drops.add(reason),
+        if let Err(reason) = self.send_or_tell(id, frame)
+            && let Some(slot) = self.slot_mut(id)
+        {
+            slot.drops.add(reason);
         }
+    }
+
+    /// The same; why it cannot be sent, which is not counted.
+    pub(super) fn send_or_tell(&mut self, id: PortId, frame: &Frame<'_>) -> Result<(), Reason> {
+        let slot = self.slot_mut(id).ok_or(Reason::NoPort)?;
+        let port = slot.port.as_mut().ok_or(Reason::Down)?;
+        port.send(frame)?;
+        slot.tx.add(frame.len());
+        if !slot.dirty {
+            slot.dirty = true;
+            self.dirty.push(id);
+        }
+        Ok(())
     }
 
     /// Sends a frame to a node, in segments if what is large gets lost.
