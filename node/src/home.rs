@@ -12,7 +12,7 @@
 //! STATE/disks/.standby/ replicas of other nodes' VMs
 //! STATE/receiving/  what such a VM needs until it is here
 //! STATE/node/       blanketd's: keys, certificates, store, audit log
-//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock
+//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock, netN.sock
 //! RUN/../blanketd.sock  where blanketd takes commands
 //! RUN/../blanket-switch.sock  where the switch does
 //! ```
@@ -329,6 +329,10 @@ impl VmDir {
     /// Where the node comes that the VM is to move to.
     pub(crate) fn parcel_socket(&self) -> PathBuf {
         self.run.join("parcel.sock")
+    }
+    /// Where the switch has the port of an interface.
+    pub(crate) fn net_socket(&self, index: usize) -> PathBuf {
+        self.run.join(format!("net{index}.sock"))
     }
     pub(crate) fn console_socket(&self) -> PathBuf {
         self.run.join("console.sock")

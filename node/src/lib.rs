@@ -9,6 +9,7 @@ mod failure;
 mod home;
 mod machine;
 mod name;
+mod ports;
 mod process;
 mod switch;
 mod table;

@@ -41,11 +41,11 @@ pub(crate) fn ask<A: DeserializeOwned>(
     path: &str,
     body: Option<&impl Serialize>,
 ) -> Result<A> {
-    runtime()?.block_on(ask_async(home, method, path, body))
+    runtime()?.block_on(call(home, method, path, body))
 }
 
 /// The same for who waits for other things, too.
-pub(crate) async fn ask_async<A: DeserializeOwned>(
+pub(crate) async fn call<A: DeserializeOwned>(
     home: &Home,
     method: Method,
     path: &str,

@@ -3,18 +3,20 @@
 use std::path::PathBuf;
 
 use crate::api::types::{
-    ControllerSpec, Controllers, GroupStatus, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec,
-    PortSpec, PortStatus,
+    Attachment, ControllerSpec, Controllers, GroupStatus, Info, MacLine, Network, NetworkSpec,
+    Peer, PeerSpec, PortSpec, PortStatus,
 };
 use crate::controllers;
 use crate::directory::GROUPS;
 use crate::flow::groups::{BadRule, Rule};
 use crate::key;
 use crate::port::{self, Port};
+
 use crate::switch::saved::{self, Change, Saved};
 use crate::switch::worker::{Handle, Stopped};
 use crate::switch::{self, Switch};
 
+mod moving;
 mod observe;
 
 /// Why something was refused.
@@ -108,15 +110,19 @@ impl Control {
         if ports.into_iter().any(|port| !port.groups.is_empty()) {
             control.order(Switch::adopt_connections).await?;
         }
-        for (name, spec) in control.saved.ports.clone() {
-            let opened = port::open(&spec.attachment, control.mtu(&spec));
+        // Those whose guests come from others are made after those.
+        let mut ports: Vec<_> = control.saved.ports.clone().into_iter().collect();
+        ports.sort_by_key(|(name, _)| control.saved.arriving.contains_key(name));
+        for (name, spec) in ports {
+            let opened = control.open(&spec);
             if let Err(error) = &opened {
                 tracing::warn!("port {name}: {error}");
             }
             let opened = opened.map_err(|error| error.to_string());
-            control
-                .order(move |switch| switch.add_port(&name, spec, opened))
-                .await??;
+            let arrival = control.saved.arriving.get(&name).cloned();
+            let made =
+                control.order(move |switch| switch.restore_port(&name, spec, arrival, opened));
+            made.await??;
         }
         control.restore_mirrors().await?;
         for (network, spec) in control.saved.controllers.clone() {
@@ -156,6 +162,19 @@ impl Control {
         act: impl FnOnce(&mut Switch) -> R + Send + 'static,
     ) -> Result<R, Stopped> {
         self.handle.with(act).await
+    }
+
+    /// What is behind a port.
+    fn open(&self, spec: &PortSpec) -> Result<Box<dyn Port>, port::OpenError> {
+        let port = port::open(&spec.attachment, self.mtu(spec))?;
+        if let (Attachment::VhostUser(path), Some((user, group))) = (&spec.attachment, spec.owner) {
+            let owned = std::os::unix::fs::chown(path, Some(user), Some(group));
+            owned.map_err(|source| port::OpenError::Socket {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(port)
     }
 
     fn mtu(&self, spec: &PortSpec) -> Option<u16> {
@@ -422,7 +441,7 @@ impl Control {
         }
         self.known_groups(&spec.groups)?;
         let (key, kept) = (name.clone(), spec.clone());
-        let port: Box<dyn Port> = port::open(&spec.attachment, self.mtu(&spec))?;
+        let port = self.open(&spec)?;
         let status = self
             .order(move |switch| switch.add_port(&name, spec, Ok(port)))
             .await??;
@@ -442,6 +461,7 @@ impl Control {
             .order(move |switch| switch.remove_port(&name))
             .await??;
         self.saved.ports.remove(&key);
+        self.saved.arriving.remove(&key);
         self.saved.write(&self.path)?;
         Ok(status)
     }

@@ -75,6 +75,15 @@ pub(crate) trait Peer: Send + Sync {
         Ok(())
     }
 
+    /// Frames for the guest that came to a queue before it was stopped, to be
+    /// received first when it goes on, here or elsewhere.
+    fn waiting(&self, _queue: usize) -> Vec<Vec<u8>> {
+        Vec::new()
+    }
+
+    /// Has a queue receive these first.
+    fn put(&self, _queue: usize, _frames: Vec<Vec<u8>>) {}
+
     /// Counters of its own.
     fn metrics(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

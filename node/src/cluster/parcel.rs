@@ -22,6 +22,7 @@
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
+use blanket_overlay::api::types::NetworkSpec;
 use blanket_vmm::api::types::Problem;
 use blanket_vmm::config::VmConfig;
 use serde::de::DeserializeOwned;
@@ -52,6 +53,25 @@ pub struct Parcel {
     pub bases: Vec<Base>,
     /// Disks that are on storage which both nodes have.
     pub shared: Vec<Shared>,
+    /// Its interfaces that are on networks of the node's switch.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
+}
+
+/// An interface that is on a network of the node's switch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// Its number among the VM's.
+    pub index: usize,
+    /// What the network is called where the VM is.
+    pub network: String,
+    /// What it is everywhere.
+    pub spec: NetworkSpec,
+    /// The public key of the switch there.
+    pub key: String,
+    /// The epoch by which switches know its addresses.
+    pub epoch: u64,
 }
 
 /// A disk that is on storage which both nodes have.
@@ -132,6 +152,8 @@ pub struct Base {
 pub enum Answer {
     /// It is done.
     Done,
+    /// It is done, and the VM has networks there, of the switch with this key.
+    Joined(String),
     /// It is not, and nothing is left of it.
     Refused(Problem),
 }
@@ -241,6 +263,13 @@ mod tests {
                 files: vec![Item { what: What::Disk(index), len }],
                 disks: vec![Blank { index, capacity, used }],
                 bases: vec![Base { index, name: name.clone() }],
+                ports: vec![Port {
+                    index,
+                    network: name.clone(),
+                    spec: NetworkSpec { vni: Default::default(), mtu: 1500 },
+                    key: name.clone(),
+                    epoch: len,
+                }],
                 name,
                 shared: vec![],
             };

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use blanket_drivers::store::{Engine, Format, create_overlay};
 use blanket_vmm::api::types::Machine;
-use blanket_vmm::config::{CharConfig, DiskConfig, MachineChoice, VmConfig};
+use blanket_vmm::config::{CharConfig, DiskConfig, MachineChoice, NetConfig, VmConfig};
 use blanket_vmm::snapshot::{Head, How, Opening, Snapshot};
 use rustix::fs::ioctl_ficlone;
 
@@ -237,6 +237,7 @@ impl Source {
             prepare: Some(&|vm| self.make_disks(vm)),
             receive: None,
             shared_disks: false,
+            origins: None,
         };
         start.claim_and_start(home, name).map(drop)
     }
@@ -273,7 +274,7 @@ fn each_disk<T>(
 
 /// Whether the clones can be told from each other in a network.
 fn check_identity(config: &VmConfig, suspended: bool) -> Result<()> {
-    if let Some(net) = config.net.iter().find_map(|net| net.vhost_user.as_ref()) {
+    if let Some(net) = config.net.iter().find_map(of_others) {
         return Err(failure(
             format!("the clones cannot share the backend at {}", net.display()),
             "clone a VM whose interfaces have taps",
@@ -293,6 +294,12 @@ fn check_identity(config: &VmConfig, suspended: bool) -> Result<()> {
     }
 }
 
+/// The backend of an interface that has one of its own.
+fn of_others(net: &NetConfig) -> Option<&PathBuf> {
+    // A port of the node's switch can be made for each.
+    net.vhost_user.as_ref().filter(|_| net.network.is_none())
+}
+
 /// A clone's configuration: like the source's, but for what is its own.
 fn identity(head: &Head) -> VmConfig {
     let mut config = head.config.clone();
@@ -310,6 +317,7 @@ fn identity(head: &Head) -> VmConfig {
         net.tap = None;
         // One interface of the node's has it already.
         net.host_ip = None;
+        net.ip = None;
     }
     config
 }

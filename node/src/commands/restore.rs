@@ -129,6 +129,7 @@ impl Restore<'_> {
             prepare: None,
             receive: None,
             shared_disks: false,
+            origins: None,
         };
         start.claim_and_start(home, &name)?;
         Ok(name)

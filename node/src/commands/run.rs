@@ -20,6 +20,7 @@ use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::machine;
 use crate::name::VmName;
+use crate::ports::{self, Origins};
 use crate::up::{SERVICE, System, has_program};
 use crate::vm::{Exit, last_line};
 
@@ -62,6 +63,7 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
     let mut config = base.overlaid(args.vm);
     let why = machine::choose(&mut config, Virtualization::of_this_machine());
     let mut config = settle(config, &home.vm(&args.name))?;
+    ports::set_mtus(home, &mut config)?;
     for disk in &mut config.disk {
         store::choose_engine(home, disk);
     }
@@ -84,6 +86,7 @@ pub(crate) fn run(home: &Home, args: Args, home_flag: Option<&Path>) -> Result<E
         prepare: None,
         receive: None,
         shared_disks: false,
+        origins: None,
     };
     let (vm, stream) = start.claim_and_start(home, &args.name)?;
     if let Some(why) = why {
@@ -116,6 +119,7 @@ pub(super) fn settle(mut config: VmConfig, vm: &VmDir) -> Result<VmConfig> {
     if wanted {
         config.console = Some(own(vm.console_socket(), vm.console_log()));
     }
+    ports::settle(&mut config, vm)?;
     let ports = [&mut config.serial, &mut config.console];
     let port_paths = ports.into_iter().flatten().flat_map(|port| {
         let CharConfig { socket, log, .. } = port;
@@ -218,6 +222,8 @@ pub(super) struct Start<'a> {
     pub(super) receive: Option<&'a Path>,
     /// Its disks are that one's, too, until the guest comes.
     pub(super) shared_disks: bool,
+    /// Where the ports of the guest's interfaces on networks are until then.
+    pub(super) origins: Option<Origins<'a>>,
 }
 
 impl Start<'_> {
@@ -234,10 +240,12 @@ impl Start<'_> {
             monitor: &monitor,
             how: self,
         };
+        let plug = || ports::plug(home, &vm, self.config, self.user, self.origins.as_ref());
         let prepared = self.prepare.map_or(Ok(()), |prepare| prepare(&vm));
-        match prepared.and_then(|()| launch.start()) {
+        match prepared.and_then(|()| plug()).and_then(|()| launch.start()) {
             Ok(stream) => Ok((vm, stream)),
             Err(error) => {
+                ports::unplug(home, &vm, self.config);
                 vm.remove()?;
                 Err(error)
             }

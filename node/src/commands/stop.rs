@@ -12,6 +12,7 @@ use super::for_each;
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
+use crate::ports;
 use crate::process::Process;
 use crate::vm::Status;
 
@@ -187,6 +188,8 @@ pub(crate) fn rm(home: &Home, args: &RmArgs) -> Result<ExitCode> {
             }
             bring_down(vm, &process, Instant::now())?;
         }
+        // What is left of them where nothing was there at its end to remove them.
+        ports::unplug_all(home, vm);
         vm.remove()
     }))
 }

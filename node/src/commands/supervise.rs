@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::home::Home;
 use crate::name::VmName;
+use crate::ports;
 use crate::process::ProcessId;
 use crate::vm::Exit;
 
@@ -52,6 +53,7 @@ pub(crate) fn supervise(home: &Home, args: &Args) -> Result<ExitCode> {
         return Err(error);
     }
     let status = monitor.wait().context("cannot wait for the monitor")?;
+    ports::unplug_all(home, &vm);
     vm.write_json(&vm.exit(), &Exit::read(status, &vm.monitor_log()))?;
     vm.remove_run()?;
     Ok(ExitCode::SUCCESS)

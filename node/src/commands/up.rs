@@ -1,5 +1,6 @@
 //! `blanket up` and `blanket down`.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,6 +13,7 @@ use blanket_vmm::config::{ByteSize, VmConfig};
 use serde::Serialize;
 
 use super::{print, print_json};
+use crate::daemon::own_address;
 use crate::failure::{describe, failure};
 use crate::home::Home;
 use crate::machine;
@@ -185,11 +187,21 @@ fn describe_node<'a>(
         ours: ours.filter_map(Change::setting).collect(),
         notices: poll_interval(provider).is_some(),
         daemon: Some(program.with_file_name("blanketd")).filter(|path| path.is_file()),
+        switch: Some(program.with_file_name("blanket-switch")).filter(|path| path.is_file()),
+        outside: outside(),
         program,
         evacuated: evacuated.unwrap_or_else(|| home.evacuated()),
         uplinks: home.uplinks(),
         stores: home.stores(),
     })
+}
+
+/// The interface with the address that other nodes most likely reach this one at.
+fn outside() -> Option<(String, IpAddr)> {
+    let address = own_address().ok()?;
+    let all = usable(interfaces().ok()?);
+    let mut its = all.filter(|it| it.addresses.contains(&address));
+    its.next().map(|it| (it.name, address))
 }
 
 /// Does what is planned, or only says so.

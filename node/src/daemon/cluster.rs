@@ -503,7 +503,7 @@ pub(super) async fn keep_up(node: &Arc<Node>) {
 
 /// The address that others most likely reach this machine at: of the interface
 /// with the default route, else of the first one that is up.
-fn own_address() -> Result<IpAddr> {
+pub(crate) fn own_address() -> Result<IpAddr> {
     // Connecting a datagram socket sends nothing; it chooses a route.
     let routed = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
         socket.connect("192.0.2.1:9")?;

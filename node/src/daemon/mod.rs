@@ -7,6 +7,7 @@
 
 mod cluster;
 pub(crate) mod http;
+mod joining;
 mod lend;
 mod limit;
 mod listen;
@@ -17,7 +18,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use cluster::random_text;
+pub(crate) use cluster::{own_address, random_text};
 pub(crate) use peer::Report;
 pub(crate) use stream::Carriage;
 
@@ -248,6 +249,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         tokio::select! {
             () = local.serve(&node) => (),
             () = cluster::keep_up(&node) => (),
+            () = joining::keep_joined(&node) => (),
             () = migration::prune(&node.home) => (),
             _ = terminate.recv() => (),
             _ = interrupt.recv() => (),

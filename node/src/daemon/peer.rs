@@ -18,6 +18,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::cluster::Pem;
 use super::http::{self, Refusal};
+use super::joining::Card;
 use super::{Node, listen, migration};
 use crate::cluster::identity::Peer;
 use crate::cluster::members::{Member, Membership};
@@ -167,6 +168,7 @@ pub(super) fn routes(node: &Arc<Node>, peer: Peer) -> Router {
     Router::new()
         .route("/node", get(report))
         .route("/vms", get(vms))
+        .route("/switch", get(switch))
         .route("/members", get(members).put(learn))
         .route("/renew", post(renew))
         .route("/leave", post(leave))
@@ -181,6 +183,10 @@ async fn report(State((node, _)): State<Caller>) -> Result<Json<Report>, Refusal
 
 async fn vms(State((node, _)): State<Caller>) -> Result<Json<Vec<Summary>>, Refusal> {
     Ok(Json(node.own_vms().await?))
+}
+
+async fn switch(State((node, _)): State<Caller>) -> Json<Card> {
+    Json(node.card().await)
 }
 
 async fn members(State((node, _)): State<Caller>) -> Result<Json<Membership>, Refusal> {

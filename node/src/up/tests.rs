@@ -59,6 +59,8 @@ impl Fake {
             notices: true,
             program: "/usr/bin/blanket".into(),
             daemon: Some("/50% $HOME/blanketd".into()),
+            switch: Some("/usr/bin/blanket-switch".into()),
+            outside: Some(("eth0".to_owned(), "10.0.0.1".parse().unwrap())),
             evacuated: "/mnt/50% $HOME".into(),
             uplinks: "/none".into(),
             stores: "/none".into(),
@@ -232,11 +234,20 @@ fn units_name_their_paths_as_systemd_reads_them() {
         [
             format!("{folder}/blanket.service"),
             format!("{folder}/blanket-watch.service"),
-            format!("{folder}/blanketd.service")
+            format!("{folder}/blanketd.service"),
+            format!("{folder}/blanket-switch.service")
         ]
     );
-    let (guests, daemon) = texts.split_at(2);
-    let (_, daemon) = daemon[0];
+    let (guests, others) = texts.split_at(2);
+    let [(_, daemon), (_, switch)] = others else {
+        panic!("{others:?}");
+    };
+    assert!(
+        switch.contains(
+            "ExecStart=\"/usr/bin/blanket-switch\" --listen 10.0.0.1:4790 --interface eth0\n"
+        ),
+        "{switch}"
+    );
     assert!(
         daemon.contains("ExecStart=\"/50%% $$HOME/blanketd\"\n"),
         "{daemon}"

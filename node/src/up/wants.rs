@@ -1,5 +1,6 @@
 //! What Blanket wants of a machine, and why.
 
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
@@ -24,6 +25,8 @@ pub(crate) const SERVICE: &str = "blanket.service";
 pub(crate) const WATCH: &str = "blanket-watch.service";
 /// Talks to the other nodes.
 pub(crate) const DAEMON: &str = "blanketd.service";
+/// Has guests' networks, also with those on other nodes.
+pub(crate) const SWITCH: &str = "blanket-switch.service";
 
 /// Something that is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +51,11 @@ pub(crate) struct Node<'a> {
     pub(crate) program: PathBuf,
     /// The program `blanketd`, if it is here.
     pub(crate) daemon: Option<PathBuf>,
+    /// The program `blanket-switch`, if it is here.
+    pub(crate) switch: Option<PathBuf>,
+    /// The interface by which other nodes most likely reach this one, and its
+    /// address there.
+    pub(crate) outside: Option<(String, IpAddr)>,
     /// Where guests are saved.
     pub(crate) evacuated: PathBuf,
     /// Where the uplinks' self-tests are kept.
@@ -302,6 +310,10 @@ fn units(node: &Node) -> Vec<Want> {
         let why = "other nodes reach this one, once it is in a cluster";
         all.push((DAEMON, daemon_unit(daemon), why));
     }
+    if let Some(switch) = &node.switch {
+        let why = "guests' networks, also with those on other nodes";
+        all.push((SWITCH, switch_unit(switch, node.outside.as_ref()), why));
+    }
     let wants = all.into_iter().flat_map(|(name, text, why)| {
         let unit = Target::Unit {
             name: name.to_owned(),
@@ -326,6 +338,31 @@ fn daemon_unit(program: &Path) -> String {
          [Service]\nType=exec\nExecStart={program}\nRestart=always\nRestartSec=2\n\
          NoNewPrivileges=yes\nCapabilityBoundingSet=CAP_DAC_OVERRIDE\n\
          RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK\n\
+         \n[Install]\nWantedBy=multi-user.target\n"
+    )
+}
+
+/// The port at which switches listen for others.
+const SWITCH_PORT: u16 = 4790;
+
+/// The switch has its sockets, its TAPs and its way to others. It is there
+/// before guests come back, and has no more to do with them than any backend:
+/// it can be started again at any time.
+fn switch_unit(program: &Path, outside: Option<&(String, IpAddr)>) -> String {
+    let program = quoted(program).replace('$', "$$");
+    let remote = outside.map(|(interface, address)| {
+        let listen = SocketAddr::new(*address, SWITCH_PORT);
+        format!(" --listen {listen} --interface {interface}")
+    });
+    let remote = remote.unwrap_or_default();
+    format!(
+        "# Written by blanket up; blanket down removes it.\n\
+         [Unit]\nDescription=Blanket: the switch of this node\n\
+         Wants=network-online.target\n\
+         After=network-online.target local-fs.target systemd-modules-load.service\n\
+         Before={SERVICE}\n\n\
+         [Service]\nType=exec\nExecStart={program}{remote}\nRestart=always\nRestartSec=1\n\
+         NoNewPrivileges=yes\n\
          \n[Install]\nWantedBy=multi-user.target\n"
     )
 }

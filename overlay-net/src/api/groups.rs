@@ -20,12 +20,12 @@ pub(super) fn router() -> Router<Arc<Mutex<Control>>> {
         .route("/ports/{name}/groups", put(put_port_groups))
 }
 
-async fn groups(State(control): Shared) -> Response {
+async fn groups(State(control): State<Shared>) -> Response {
     answer(control.lock().await.groups().await)
 }
 
 async fn add_group(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     rules: Body<Vec<Rule>>,
 ) -> Response {
@@ -36,7 +36,7 @@ async fn add_group(
 }
 
 async fn remove_group(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     removal: Body<GroupRemoval>,
 ) -> Response {
@@ -46,7 +46,11 @@ async fn remove_group(
     .await
 }
 
-async fn add_rule(State(control): Shared, Path(name): Path<String>, rule: Body<Rule>) -> Response {
+async fn add_rule(
+    State(control): State<Shared>,
+    Path(name): Path<String>,
+    rule: Body<Rule>,
+) -> Response {
     with_body(&control, rule, async |control, rule| {
         control.add_rule(name, rule).await
     })
@@ -54,7 +58,7 @@ async fn add_rule(State(control): Shared, Path(name): Path<String>, rule: Body<R
 }
 
 async fn remove_rule(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     rule: Body<Rule>,
 ) -> Response {
@@ -65,7 +69,7 @@ async fn remove_rule(
 }
 
 async fn put_port_groups(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     groups: Body<Vec<String>>,
 ) -> Response {

@@ -2,6 +2,7 @@
 
 mod groups;
 pub mod metrics;
+pub mod moving;
 pub mod observe;
 mod observing;
 pub mod server;

@@ -49,7 +49,7 @@ impl hyper::body::Body for Captured {
     }
 }
 
-async fn capture(State(control): Shared, spec: Body<CaptureSpec>) -> Response {
+async fn capture(State(control): State<Shared>, spec: Body<CaptureSpec>) -> Response {
     let spec = match spec {
         Ok(axum::Json(spec)) => spec,
         Err(rejection) => return problem(rejection.status(), rejection.body_text(), None),
@@ -67,11 +67,11 @@ async fn capture(State(control): Shared, spec: Body<CaptureSpec>) -> Response {
     }
 }
 
-async fn end_capture(State(control): Shared, Path(number): Path<u64>) -> Response {
+async fn end_capture(State(control): State<Shared>, Path(number): Path<u64>) -> Response {
     answer(control.lock().await.end_capture(number).await)
 }
 
-async fn figures(State(control): Shared) -> Response {
+async fn figures(State(control): State<Shared>) -> Response {
     match control.lock().await.figures().await {
         Ok(figures) => {
             let headers = [(CONTENT_TYPE, metrics::CONTENT_TYPE)];
@@ -81,7 +81,7 @@ async fn figures(State(control): Shared) -> Response {
     }
 }
 
-async fn ping(State(control): Shared, spec: Body<PingSpec>) -> Response {
+async fn ping(State(control): State<Shared>, spec: Body<PingSpec>) -> Response {
     let spec = match spec {
         Ok(axum::Json(spec)) => spec,
         Err(rejection) => return problem(rejection.status(), rejection.body_text(), None),
@@ -103,12 +103,12 @@ async fn ping(State(control): Shared, spec: Body<PingSpec>) -> Response {
     answer(Ok(pong))
 }
 
-async fn mirrors(State(control): Shared) -> Response {
+async fn mirrors(State(control): State<Shared>) -> Response {
     answer(control.lock().await.mirrors().await)
 }
 
 async fn put_mirror(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<MirrorSpec>,
 ) -> Response {
@@ -118,6 +118,6 @@ async fn put_mirror(
     .await
 }
 
-async fn remove_mirror(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_mirror(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_mirror(name).await)
 }

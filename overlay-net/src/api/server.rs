@@ -20,7 +20,7 @@ use crate::switch;
 /// A request is never longer than this, in bytes.
 const MAX_BODY: usize = 1 << 20;
 
-pub(super) type Shared = State<Arc<Mutex<Control>>>;
+pub(super) type Shared = Arc<Mutex<Control>>;
 
 /// A body that may be none.
 pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
@@ -49,6 +49,7 @@ pub fn router(control: Control) -> Router {
         .route("/ports/{name}", put(put_port).delete(remove_port))
         .merge(groups::router())
         .merge(super::observing::routes())
+        .merge(super::moving::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Arc::new(Mutex::new(control)))
@@ -99,16 +100,16 @@ pub(super) async fn with_body<T, R: Serialize>(
     }
 }
 
-async fn info(State(control): Shared) -> Response {
+async fn info(State(control): State<Shared>) -> Response {
     answer(control.lock().await.info().await)
 }
 
-async fn networks(State(control): Shared) -> Response {
+async fn networks(State(control): State<Shared>) -> Response {
     answer(control.lock().await.networks().await)
 }
 
 async fn put_network(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<NetworkSpec>,
 ) -> Response {
@@ -118,20 +119,20 @@ async fn put_network(
     .await
 }
 
-async fn remove_network(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_network(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_network(name).await)
 }
 
-async fn macs(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn macs(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.macs(name).await)
 }
 
-async fn flows(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn flows(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.flows(name).await)
 }
 
 async fn add_flows(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     flows: Body<Vec<String>>,
 ) -> Response {
@@ -142,7 +143,7 @@ async fn add_flows(
 }
 
 async fn remove_flows(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     filter: Body<FlowFilter>,
 ) -> Response {
@@ -153,12 +154,12 @@ async fn remove_flows(
     .await
 }
 
-async fn controllers(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn controllers(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.controllers(name).await)
 }
 
 async fn put_controllers(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<ControllerSpec>,
 ) -> Response {
@@ -168,23 +169,27 @@ async fn put_controllers(
     .await
 }
 
-async fn remove_controllers(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_controllers(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_controllers(name).await)
 }
 
-async fn trace(State(control): Shared, Path(name): Path<String>, packet: Body<String>) -> Response {
+async fn trace(
+    State(control): State<Shared>,
+    Path(name): Path<String>,
+    packet: Body<String>,
+) -> Response {
     with_body(&control, packet, async |control, packet| {
         control.trace(name, packet).await
     })
     .await
 }
 
-async fn peers(State(control): Shared) -> Response {
+async fn peers(State(control): State<Shared>) -> Response {
     answer(control.lock().await.peers().await)
 }
 
 async fn put_peer(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<PeerSpec>,
 ) -> Response {
@@ -194,16 +199,16 @@ async fn put_peer(
     .await
 }
 
-async fn remove_peer(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_peer(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_peer(name).await)
 }
 
-async fn ports(State(control): Shared) -> Response {
+async fn ports(State(control): State<Shared>) -> Response {
     answer(control.lock().await.ports().await)
 }
 
 async fn put_port(
-    State(control): Shared,
+    State(control): State<Shared>,
     Path(name): Path<String>,
     spec: Body<PortSpec>,
 ) -> Response {
@@ -213,7 +218,7 @@ async fn put_port(
     .await
 }
 
-async fn remove_port(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn remove_port(State(control): State<Shared>, Path(name): Path<String>) -> Response {
     answer(control.lock().await.remove_port(name).await)
 }
 

@@ -68,6 +68,9 @@ pub struct Info {
     pub key: Option<String>,
     /// Its ways to others, for people.
     pub uplinks: Vec<String>,
+    /// Where it listens for others.
+    #[serde(default)]
+    pub endpoints: Vec<std::net::SocketAddr>,
 }
 
 /// What a network is.
@@ -126,6 +129,9 @@ pub struct PortSpec {
     /// The security groups that it is in; without any, all passes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<String>,
+    /// User and group that may connect to its socket, if not the switch's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<(u32, u32)>,
 }
 
 /// Another node's switch.
@@ -137,6 +143,10 @@ pub struct PeerSpec {
     /// Where it may be reached; none: it calls.
     #[serde(default)]
     pub endpoints: Vec<std::net::SocketAddr>,
+    /// It is here because its node is in the same cluster: `blanketd` sees to
+    /// it, and nobody else has to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub member: bool,
 }
 
 /// Another node's switch, and what is known of it.
@@ -231,6 +241,9 @@ pub struct PortStatus {
     /// Why it is of no use; none: it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub down: Option<String>,
+    /// Where its guest is going to, or coming from, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moving: Option<String>,
     /// Came in.
     pub rx: Traffic,
     /// Went out.

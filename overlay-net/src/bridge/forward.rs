@@ -179,10 +179,7 @@ impl Bridge {
             Origin::Directory if from_node => self.table.attached(&station),
             _ => None,
         };
-        let prepared = attached.filter(|id| {
-            let port = self.ports.get(id);
-            port.is_some_and(|port| matches!(port.state, State::Prepared(_)))
-        });
+        let prepared = attached.filter(|id| self.awaits(*id));
         match prepared.map_or(found.place, Place::Port) {
             Place::Port(id) => self.deliver(&mut sent, id, out),
             Place::Node(id) => {
@@ -207,8 +204,15 @@ impl Bridge {
             return Err(Reason::SamePort);
         }
         let port = self.ports.get(&id).ok_or(Reason::NoPort)?;
-        if let State::Departed(node) = port.state {
-            return self.tunnel(sent, node, out);
+        match port.state {
+            State::Departed(Place::Node(node)) => return self.tunnel(sent, node, out),
+            // Only a port that waits for its guest is followed to: there is no
+            // ring of ports.
+            State::Departed(Place::Port(to)) if self.awaits(to) => {
+                return self.deliver(sent, to, out);
+            }
+            State::Departed(Place::Port(_)) => return Err(Reason::Down),
+            State::Active | State::Prepared(_) => {}
         }
         if port.config.vni != sent.vni {
             return Err(Reason::NoNetwork);
@@ -232,6 +236,12 @@ impl Bridge {
             edit,
         });
         Ok(())
+    }
+
+    /// Whether the port's guest is on its way to it.
+    fn awaits(&self, id: PortId) -> bool {
+        let port = self.ports.get(&id);
+        port.is_some_and(|port| matches!(port.state, State::Prepared(_)))
     }
 
     fn tunnel(

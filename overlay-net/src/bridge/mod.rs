@@ -93,7 +93,7 @@ enum State {
     /// Its guest is on its way here: frames to it wait.
     Prepared(Hold),
     /// Its guest is on its way there: frames to it follow.
-    Departed(NodeId),
+    Departed(Place),
 }
 
 #[derive(Debug)]
@@ -237,7 +237,13 @@ impl Bridge {
         self.snoop.expire(now, |place| place == Place::Node(node));
     }
 
-    fn checked(&self, id: PortId, config: &PortConfig) -> Result<Option<Vlan>, PortError> {
+    /// `old` may have the same addresses: its guest is on its way to this one.
+    fn checked(
+        &self,
+        id: PortId,
+        config: &PortConfig,
+        old: Option<PortId>,
+    ) -> Result<Option<Vlan>, PortError> {
         config.vlan.check().map_err(PortError::Vlan)?;
         let vlan = match config.vlan {
             Mode::Access { vlan } => Vlan::new(vlan),
@@ -259,6 +265,7 @@ impl Bridge {
             };
             if let Some(other) = self.table.attached(&station)
                 && other != id
+                && Some(other) != old
             {
                 return Err(PortError::Taken(*mac, other));
             }
@@ -285,17 +292,44 @@ impl Bridge {
     ///
     /// See [`PortError`]; nothing changed.
     pub fn prepare_port(&mut self, id: PortId, config: PortConfig) -> Result<(), PortError> {
+        self.prepare(id, config, None)
+    }
+
+    /// The same for a guest that comes from another port of this bridge, which
+    /// keeps its addresses until [`Bridge::activate`].
+    ///
+    /// # Errors
+    ///
+    /// See [`PortError`]; nothing changed.
+    pub fn prepare_after(
+        &mut self,
+        id: PortId,
+        config: PortConfig,
+        old: PortId,
+    ) -> Result<(), PortError> {
+        self.prepare(id, config, Some(old))
+    }
+
+    fn prepare(
+        &mut self,
+        id: PortId,
+        config: PortConfig,
+        old: Option<PortId>,
+    ) -> Result<(), PortError> {
         if self.ports.contains_key(&id) {
             return Err(PortError::Exists(id));
         }
-        let vlan = self.checked(id, &config)?.unwrap_or_default();
+        let vlan = self.checked(id, &config, old)?.unwrap_or_default();
         let network = self.networks.entry(config.vni).or_default();
         network.ports.push(id);
         network.ports.sort_unstable();
         let vni = config.vni;
         for mac in &config.macs {
             let mac = *mac;
-            self.table.attach(&Station { vni, vlan, mac }, id);
+            let station = Station { vni, vlan, mac };
+            if self.table.attached(&station).is_none() {
+                self.table.attach(&station, id);
+            }
         }
         let port = Port {
             state: State::Prepared(Hold::default()),
@@ -319,6 +353,7 @@ impl Bridge {
         let port = self.ports.get_mut(&id).ok_or(PortError::Unknown(id))?;
         let state = std::mem::replace(&mut port.state, State::Active);
         for station in stations(&port.config) {
+            self.table.attach(&station, id);
             self.table.settle(&station);
             for ip in &port.config.ips {
                 let key = (station.vni, station.vlan, *ip);
@@ -331,16 +366,24 @@ impl Bridge {
         }
     }
 
-    /// The guest has stopped here, to go on at `node`, where its port is
-    /// prepared: from now on, frames to it follow it there, in order. If it
-    /// goes on here after all: [`Bridge::activate`].
+    /// What has waited for a guest that does not come.
+    pub fn take_held(&mut self, id: PortId) -> Vec<Held> {
+        match self.ports.get_mut(&id).map(|port| &mut port.state) {
+            Some(State::Prepared(hold)) => hold.take(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The guest has stopped here, to go on at another node, or at another port
+    /// here, where its port is prepared: from now on, frames to it follow it
+    /// there, in order. If it goes on here after all: [`Bridge::activate`].
     ///
     /// # Errors
     ///
     /// There is no such port.
-    pub fn depart(&mut self, id: PortId, node: NodeId) -> Result<(), PortError> {
+    pub fn depart(&mut self, id: PortId, to: Place) -> Result<(), PortError> {
         let port = self.ports.get_mut(&id).ok_or(PortError::Unknown(id))?;
-        port.state = State::Departed(node);
+        port.state = State::Departed(to);
         Ok(())
     }
 
@@ -352,7 +395,9 @@ impl Bridge {
     pub fn remove_port(&mut self, now: Duration, id: PortId) -> Result<(), PortError> {
         let port = self.ports.remove(&id).ok_or(PortError::Unknown(id))?;
         for station in stations(&port.config) {
-            if let State::Departed(node) = port.state
+            let is_ours = self.table.attached(&station) == Some(id);
+            if let State::Departed(Place::Node(node)) = port.state
+                && is_ours
                 && self.table.elsewhere(&station).is_none()
             {
                 let remote = Remote {
@@ -365,7 +410,7 @@ impl Bridge {
             self.table.detach(&station, id);
             for ip in &port.config.ips {
                 let key = (station.vni, station.vlan, *ip);
-                if self.neighbours.get(&key) == port.config.macs.first() {
+                if is_ours && self.neighbours.get(&key) == port.config.macs.first() {
                     self.neighbours.remove(&key);
                 }
             }
@@ -548,6 +593,12 @@ impl Bridge {
             Some(Place::Node(id)) => self.nodes.get(&id).map(|node| &node.drops),
             None => Some(&self.drops),
         }
+    }
+
+    /// The port of this bridge that a station is attached to.
+    #[must_use]
+    pub fn attached(&self, station: &Station) -> Option<PortId> {
+        self.table.attached(station)
     }
 
     /// A port's configuration.

@@ -99,6 +99,12 @@ pub trait Port: Send {
     /// several has an epoll of its own.
     fn waker(&self) -> BorrowedFd<'_>;
 
+    /// Whether there is somebody at the other end whom frames can be sent to,
+    /// as of the last time that the port had a turn.
+    fn is_up(&self) -> bool {
+        true
+    }
+
     /// Whether to look for frames costs no system call, so that it pays to
     /// look for a while before it sleeps.
     fn polls_cheaply(&self) -> bool {

@@ -3,6 +3,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `told` | what it is told, and tells when it is asked |
+//! | `moving` | guests that come, and that go |
 //! | `talk` | what switches tell each other of who is where |
 //! | `turns` | ports' and uplinks' turns, and what time asks for |
 //! | `captures`, `mirrors` | who sees frames besides those who get them |
@@ -20,7 +21,7 @@ use crate::api::types::{NetworkSpec, PortSpec, Traffic};
 use crate::bridge::{Bridge, Outputs, Place};
 use crate::directory::{Directory, Gossip, NodeId};
 use crate::drops::Drops;
-use crate::frame::{Offload, PortId, Vni};
+use crate::frame::{Mac, Offload, PortId, Vni};
 use crate::port::Port;
 
 mod captures;
@@ -28,6 +29,7 @@ mod datapath;
 mod figures;
 mod groups;
 mod mirrors;
+mod moving;
 mod pings;
 mod talk;
 mod told;
@@ -36,6 +38,7 @@ mod way;
 
 pub use captures::Stream;
 pub use datapath::PEERS;
+use moving::{Moving, Settling};
 
 /// How what switches tell each other begins: as a frame of an experiment
 /// (IEEE 802's local experimental ethertype) from nobody to nobody.
@@ -68,6 +71,7 @@ struct Slot {
     closed: bool,
     /// Something was sent since the last flush.
     dirty: bool,
+    moving: Moving,
 }
 
 /// A frame that was made here, or waited: sent when nobody else has a turn.
@@ -100,6 +104,10 @@ pub struct Switch {
     /// Where a frame goes: used again for each.
     outputs: Outputs,
     later: Vec<Later>,
+    /// Frames to guests that have moved, which wait for older ones.
+    settling: HashMap<(Vni, Mac), Settling>,
+    /// The last number of a message about a way.
+    token: u64,
     /// The tunnels; none while they have their turn, or if there are none.
     remote: Option<Box<Remote>>,
     peers: BTreeMap<String, NodeId>,

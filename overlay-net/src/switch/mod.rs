@@ -90,6 +90,11 @@ pub enum Error {
     /// No flow.
     #[error(transparent)]
     Flow(#[from] FlowError),
+    /// There is no tunnel to that switch.
+    #[error(
+        "there is no tunnel to the switch with the key {0}: join the two switches (blanket net peer add, on both), and see blanket net peer ls"
+    )]
+    Apart(String),
     /// There are no tunnels.
     #[error(
         "this switch has no way to others: start blanket-switch with --listen ADDRESS:PORT and --interface NAME"

@@ -108,6 +108,12 @@ impl Remote {
         lines.collect()
     }
 
+    /// Where others reach it.
+    pub(super) fn endpoints(&self) -> Vec<SocketAddr> {
+        let uplinks = self.links.uplinks().iter();
+        uplinks.map(|uplink| uplink.description().local).collect()
+    }
+
     pub(super) fn waker(&self) -> BorrowedFd<'_> {
         // SAFETY: the epoll keeps its descriptor open for as long as it lives.
         unsafe { BorrowedFd::borrow_raw(self.epoll.as_raw_fd()) }

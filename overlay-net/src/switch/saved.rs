@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::api::moving::Arrival;
 use crate::api::observe::MirrorSpec;
 use crate::api::types::{NetworkSpec, PeerSpec, PortSpec};
 use crate::controllers::ControllerSpec;
@@ -27,6 +28,9 @@ pub struct Saved {
     /// Ports by name.
     #[serde(default)]
     pub ports: BTreeMap<String, PortSpec>,
+    /// Those of them whose guests have not come yet.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub arriving: BTreeMap<String, Arrival>,
     /// Other nodes' switches by name.
     #[serde(default)]
     pub peers: BTreeMap<String, PeerSpec>,

@@ -1,6 +1,8 @@
 //! The switch without its thread, with ports in memory.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod moving;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -29,6 +31,10 @@ struct Wire {
     got: Vec<Vec<u8>>,
     flushes: usize,
     broken: bool,
+    /// Nobody takes frames there.
+    down: bool,
+    /// So many frames are taken.
+    room: Option<usize>,
 }
 
 type Ends = Arc<Mutex<Wire>>;
@@ -60,7 +66,14 @@ impl Port for Memory {
     }
 
     fn send(&mut self, frame: &Frame<'_>) -> Result<(), Reason> {
-        self.wire.lock().unwrap().got.push(frame.to_vec());
+        let mut wire = self.wire.lock().unwrap();
+        if wire.down {
+            return Err(Reason::Down);
+        }
+        if wire.room.is_some_and(|room| wire.got.len() >= room) {
+            return Err(Reason::Full);
+        }
+        wire.got.push(frame.to_vec());
         Ok(())
     }
 
@@ -71,6 +84,10 @@ impl Port for Memory {
 
     fn arm(&mut self) -> io::Result<bool> {
         Ok(self.wire.lock().unwrap().sent.is_empty())
+    }
+
+    fn is_up(&self) -> bool {
+        !self.wire.lock().unwrap().down
     }
 
     fn waker(&self) -> BorrowedFd<'_> {
@@ -99,6 +116,7 @@ fn spec(network: &str) -> PortSpec {
         attachment: Attachment::Tap("none".to_owned()),
         bridge: PortConfig::default(),
         groups: Vec::new(),
+        owner: None,
     }
 }
 

@@ -5,6 +5,8 @@
 mod basic;
 #[path = "overlay/control.rs"]
 mod control;
+#[path = "overlay/moving.rs"]
+mod moving;
 #[path = "overlay/node.rs"]
 mod node;
 #[path = "overlay/observe.rs"]

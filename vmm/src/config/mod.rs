@@ -169,6 +169,21 @@ pub struct NetConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub vhost_user: Option<PathBuf>,
+    /// Network of the node's switch (see `blanket net`), instead of a tap:
+    /// `blanket` makes a port of the switch for the VM, and `vhost-user` leads
+    /// there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// The guest's IP addresses in the network, with `+` in between: the
+    /// switch answers who asks for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<String>,
+    /// VLAN of the network that the guest is in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
+    /// The guest may send from its own MAC (and IP) addresses only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guard: bool,
     /// Bridge on the node that the tap joins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
@@ -474,6 +489,19 @@ impl VmConfig {
             let of_tap = net.tap.is_some() || net.bridge.is_some() || net.host_ip.is_some();
             check(net.vhost_user.is_none() || !of_tap, &|| {
                 "an interface with vhost-user has no tap, bridge or host_ip".into()
+            })?;
+            check(net.network.is_none() || !of_tap, &|| {
+                "an interface with a network has no tap, bridge or host_ip".into()
+            })?;
+            check(net.network.is_none() || net.vhost_user.is_some(), &|| {
+                "networks are blanket's: start the VM with blanket run, or name a socket (vhost-user=PATH)".into()
+            })?;
+            let of_network = net.ip.is_some() || net.vlan.is_some() || net.guard;
+            check(net.network.is_some() || !of_network, &|| {
+                "ip, vlan and guard are for an interface with a network".into()
+            })?;
+            check(net.vlan.is_none_or(|n| (1..=4094).contains(&n)), &|| {
+                "a VLAN is 1 to 4094".into()
             })?;
         }
         let stdio = [&self.serial, &self.console]

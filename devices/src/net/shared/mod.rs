@@ -14,6 +14,8 @@ mod tests;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 use blanket_drivers::tap::Offloads;
 use blanket_memory::{Backing, Spec};
@@ -24,6 +26,11 @@ use vm_memory::GuestAddress;
 use super::{FrameQueue, Peer};
 use crate::vhost_user::{self, Setup, VhostUser};
 use queue::{QUEUE_BYTES, Rings, SharedQueue};
+
+/// How long a backend may take what was sent, before it is stopped.
+const EMPTY: Duration = Duration::from_millis(20);
+/// How long it may take until there are rings: whoever serves them comes later.
+const BEGIN: Duration = Duration::from_millis(100);
 
 /// What the monitor needs of a backend.
 const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << net::VIRTIO_NET_F_MRG_RXBUF;
@@ -149,24 +156,49 @@ impl Peer for SharedPeer {
     fn drain(&self) {
         for queue in &self.queues {
             queue.replace(None);
+            queue.put(Vec::new());
         }
     }
 
     fn start(&self) -> io::Result<()> {
+        let (tell, begun) = sync_channel(1);
         self.backend.start(Box::new(Driver {
+            begun: Some(tell),
             queues: self.queues.clone(),
             attached: self.attached.load(Ordering::Relaxed),
             features: self.features(),
             generation: Arc::clone(&self.generation),
         }));
+        // What the guest sends before there are rings would be lost.
+        let _ = begun.recv_timeout(BEGIN);
         Ok(())
     }
 
     fn stop(&self) -> io::Result<()> {
+        let end = Instant::now() + EMPTY;
+        while !self.queues.iter().all(|queue| queue.is_sent()) && Instant::now() < end {
+            // As little as that: the backend polls, or has been told.
+            std::thread::park_timeout(Duration::from_micros(50));
+        }
         let stopped = self.backend.stop().map(drop);
-        // Frames in the rings are lost, as on a cable that is pulled out.
-        self.drain();
+        for queue in &self.queues {
+            queue.keep();
+            // What has not been taken by then is lost, as on a cable that is
+            // pulled out.
+            queue.replace(None);
+        }
         stopped
+    }
+
+    fn waiting(&self, queue: usize) -> Vec<Vec<u8>> {
+        let queue = self.queues.get(queue);
+        queue.map(|queue| queue.waiting()).unwrap_or_default()
+    }
+
+    fn put(&self, queue: usize, frames: Vec<Vec<u8>>) {
+        if let Some(queue) = self.queues.get(queue) {
+            queue.put(frames);
+        }
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
@@ -176,10 +208,21 @@ impl Peer for SharedPeer {
 
 /// Makes the rings for each backend that begins.
 struct Driver {
+    /// Who waits for the first rings, or to hear that there is no backend.
+    begun: Option<SyncSender<()>>,
     queues: Vec<Arc<SharedQueue>>,
     attached: u16,
     features: u64,
     generation: Arc<AtomicU16>,
+}
+
+impl Driver {
+    fn tell(&mut self) {
+        if let Some(begun) = self.begun.take() {
+            // Nobody waits any more.
+            let _ = begun.send(());
+        }
+    }
 }
 
 impl vhost_user::Rings for Driver {
@@ -201,6 +244,7 @@ impl vhost_user::Rings for Driver {
             described.extend(queue.describe(&rings, i < self.attached)?);
             queue.replace(Some(rings));
         }
+        self.tell();
         Ok(Setup {
             features: self.features,
             memory,
@@ -210,6 +254,7 @@ impl vhost_user::Rings for Driver {
     }
 
     fn link(&mut self, up: bool) {
+        self.tell();
         if !up {
             for queue in &self.queues {
                 queue.replace(None);

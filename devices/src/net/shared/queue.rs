@@ -1,5 +1,6 @@
 //! A pair of rings in shared memory as a queue of frames.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -57,6 +58,8 @@ struct Tx {
 pub(super) struct SharedQueue {
     rx: Mutex<Option<Rx>>,
     tx: Mutex<Option<Tx>>,
+    /// Frames that came before the backend was stopped.
+    waiting: Mutex<VecDeque<Vec<u8>>>,
     /// Kicks and calls of both rings, receive first.
     kicks: [EventFd; 2],
     calls: [EventFd; 2],
@@ -69,6 +72,7 @@ impl SharedQueue {
         Ok(Self {
             rx: Mutex::default(),
             tx: Mutex::default(),
+            waiting: Mutex::default(),
             kicks: [event()?, event()?],
             calls: [event()?, event()?],
             handle,
@@ -81,6 +85,57 @@ impl SharedQueue {
 
     fn tx(&self) -> MutexGuard<'_, Option<Tx>> {
         self.tx.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn queued(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Frames that came before the backend was stopped.
+    pub(super) fn waiting(&self) -> Vec<Vec<u8>> {
+        self.queued().iter().cloned().collect()
+    }
+
+    /// Frames to be received before all others, and no others like these.
+    pub(super) fn put(&self, frames: Vec<Vec<u8>>) {
+        let wake = !frames.is_empty();
+        *self.queued() = frames.into();
+        if wake && let Err(error) = self.calls[0].write(1) {
+            tracing::error!(%error, "frames wait that nobody is told of");
+        }
+    }
+
+    /// Whether the backend has taken all that it was sent; also if there is
+    /// none.
+    pub(super) fn is_sent(&self) -> bool {
+        let mut tx = self.tx();
+        // One that breaks the rules is found out when something is sent.
+        tx.as_mut()
+            .is_none_or(|tx| tx.reclaim().is_err() || tx.free.len() == usize::from(SIZE))
+    }
+
+    /// Keeps what the backend, which is stopped, has sent: it has forgotten it.
+    pub(super) fn keep(&self) {
+        let mut rx = self.rx();
+        let Some(rings) = &mut *rx else {
+            return;
+        };
+        let mut bytes = vec![0; HEADER_LEN + 65_536 + 64];
+        loop {
+            let whole = [IoVec::new(bytes.as_mut_ptr(), bytes.len())];
+            match rings.receive(&whole) {
+                Ok(Some((len, _))) => {
+                    let frame = bytes.get(..len).unwrap_or(&bytes).to_vec();
+                    self.queued().push_back(frame);
+                }
+                Ok(None) => break,
+                Err(reason) => {
+                    tracing::warn!(%reason, "the vhost-user backend broke a ring");
+                    break;
+                }
+            }
+        }
+        *rx = None;
     }
 
     /// Goes on with the rings of another backend, or without one.
@@ -223,15 +278,21 @@ impl Tx {
             }
     }
 
-    /// Copies a frame; `None` if there is no room for it. Else whether the
-    /// backend wants to be told.
-    fn send(&mut self, vectors: &[IoVec]) -> Result<Option<bool>, Broken> {
+    /// Takes the buffers back that the backend has emptied.
+    fn reclaim(&mut self) -> Result<(), Broken> {
         for _ in 0..self.ring.used()? {
             let (head, _, _) = self.ring.take_back()?;
             if let Some(chain) = self.chains.get_mut(usize::from(head)) {
                 self.free.append(chain);
             }
         }
+        Ok(())
+    }
+
+    /// Copies a frame; `None` if there is no room for it. Else whether the
+    /// backend wants to be told.
+    fn send(&mut self, vectors: &[IoVec]) -> Result<Option<bool>, Broken> {
+        self.reclaim()?;
         let len = IoVec::total(vectors);
         let Some(rest) = self.free.len().checked_sub(len.div_ceil(BUFFER)) else {
             return Ok(None);
@@ -275,6 +336,9 @@ impl Tx {
 
 impl FrameQueue for SharedQueue {
     unsafe fn readv(&self, vectors: &[IoVec]) -> io::Result<usize> {
+        if let Some(frame) = self.queued().pop_front() {
+            return Ok(iovec::write_bytes(vectors, &frame));
+        }
         let mut rx = self.rx();
         let mut quiet = false;
         loop {

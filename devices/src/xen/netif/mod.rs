@@ -357,8 +357,13 @@ impl Backend for Netif {
             .connection
             .as_ref()
             .map(|connection| {
-                let queues = connection.queues.iter().map(|place| match place {
-                    Place::Parked(queue) => Ok(QueueState::of(queue.rings())),
+                let peer = self.shared.port.peer();
+                let queues = connection.queues.iter().enumerate();
+                let queues = queues.map(|(index, place)| match place {
+                    Place::Parked(queue) => Ok(QueueState {
+                        frames: peer.waiting(index),
+                        ..QueueState::of(queue.rings())
+                    }),
                     Place::Running(..) => Err(self.failed("it is not paused")),
                 });
                 Ok(State {
@@ -384,7 +389,11 @@ impl Backend for Netif {
         self.attach(&state, context).map_err(|error| {
             self.detach();
             self.failed(error.to_string())
-        })
+        })?;
+        for (index, queue) in state.queues.into_iter().enumerate() {
+            self.shared.port.peer().put(index, queue.frames);
+        }
+        Ok(())
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {

@@ -20,6 +20,9 @@ pub(super) struct State {
 pub(super) struct QueueState {
     pub(super) tx: RingState,
     pub(super) rx: RingState,
+    /// Frames for the guest that it has not received.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) frames: Vec<Vec<u8>>,
 }
 
 /// One ring.
@@ -48,6 +51,7 @@ impl QueueState {
                 port: rings.rx_channel.port(),
                 indices: Some(rings.rx.indices()),
             },
+            frames: Vec::new(),
         }
     }
 }
@@ -107,6 +111,7 @@ impl Nodes<'_> {
         Ok(QueueState {
             tx: ring("tx-ring-ref", tx)?,
             rx: ring("rx-ring-ref", rx)?,
+            frames: Vec::new(),
         })
     }
 }

@@ -14,6 +14,7 @@ use crate::commands::run::{Start, settle};
 use crate::failure::failure;
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
+use crate::ports::{self, Origins};
 
 pub(super) fn migrate(
     home: &Home,
@@ -86,12 +87,14 @@ impl Receiver for Here<'_> {
             prepare: None,
             receive: Some(&self.source.migration_socket()),
             shared_disks: false,
+            origins: Some(Origins::Here(&self.source.name)),
         };
         let name: &VmName = &self.vm.name;
         start.claim_and_start(self.home, name).map(drop)
     }
 
     fn moved(&mut self) -> Result<()> {
+        ports::arrived_here(self.home, &self.vm, &self.config);
         Ok(())
     }
 
@@ -100,7 +103,11 @@ impl Receiver for Here<'_> {
     }
 
     fn take_over(&mut self) -> Result<State> {
-        resume_orphan(&self.vm)
+        let state = resume_orphan(&self.vm)?;
+        if state == State::Runs {
+            ports::arrived_here(self.home, &self.vm, &self.config);
+        }
+        Ok(state)
     }
 
     fn has_ended(&mut self) -> bool {

@@ -26,7 +26,7 @@ use super::shared;
 use super::{INQUIRY, LOOK, has_arrived, has_ended, is_followed, resume_orphan};
 use crate::cluster::names::NodeName;
 use crate::cluster::parcel::{
-    Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, Wish, hear, say,
+    self, Answer, Go, Item, MAX_ITEMS, Parcel, State, Verdict, What, Wish, hear, say,
 };
 use crate::commands::replicate::standby::stand_by;
 use crate::commands::run::{Start, settle};
@@ -34,6 +34,7 @@ use crate::commands::store::choose_engine;
 use crate::failure::{failure, problem};
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
+use crate::ports::{self, Origins};
 
 /// How long the other node may be silent before the guest has begun to move.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -83,7 +84,11 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
         }
         Wish::StandBy => return stand_by(home, &args.stage, &mut stream, &parcel, owner),
     }
-    let mut arrival = answer(&mut stream, || Arrival::prepare(home, args, &parcel, owner))?;
+    let prepare = || Arrival::prepare(home, args, &parcel, owner);
+    let mut arrival = answer_as(&mut stream, prepare, |arrival| {
+        let key = arrival.switch.clone();
+        key.map_or(Answer::Done, Answer::Joined)
+    })?;
     for item in &parcel.files {
         let taken = arrival.take_file(&mut stream, item);
         answer(&mut stream, || taken)?;
@@ -102,6 +107,9 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
             Err(_) => arrival.settle(ran)?,
         },
     };
+    if matches!(state, State::Runs) {
+        ports::arrived(home, &arrival.vm, &arrival.ports);
+    }
     arrival.end(state)?;
     let _ = say(&mut stream, &state);
     Ok(ExitCode::SUCCESS)
@@ -109,9 +117,18 @@ pub(crate) fn receive(home: &Home, args: &Args) -> Result<ExitCode> {
 
 /// Does a step and says how it went.
 pub(crate) fn answer<T>(stream: &mut UnixStream, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    answer_as(stream, work, |_| Answer::Done)
+}
+
+/// The same, with more to say of what was done.
+fn answer_as<T>(
+    stream: &mut UnixStream,
+    work: impl FnOnce() -> Result<T>,
+    done_as: impl FnOnce(&T) -> Answer,
+) -> Result<T> {
     let done = work();
     let answer = match &done {
-        Ok(_) => Answer::Done,
+        Ok(done) => done_as(done),
         Err(error) => Answer::Refused(problem(error)),
     };
     say(stream, &answer)?;
@@ -207,6 +224,10 @@ struct Arrival {
     shared: Vec<(usize, PathBuf)>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
+    /// Its interfaces on networks of the other node's switch.
+    ports: Vec<parcel::Port>,
+    /// The key of the switch here, if there are some.
+    switch: Option<String>,
 }
 
 impl Arrival {
@@ -224,6 +245,11 @@ impl Arrival {
             parcel.files.len() <= MAX_ITEMS && parcel.disks.len() <= MAX_ITEMS,
             "the VM has too many disks"
         );
+        anyhow::ensure!(
+            parcel.ports.len() <= MAX_ITEMS,
+            "the VM has too many interfaces"
+        );
+        let switch = ports::can_come(home, &parcel.ports)?;
         let is_disk = |item: &&Item| matches!(item.what, What::Disk(_));
         let files = parcel.files.iter().filter(is_disk).map(|item| item.len);
         let files = files.fold(0, u64::saturating_add);
@@ -241,6 +267,8 @@ impl Arrival {
             folder,
             kernel: None,
             initrd: None,
+            switch,
+            ports: parcel.ports.clone(),
         })
     }
 
@@ -293,6 +321,7 @@ impl Arrival {
                 disk.direct = *direct;
             }
         }
+        ports::make_networks(home, &self.ports, &mut config)?;
         let config = settle(config, &self.vm)?;
         // They are moved to the VM's directory once that is there.
         let mut kept = config.clone();
@@ -322,6 +351,7 @@ impl Arrival {
             prepare: Some(&prepare),
             receive: Some(&self.stage.join(MEMORY)),
             shared_disks: !self.shared.is_empty(),
+            origins: Some(Origins::There(&self.ports)),
         };
         start.claim_and_start(home, &self.vm.name).map(drop)
     }

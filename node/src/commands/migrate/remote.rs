@@ -25,6 +25,7 @@ use crate::daemon::local::{self, Hold, Migrate};
 use crate::failure::{answered, failure};
 use crate::home::{Home, VmDir};
 use crate::name::VmName;
+use crate::ports::{self, Leaving};
 
 /// How long the other node may take to come.
 const COME: Duration = Duration::from_secs(30);
@@ -57,6 +58,7 @@ pub(super) fn migrate(
     };
     let (mut parcel, files) = pack(source, &new, &info, &unshared)?;
     parcel.bases = bases(&parcel.disks, &args.base)?;
+    parcel.ports = ports::offers(home, source, &info.config, &config)?;
     let mut markers = Vec::new();
     if args.shared_disks {
         (parcel.shared, markers) = shared::mark(&config)?;
@@ -70,7 +72,8 @@ pub(super) fn migrate(
         // They are copied there.
         stream.set_read_timeout(Some(COPY))?;
     }
-    step(&mut stream, &parcel)?;
+    say(&mut stream, &parcel)?;
+    let switch = joined(&mut stream)?;
     stream.set_read_timeout(Some(STEP))?;
     drop(markers);
     let request = Request {
@@ -86,6 +89,8 @@ pub(super) fn migrate(
         return forecast(source, &request, Some(node), used);
     }
     send_files(&mut stream, &files)?;
+    let key = switch.unwrap_or_default();
+    let leaving = Leaving::begin(home, source, &parcel.ports, &key)?;
     let settled = client.migrate(&request)?.overlaid(args.vm);
     let mut receiver = There {
         stream,
@@ -97,7 +102,14 @@ pub(super) fn migrate(
         node: node.clone(),
         heard: None,
     };
-    let status = relocate(source, &mut receiver, &mut |status| shown.show(status))?;
+    let status = relocate(source, &mut receiver, &mut |status| shown.show(status));
+    let has_it = |info: VmInfo| matches!(info.state, VmState::Running | VmState::Paused);
+    // If the guest stays, it stays in its networks; if it is handed over, or
+    // that is not known, it does not.
+    if !(status.is_err() && client.info().is_ok_and(has_it)) {
+        leaving.has_left();
+    }
+    let status = status?;
     Ok(Outcome::Moved(Box::new(Report {
         name: new,
         node: Some(node),
@@ -158,6 +170,7 @@ fn discard(home: &Home, source: &VmDir, node: &NodeName, args: &Args) -> Result<
         disks: Vec::new(),
         bases: Vec::new(),
         shared: Vec::new(),
+        ports: Vec::new(),
     };
     step(&mut stream, &parcel)?;
     Ok(Outcome::Discarded)
@@ -211,6 +224,7 @@ pub(crate) fn pack(
         disks,
         bases: Vec::new(),
         shared: Vec::new(),
+        ports: Vec::new(),
     };
     Ok((parcel, files))
 }
@@ -370,8 +384,14 @@ pub(crate) fn step(stream: &mut UnixStream, what: &impl serde::Serialize) -> Res
 }
 
 fn heard(stream: &mut UnixStream) -> Result<()> {
+    joined(stream).map(drop)
+}
+
+/// Waits until it is done there; the key of the switch there, if it told that.
+fn joined(stream: &mut UnixStream) -> Result<Option<String>> {
     match hear(stream)? {
-        Answer::Done => Ok(()),
+        Answer::Done => Ok(None),
+        Answer::Joined(key) => Ok(Some(key)),
         Answer::Refused(problem) => Err(answered(problem)),
     }
 }

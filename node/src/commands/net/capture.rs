@@ -15,7 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::daemon::http;
 use crate::home::Home;
-use crate::switch::{ask_async, connect, runtime};
+use crate::switch::{call, connect, runtime};
 
 /// How long the rest of a capture may take to come.
 const REST: Duration = Duration::from_secs(5);
@@ -137,7 +137,7 @@ async fn receive(home: &Home, spec: &CaptureSpec, to: &mut To, heard: &mut Heard
     }
     // It says what became of the frames, and ends.
     let path = format!("/captures/{number}");
-    let _: bool = ask_async(home, Method::DELETE, &path, None::<&()>).await?;
+    let _: bool = call(home, Method::DELETE, &path, None::<&()>).await?;
     let rest = async {
         while let Some(bytes) = capture.chunk().await? {
             heard.take(&mut reader, &bytes, to)?;

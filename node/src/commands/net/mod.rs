@@ -246,6 +246,7 @@ impl AttachArgs {
                 ..PortConfig::default()
             },
             groups: self.group.clone(),
+            owner: None,
         })
     }
 }
@@ -294,6 +295,7 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
             let spec = PeerSpec {
                 key: args.key.clone(),
                 endpoints: args.endpoint.clone(),
+                member: false,
             };
             let path = format!("/peers/{}", args.name);
             let _: Peer = ask(home, Method::PUT, &path, Some(&spec))?;
@@ -414,9 +416,11 @@ fn port_rows(ports: &[PortStatus]) -> Vec<Vec<String>> {
             traffic(port.rx),
             traffic(port.tx),
             port.drops.total().to_string(),
-            port.down
-                .as_ref()
-                .map_or("up".to_owned(), |reason| format!("down: {reason}")),
+            match (&port.down, &port.moving) {
+                (Some(reason), _) => format!("down: {reason}"),
+                (None, Some(moving)) => moving.clone(),
+                (None, None) => "up".to_owned(),
+            },
         ]
     }));
     rows

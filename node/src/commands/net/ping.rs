@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::print;
 use crate::home::Home;
-use crate::switch::{ask_async, runtime};
+use crate::switch::{call, runtime};
 
 #[derive(clap::Args)]
 pub(crate) struct PingArgs {
@@ -121,7 +121,7 @@ async fn run(
             _ = turns.tick() => {}
             _ = interrupt.recv() => return Ok(()),
         }
-        let asked = ask_async::<Option<Pong>>(home, Method::POST, "/ping", Some(spec));
+        let asked = call::<Option<Pong>>(home, Method::POST, "/ping", Some(spec));
         let pong = tokio::select! {
             pong = asked => pong?,
             _ = interrupt.recv() => return Ok(()),

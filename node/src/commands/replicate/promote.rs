@@ -194,6 +194,7 @@ impl Promoted<'_> {
             prepare: Some(&prepare),
             receive: None,
             shared_disks: false,
+            origins: None,
         };
         start.claim_and_start(self.home, &self.vm.name).map(drop)
     }

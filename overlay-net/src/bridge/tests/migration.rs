@@ -83,7 +83,7 @@ fn frames_follow_a_guest_in_order_and_once() {
     );
     assert_eq!(send(&mut destination, at(1), node(3), &all).to(), [port(1)]);
 
-    source.depart(PortId(5), NodeId(2)).expect("it is there");
+    source.depart(PortId(5), node(2)).expect("it is there");
     for number in 2..=4 {
         assert_eq!(
             send(&mut source, at(2), node(3), &numbered(number)).to(),
@@ -164,7 +164,7 @@ fn frames_follow_a_guest_in_order_and_once() {
 #[test]
 fn a_source_that_forgets_the_port_first_still_sends_frames_on() {
     let Nodes { mut source, .. } = nodes();
-    source.depart(PortId(5), NodeId(2)).expect("it is there");
+    source.depart(PortId(5), node(2)).expect("it is there");
     source.remove_port(at(1), PortId(5)).expect("it is there");
     assert_eq!(
         send(&mut source, at(2), node(3), &numbered(0)).to(),
@@ -185,7 +185,7 @@ fn a_migration_that_fails_leaves_the_guest_where_it_is() {
     destination
         .prepare_port(PortId(5), config())
         .expect("a new port");
-    source.depart(PortId(5), NodeId(2)).expect("it is there");
+    source.depart(PortId(5), node(2)).expect("it is there");
     assert_eq!(
         send(&mut source, at(1), node(3), &numbered(0)).to(),
         [node(2)]
@@ -241,4 +241,48 @@ fn what_waits_is_bounded() {
         .expect("a new port");
     let sent = send(&mut destination, at(1), port(6), &numbered(0));
     assert_eq!(sent.result, Err(Reason::Down));
+}
+
+#[test]
+fn a_guest_moves_to_another_port_of_its_switch() {
+    let mut bridge = bridge(1);
+    bridge.add_port(PortId(5), config()).expect("a new port");
+    assert!(bridge.prepare_port(PortId(6), config()).is_err());
+    bridge
+        .prepare_after(PortId(6), config(), PortId(5))
+        .expect("the same addresses");
+    assert_eq!(
+        send(&mut bridge, at(1), port(1), &numbered(0)).to(),
+        [port(5)]
+    );
+    bridge.depart(PortId(5), port(6)).expect("it is there");
+    for number in 1..=3 {
+        let sent = send(&mut bridge, at(2), port(1), &numbered(number));
+        assert_eq!((sent.to(), sent.out.held), (vec![], true));
+    }
+    let held = bridge.activate(PortId(6)).expect("it is there");
+    let held: Vec<u8> = held.iter().map(|held| held.bytes[20]).collect();
+    assert_eq!(held, [1, 2, 3]);
+    for _ in 0..2 {
+        assert_eq!(
+            send(&mut bridge, at(3), port(1), &numbered(4)).to(),
+            [port(6)]
+        );
+        // Whether or not the old one is still there.
+        let _ = bridge.remove_port(at(3), PortId(5));
+    }
+    // One that goes on where it was.
+    bridge
+        .prepare_after(PortId(7), config(), PortId(6))
+        .expect("the same addresses");
+    bridge.depart(PortId(6), port(7)).expect("it is there");
+    assert!(send(&mut bridge, at(4), port(1), &numbered(5)).out.held);
+    bridge.remove_port(at(4), PortId(7)).expect("it is there");
+    let sent = send(&mut bridge, at(4), port(1), &numbered(6));
+    assert_eq!(sent.result, Err(Reason::Down));
+    bridge.activate(PortId(6)).expect("it is there");
+    assert_eq!(
+        send(&mut bridge, at(4), port(1), &numbered(7)).to(),
+        [port(6)]
+    );
 }

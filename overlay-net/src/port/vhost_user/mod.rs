@@ -299,6 +299,10 @@ impl Port for VhostUser {
         self.link.poll.as_fd()
     }
 
+    fn is_up(&self) -> bool {
+        self.device.is_up()
+    }
+
     fn polls_cheaply(&self) -> bool {
         true
     }

@@ -148,14 +148,16 @@ impl Switch {
             // It has its turn.
             return self.put_off(Place::Port(to), vni, 0, frame.to_vec(), frame.offload);
         }
-        if self.put(to, frame) && !self.captures.is_empty() {
-            self.shoot(&Shot {
+        match self.put(to, frame) {
+            Ok(()) if !self.captures.is_empty() => self.shoot(&Shot {
                 at: Place::Port(to),
                 vni,
                 direction: Direction::Out,
                 dropped: None,
                 frame,
-            });
+            }),
+            Ok(()) => {}
+            Err(reason) => self.drop(Place::Port(to), reason),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use super::moving::WAY_HEAD;
 use super::{CONTROL_HEAD, Switch};
 use crate::bridge::{Event, Place, Station};
 use crate::directory::{Key as Record, NodeId, Value};
@@ -29,7 +30,9 @@ impl Switch {
                 Record::Station(vni, vlan, mac) => {
                     let located = self.directory.located(&key);
                     let station = Station { vni, vlan, mac };
+                    let before = self.bridge.find(self.now, &station);
                     self.bridge.locate(self.now, station, located.as_ref());
+                    self.moved_away(&key, before.map(|(place, _)| place));
                 }
                 Record::Member(vni, _) => {
                     let members = self.directory.members(vni);
@@ -52,6 +55,12 @@ impl Switch {
     pub(super) fn hear(&mut self, node: NodeId, frame: &Frame<'_>) {
         let bytes = frame.to_vec();
         if self.echo(node, &bytes) {
+            return;
+        }
+        if let Some(message) = bytes.strip_prefix(&WAY_HEAD) {
+            if !self.hear_way(node, message) {
+                self.drop(Place::Node(node), Reason::Malformed);
+            }
             return;
         }
         let message = bytes.strip_prefix(&CONTROL_HEAD);

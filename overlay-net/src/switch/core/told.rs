@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use data_encoding::BASE64;
 
 use super::datapath::{PEERS, Turn};
+use super::moving::Moving;
 use super::{MAX_NETWORKS, MAX_PORTS, Slot, Switch};
+use crate::api::moving::{Arrival, Whereabouts};
 use crate::api::types::{
     Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus, Traffic,
 };
@@ -17,6 +19,7 @@ use crate::bridge::{
 use crate::directory::{Directory, Gossip, Key as Record, Limits, NodeId, Settings, Value};
 use crate::drops::Drops;
 use crate::frame::{PortId, Vni};
+use crate::key;
 use crate::port::Port;
 use crate::switch::Error;
 use crate::switch::flows::Flows;
@@ -42,6 +45,8 @@ impl Switch {
             bridge: Bridge::new(Config::default()),
             outputs: Outputs::default(),
             later: Vec::new(),
+            settling: HashMap::new(),
+            token: 0,
             remote: remote.map(Box::new),
             peers: BTreeMap::new(),
             directory: Directory::new(me.unwrap_or_default(), Limits::default()),
@@ -93,6 +98,7 @@ impl Switch {
             drops,
             key: remote.map(|remote| BASE64.encode(remote.public_key())),
             uplinks: remote.map(|remote| remote.describe()).unwrap_or_default(),
+            endpoints: remote.map(|remote| remote.endpoints()).unwrap_or_default(),
         }
     }
 
@@ -183,6 +189,7 @@ impl Switch {
             id,
             spec: slot.spec.clone(),
             down: slot.down.clone(),
+            moving: self.describe_moving(slot),
             rx: slot.rx,
             tx: slot.tx,
             drops,
@@ -207,6 +214,40 @@ impl Switch {
         spec: PortSpec,
         opened: Result<Box<dyn Port>, String>,
     ) -> Result<PortStatus, Error> {
+        self.make_port(name, spec, opened, None)
+    }
+
+    /// The same, for a port of which a switch knew before it was started again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Switch::add_port`].
+    pub fn restore_port(
+        &mut self,
+        name: &str,
+        spec: PortSpec,
+        arrival: Option<Arrival>,
+        opened: Result<Box<dyn Port>, String>,
+    ) -> Result<PortStatus, Error> {
+        // Of tunnels nothing is known yet.
+        let from = arrival.and_then(|arrival| {
+            let place = match &arrival.from {
+                Whereabouts::Port(name) => Place::Port(self.named(name).ok()?),
+                Whereabouts::Peer(key) => Place::Node(node_of(&key::parse(key).ok()?)),
+            };
+            Some((place, arrival.epoch))
+        });
+        self.make_port(name, spec, opened, from)
+    }
+
+    /// A port; if `from` is there, one whose guest comes from there.
+    pub(super) fn make_port(
+        &mut self,
+        name: &str,
+        spec: PortSpec,
+        opened: Result<Box<dyn Port>, String>,
+        from: Option<(Place, u64)>,
+    ) -> Result<PortStatus, Error> {
         let network = self.networks.get(&spec.network);
         let network = network.ok_or_else(|| Error::NoNetwork(spec.network.clone()))?;
         let (vni, mtu) = (network.vni, usize::from(network.mtu));
@@ -223,7 +264,11 @@ impl Switch {
             mtu,
             ..spec.bridge.clone()
         };
-        self.bridge.add_port(id, config)?;
+        match from {
+            None => self.bridge.add_port(id, config)?,
+            Some((Place::Port(old), _)) => self.bridge.prepare_after(id, config, old)?,
+            Some((Place::Node(_), _)) => self.bridge.prepare_port(id, config)?,
+        }
         let (port, down) = match opened {
             Ok(port) => (Some(port), None),
             Err(reason) => (None, Some(reason)),
@@ -239,6 +284,7 @@ impl Switch {
             drops: Drops::default(),
             closed: false,
             dirty: false,
+            moving: from.map_or(Moving::No, |(from, epoch)| Moving::Arriving { from, epoch }),
         };
         self.tell_of_port(id, &slot, Turn::Came);
         let status = self.status(id, &slot);
@@ -246,8 +292,10 @@ impl Switch {
         self.names.insert(name.to_owned(), id);
         self.renew_groups();
         self.renew_mirrors();
-        for (key, value) in self.attached(id) {
-            self.claim(key, value);
+        if from.is_none() {
+            for (key, value) in self.attached(id) {
+                self.claim(key, value);
+            }
         }
         Ok(status)
     }
@@ -265,9 +313,7 @@ impl Switch {
         let status = self.status(id, &slot);
         self.tell_of_port(id, &slot, Turn::Went);
         self.renew_mirrors();
-        for (key, _) in self.attached(id) {
-            self.directory.withdraw(self.now, &key);
-        }
+        self.remove_moving(id, &slot);
         self.bridge.remove_port(self.now, id)?;
         self.forget_connections(id);
         self.tell();

@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use super::datapath::Turn;
+use super::moving::Moving;
 use super::{LOOK, Switch};
 use crate::bridge::Place;
 use crate::frame::PortId;
@@ -45,7 +46,15 @@ impl Switch {
         }
         self.notice();
         self.refresh_groups();
-        let remote = self.remote.as_mut()?;
+        self.pump();
+        // What waits for room is looked at again soon.
+        let soon = now + Duration::from_millis(1);
+        let settling = (!self.settling.is_empty()).then(|| self.start + soon);
+        let Some(remote) = self.remote.as_mut() else {
+            self.catch_up();
+            self.flush();
+            return settling;
+        };
         let mut next = remote.tick(now);
         if now >= self.look {
             self.look = now + LOOK;
@@ -66,9 +75,10 @@ impl Switch {
         if now >= self.gossip.next(now) {
             self.tell();
         }
+        self.catch_up();
         self.flush();
-        let soon = now + Duration::from_millis(1);
-        Some(self.start + next.min(self.gossip.next(now).max(soon)))
+        let next = self.start + next.min(self.gossip.next(now).max(soon));
+        Some(settling.map_or(next, |settling| next.min(settling)))
     }
 
     /// Gives a port (none: the uplinks) its turn: how many frames there were.
@@ -78,6 +88,10 @@ impl Switch {
             None => self.service_uplinks(),
         };
         if !self.later.is_empty() {
+            self.catch_up();
+        }
+        if !self.settling.is_empty() {
+            self.pump();
             self.catch_up();
         }
         count
@@ -127,6 +141,9 @@ impl Switch {
         match done {
             Ok(done) => {
                 slot.port = Some(port);
+                if slot.moving != Moving::No {
+                    self.look_at(id);
+                }
                 Some(done)
             }
             Err(error) => {

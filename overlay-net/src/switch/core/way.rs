@@ -83,8 +83,13 @@ impl Switch {
         if let Err(reason) = bridge.forward(self.now, from, key, layers, frame, &mut outputs) {
             self.lost(from, reason, key.vni, frame);
         }
-        for output in &outputs.list {
-            self.emit(output, key, frame);
+        match &outputs.list[..] {
+            [output] if !self.settling.is_empty() && self.waits(from, key, frame, output) => {}
+            list => {
+                for output in list {
+                    self.emit(output, key, frame);
+                }
+            }
         }
         if let Some(mut reply) = outputs.reply.take() {
             let (to, mut offload) = (reply.output, Offload::default());
@@ -181,41 +186,37 @@ impl Switch {
         {
             return self.lose(Place::Port(id), reason, vni, frame);
         }
-        if self.put(id, frame)
-            && self.is_watched()
-            && let Some(vni) = self.slot(id).map(|slot| slot.vni)
-        {
-            self.watch(Place::Port(id), vni, capture::Direction::Out, frame);
+        let sent = self.put(id, frame);
+        let watched = self.is_watched();
+        let Some(slot) = self.slot_mut(id) else {
+            return self.answered(id, frame);
+        };
+        let vni = slot.vni;
+        match sent {
+            Ok(()) if watched => {
+                self.watch(Place::Port(id), vni, capture::Direction::Out, frame);
+            }
+            Ok(()) => {}
+            Err(reason) => {
+                slot.drops.add(reason);
+                self.lost(Place::Port(id), reason, vni, frame);
+            }
         }
     }
 
-    /// The same, and nobody sees it who mirrors or captures. False: it was
-    /// dropped.
-    pub(super) fn put(&mut self, id: PortId, frame: &Frame<'_>) -> bool {
-        let Some(slot) = self.slot_mut(id) else {
-            self.answered(id, frame);
-            return false;
-        };
-        let sent = match &mut slot.port {
-            Some(port) if !slot.closed => port.send(frame),
-            _ => Err(Reason::Down),
-        };
-        match sent {
-            Ok(()) => {
-                slot.tx.add(frame.len());
-                if !slot.dirty {
-                    slot.dirty = true;
-                    self.dirty.push(id);
-                }
-                true
-            }
-            Err(reason) => {
-                slot.drops.add(reason);
-                let vni = slot.vni;
-                self.lost(Place::Port(id), reason, vni, frame);
-                false
-            }
+    /// The same, past groups, and nobody sees it who mirrors or captures. Why it
+    /// cannot be sent, which is not counted.
+    pub(super) fn put(&mut self, id: PortId, frame: &Frame<'_>) -> Result<(), Reason> {
+        let slot = self.slot_mut(id).ok_or(Reason::NoPort)?;
+        let open = !slot.closed;
+        let port = slot.port.as_mut().filter(|_| open).ok_or(Reason::Down)?;
+        port.send(frame)?;
+        slot.tx.add(frame.len());
+        if !slot.dirty {
+            slot.dirty = true;
+            self.dirty.push(id);
         }
+        Ok(())
     }
 
     /// Sends a frame to a node, in segments if what is large gets lost.
