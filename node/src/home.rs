@@ -12,9 +12,10 @@
 //! STATE/disks/.standby/ replicas of other nodes' VMs
 //! STATE/receiving/  what such a VM needs until it is here
 //! STATE/node/       blanketd's: keys, certificates, store, audit log
-//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock, netN.sock
+//! RUN/NAME/         api.sock, serial.sock, console.sock, migrate.sock, parcel.sock
 //! RUN/../blanketd.sock  where blanketd takes commands
 //! RUN/../blanket-switch.sock  where the switch does
+//! RUN/../blanket-ports/  NAME.N.sock, where it has the ports of VMs' interfaces
 //! ```
 //!
 //! For root STATE is `/var/lib/blanket` and RUN `/run/blanket`; for others
@@ -330,17 +331,23 @@ impl VmDir {
     pub(crate) fn parcel_socket(&self) -> PathBuf {
         self.run.join("parcel.sock")
     }
-    /// Where the switch has the port of an interface.
+    /// Where the switch has the port of an interface. Beside the directories
+    /// of VMs, which are their owner's only: the monitor, which has become
+    /// another user, connects again when the switch has been started again.
     pub(crate) fn net_socket(&self, index: usize) -> PathBuf {
-        self.run.join(format!("net{index}.sock"))
+        let all = self.run.parent().unwrap_or(&self.run);
+        let ports = all.with_file_name("blanket-ports");
+        ports.join(format!("{}.{index}.sock", self.name))
     }
     pub(crate) fn console_socket(&self) -> PathBuf {
         self.run.join("console.sock")
     }
 
     fn check_socket_paths(&self) -> Result<()> {
-        let longest = self.console_socket();
-        let len = longest.as_os_str().len();
+        let sockets = [self.console_socket(), self.net_socket(15)];
+        let len = |path: &PathBuf| path.as_os_str().len();
+        let longest = sockets.into_iter().max_by_key(len).unwrap_or_default();
+        let len = len(&longest);
         if len > MAX_SOCKET_PATH {
             return Err(failure(
                 format!(

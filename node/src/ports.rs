@@ -1,10 +1,13 @@
 //! VMs' ports of this node's switch: `--net network=NAME`.
 //!
 //! A port is there from before its VM's monitor starts until that has ended. It
-//! is called like the VM, and is known by its socket, in the VM's directory.
+//! is called like the VM, and is known by its socket.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use blanket_drivers::mac::MacAddress;
@@ -109,6 +112,30 @@ fn path(name: &str) -> String {
     format!("/ports/{name}")
 }
 
+/// Whom a monitor becomes that root starts, unless it is told.
+const NOBODY: (u32, u32) = (65534, 65534);
+
+/// Whom the monitor becomes, if not another one.
+fn becomes(user: Option<&str>) -> Result<Option<(u32, u32)>> {
+    let root = rustix::process::geteuid().is_root();
+    match user {
+        Some(user) => owner(user).map(Some),
+        None => Ok(root.then_some(NOBODY)),
+    }
+}
+
+/// Makes the directory of the ports' sockets, in which nobody sees more than
+/// is his.
+fn make_folder(socket: &Path) -> Result<()> {
+    let Some(folder) = socket.parent() else {
+        return Ok(());
+    };
+    let context = || format!("cannot make {}", folder.display());
+    fs::create_dir_all(folder).with_context(context)?;
+    let mode = fs::Permissions::from_mode(0o711);
+    fs::set_permissions(folder, mode).with_context(context)
+}
+
 /// The numbers of a user and a group, as `--user` has them.
 fn owner(user: &str) -> Result<(u32, u32)> {
     let (user, group) = user.split_once(':').unwrap_or((user, user));
@@ -145,7 +172,7 @@ fn spec(vm: &VmDir, index: usize, net: &NetConfig, user: Option<&str>) -> Result
             ..PortConfig::default()
         },
         groups: Vec::new(),
-        owner: user.map(owner).transpose()?,
+        owner: becomes(user)?,
     })
 }
 
@@ -174,6 +201,7 @@ pub(crate) fn plug(
     for (index, name, net) in on_networks(config) {
         let network = network(&networks, name)?;
         let spec = spec(vm, index, net, user)?;
+        make_folder(&vm.net_socket(index))?;
         let arrival = match from {
             None => None,
             Some(Origins::Here(old)) => {
@@ -230,12 +258,14 @@ pub(crate) fn unplug(home: &Home, vm: &VmDir, config: &VmConfig) {
                 eprintln!("[{}: its port is left: {error:#}]", vm.name);
             }
         }
+        // Of a port that is no more.
+        let _ = fs::remove_file(vm.net_socket(index));
     }
 }
 
 /// The same of a VM as it was started.
 pub(crate) fn unplug_all(home: &Home, vm: &VmDir) {
-    let text = std::fs::read_to_string(vm.config()).unwrap_or_default();
+    let text = fs::read_to_string(vm.config()).unwrap_or_default();
     if let Ok(config) = toml::from_str(&text) {
         unplug(home, vm, &config);
     }
@@ -437,7 +467,7 @@ fn arrived_at(home: &Home, vm: &VmDir, names: impl Iterator<Item = String>) {
 mod tests {
     use super::*;
 
-    fn vm(dir: &std::path::Path) -> VmDir {
+    fn vm(dir: &Path) -> VmDir {
         let home = Home::locate(Some(dir)).unwrap();
         home.vm(&"web".parse().unwrap())
     }

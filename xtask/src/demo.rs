@@ -28,7 +28,7 @@ pub fn run(workspace: &Workspace, progress: &Progress) -> Result<ExitCode> {
     println!(
         "Blanket's main job: on a cloud machine, which is emulated here, `blanket` runs a stock\n\
          Debian with disk and network; then the same on this machine itself, if it has KVM; then\n\
-         it moves from one cloud to another, live. The first time, packages are fetched and\n\
+         it moves from one cloud to another, live, on a network that spans both. The first time, packages are fetched and\n\
          images built."
     );
     setup::run(progress)?;
@@ -54,7 +54,8 @@ pub fn run(workspace: &Workspace, progress: &Progress) -> Result<ExitCode> {
     println!(
         "\nShown: a stock Debian kernel and system booted under Blanket, in a machine that Blanket\n\
          rents; its web server answered, its disk kept what was written, and it shut down cleanly.\n\
-         {natively}It moved from one cloud to another, disk and all, while a client read its pages.\n\
+         {natively}It moved from one cloud to another, disk and all, while a client read its pages,\n\
+         pinged it each millisecond and had a TCP stream to it: nothing was lost on the way.\n\
          `cargo xtask test` passes the tests; docs/cli.md has the commands."
     );
     Ok(ExitCode::SUCCESS)
@@ -91,15 +92,19 @@ fn between_clouds(programs: &Path, progress: &Progress) -> Result<()> {
     let step = progress.step("machines of two providers boot and become one cluster");
     let clouds = Clouds::boot(programs)?;
     step.done("virtio and SCSI in the one, Intel's card and NVMe in the other");
-    let step = progress.step("blanket run web: a stock Debian guest on the first one");
-    let vm = clouds.start()?;
+    let step = progress.step("blanket net create blue: a network across both, encrypted between");
+    clouds.make_network()?;
+    step.done("their switches have joined by themselves");
+    let step = progress.step("blanket run web --net network=blue: a stock Debian on the first one");
+    let vm = clouds.start_on_network()?;
     let guest = vm.guest()?;
     let boot_id = "cat /proc/sys/kernel/random/boot_id";
     let id = guest.sh(boot_id).text()?;
+    guest.sh("iperf3 -s -1 -D").text()?;
     drop(guest);
     step.done("");
-    let step = progress.step("a client reads its pages from now on, one after the other");
-    let page = format!("curl -sS --fail -m 60 http://{}/", Clouds::GUEST);
+    let step = progress.step("a client reads its pages, has a TCP stream to it, and pings it");
+    let page = format!("curl -sS --fail -m 60 http://{}/", Clouds::ON_NETWORK);
     let client = &clouds.here;
     client
         .sh(format!(
@@ -112,7 +117,14 @@ fn between_clouds(programs: &Path, progress: &Progress) -> Result<()> {
         .sh(reads)
         .timeout(blanket_system_tests::GUEST_LIMIT)
         .text()?;
-    step.done("");
+    client
+        .sh(format!(
+            "exec iperf3 -J -c {} -b 2M -l 16K -t 3600",
+            Clouds::ON_NETWORK
+        ))
+        .spawn("/run/stream.log")?;
+    clouds.begin_pings()?;
+    step.done("a ping each millisecond");
     let step = progress.step("blanket migrate web there: memory, disk and network go along");
     let (moved, report) = clouds.migrate("--downtime 2000 --plain")?;
     let guest = moved.guest()?;
@@ -134,13 +146,50 @@ fn between_clouds(programs: &Path, progress: &Progress) -> Result<()> {
     let log = client
         .sh("sleep 3; touch /run/stop; cat /run/pages.log")
         .text()?;
+    let pings = clouds.end_pings()?;
+    let carried = stream(client)?;
     let pages = log.lines().filter(|line| *line == "got").count();
     ensure!(
         pages > 0 && !log.contains("failed"),
         "the client's log: {log}"
     );
     step.done(&format!("{pages} pages, none of them in vain"));
+    // The last one may still be on its way.
+    let lost = pings.lost.saturating_sub(1);
+    println!(
+        "  {} pings, {lost} lost, {} doubled; the longest gap was {:.0} ms",
+        pings.sent, pings.doubled, pings.gap_ms
+    );
+    println!("  one TCP stream all the while, {carried:.1} MB");
+    ensure!(
+        lost == 0 && pings.doubled == 0,
+        "pings were lost or doubled"
+    );
     Ok(())
+}
+
+/// Ends the TCP stream, which has to live until then: the megabytes that it has carried.
+fn stream(client: &Client) -> Result<f64> {
+    let end = "kill -INT $(pidof iperf3); while pidof iperf3 > /dev/null; do sleep 0.5; done; \
+               cat /run/stream.log";
+    let said = client
+        .sh(end)
+        .timeout(blanket_system_tests::GUEST_LIMIT)
+        .text()?;
+    let report: serde_json::Value = serde_json::from_str(&said).context("no report of iperf3")?;
+    let error = report["error"].as_str().unwrap_or_default();
+    ensure!(
+        error.starts_with("interrupt"),
+        "the TCP stream has ended: {error}"
+    );
+    let seconds = report["intervals"].as_array().context("no intervals")?;
+    let carried = |second: &serde_json::Value| second["sum"]["bytes"].as_f64();
+    let last = seconds.iter().rev().nth(1).and_then(carried);
+    ensure!(
+        last > Some(0.0),
+        "nothing comes through the TCP stream any more"
+    );
+    Ok(seconds.iter().filter_map(carried).sum::<f64>() / 1e6)
 }
 
 fn number(report: &serde_json::Value, field: &str) -> Result<f64> {

@@ -94,6 +94,67 @@ impl Clouds {
         Vm::linux(&self.here, "web", &cmdline, flags)
     }
 
+    /// Where the guest is reached that is on a network of the switches'.
+    pub const ON_NETWORK: &'static str = "10.8.0.50";
+
+    /// Waits until the two nodes' switches are joined, and makes the network `blue` on the first
+    /// one, with that node itself in it at `10.8.0.1`.
+    ///
+    /// # Errors
+    /// They are not, or it cannot be.
+    pub fn make_network(&self) -> Result<()> {
+        let joined = "until blanket net peer ls --json | grep -q '\"connected\": *true'; do \
+                      sleep 0.5; done";
+        for node in [&self.here, &self.there] {
+            node.sh(joined).timeout(LONG).text()?;
+        }
+        blanket(&self.here, "net create blue --mtu 1400")?;
+        blanket(&self.here, "net attach blue client --tap client")?;
+        let address = "ip addr add 10.8.0.1/24 dev client && ip link set client mtu 1400 up";
+        self.here.sh(address).text()?;
+        Ok(())
+    }
+
+    /// Starts the stock Debian as `web` on the first one, on the network `blue`.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_on_network(&self) -> Result<Vm<'_>> {
+        let address = Self::ON_NETWORK;
+        let cmdline = format!("root=LABEL=guest blanket.ip={address}/24 systemd.show_status=0");
+        let flags = format!(
+            "--machine hvm --memory 256M --disk path=/dev/sda,serial=disk-0 \
+             --net network=blue,ip={address}"
+        );
+        Vm::linux(&self.here, "web", &cmdline, &flags)
+    }
+
+    /// Has the first node ping that guest, a millisecond apart, until [`Clouds::end_pings`].
+    ///
+    /// # Errors
+    /// The node does not answer.
+    pub fn begin_pings(&self) -> Result<()> {
+        let ping = format!(
+            "until ping -c 1 -W 1 {0} > /dev/null; do :; done; touch /run/pings; \
+             exec ping -D -i 0.001 {0}",
+            Self::ON_NETWORK
+        );
+        self.here.sh(ping).spawn("/run/ping.log")?;
+        let begun = "until [ -e /run/pings ]; do sleep 0.1; done";
+        self.here.sh(begun).timeout(LONG).text()?;
+        Ok(())
+    }
+
+    /// What became of the pings.
+    ///
+    /// # Errors
+    /// There is no account of them.
+    pub fn end_pings(&self) -> Result<Pings> {
+        let end = "kill -INT $(pidof ping); while pidof ping > /dev/null; do sleep 0.1; done; \
+                   cat /run/ping.log";
+        Pings::read(&self.here.sh(end).timeout(LONG).text()?)
+    }
+
     /// `blanket migrate web there FLAGS`: the VM there, and the report.
     ///
     /// # Errors
@@ -102,6 +163,51 @@ impl Clouds {
         let report = blanket(&self.here, &format!("migrate web there --json {flags}"))?;
         let report = serde_json::from_str(&report)?;
         Ok((Vm::started(&self.there, "web"), report))
+    }
+}
+
+/// What became of a series of pings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pings {
+    /// So many were sent.
+    pub sent: u64,
+    /// So many were not answered. The last one may still be on its way.
+    pub lost: u64,
+    /// So many were answered more than once.
+    pub doubled: u64,
+    /// The longest time between two answers, in milliseconds.
+    pub gap_ms: f64,
+}
+
+impl Pings {
+    /// Reads what `ping -D` has written.
+    ///
+    /// # Errors
+    /// It has no end.
+    pub fn read(log: &str) -> Result<Self> {
+        let times = log.lines().filter_map(|line| {
+            let (time, rest) = line.strip_prefix('[')?.split_once(']')?;
+            rest.contains("bytes from")
+                .then(|| time.parse::<f64>().ok())?
+        });
+        let times: Vec<f64> = times.collect();
+        let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
+        let line = log.lines().find(|line| line.contains("transmitted"));
+        let line = line.with_context(|| format!("the pings have no end: {log}"))?;
+        let figure = |what: &str| -> u64 {
+            let part = line.split(',').find(|part| part.contains(what));
+            let digits = part.map(|part| part.chars().filter(char::is_ascii_digit).collect());
+            digits
+                .and_then(|it: String| it.parse().ok())
+                .unwrap_or_default()
+        };
+        let sent = figure("transmitted");
+        Ok(Self {
+            sent,
+            lost: sent.saturating_sub(figure("received")),
+            doubled: figure("duplicates"),
+            gap_ms: gaps.fold(0.0, f64::max) * 1e3,
+        })
     }
 }
 
@@ -130,6 +236,7 @@ fn boot(
     let node = builder
         .disk(Disk::scratch(disk))
         .inject(folder.join("blanketd"), "/usr/bin/blanketd")
+        .inject(folder.join("blanket-switch"), "/usr/bin/blanket-switch")
         .nic_with_address(network, &address)
         .boot()?;
     let bridge = format!(
@@ -140,7 +247,27 @@ fn boot(
     );
     node.sh(bridge).text()?;
     node.sh("exec blanketd").spawn("/run/blanketd.log")?;
+    let switch = format!("exec blanket-switch --listen 10.1.0.{number}:4790 --interface guests");
+    node.sh(switch).spawn("/run/switch.log")?;
     let ready = "until [ -S /run/blanketd.sock ]; do sleep 0.1; done";
     node.sh(ready).timeout(LONG).text()?;
     Ok(node)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_of_pings_is_read() {
+        let log = "PING 10.8.0.50 (10.8.0.50) 56(84) bytes of data.\n\
+                   [10.000] 64 bytes from 10.8.0.50: icmp_seq=1 ttl=64 time=1 ms\n\
+                   [10.001] 64 bytes from 10.8.0.50: icmp_seq=2 ttl=64 time=1 ms\n\
+                   [10.251] 64 bytes from 10.8.0.50: icmp_seq=3 ttl=64 time=250 ms (DUP!)\n\n\
+                   5 packets transmitted, 3 received, +1 duplicates, 40% packet loss, time 9ms\n";
+        let pings = Pings::read(log).unwrap();
+        assert_eq!((pings.sent, pings.lost, pings.doubled), (5, 2, 1));
+        assert!((pings.gap_ms - 250.0).abs() < 0.1, "{pings:?}");
+        assert!(Pings::read("").is_err());
+    }
 }

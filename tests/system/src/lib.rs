@@ -3,7 +3,7 @@
 mod clouds;
 mod member;
 
-pub use clouds::{Clouds, blanket};
+pub use clouds::{Clouds, Pings, blanket};
 pub use member::Member;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

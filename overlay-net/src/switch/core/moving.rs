@@ -489,7 +489,9 @@ impl Switch {
         };
         match later.to {
             Place::Port(id) => {
-                if self.put(id, &frame) == Err(Reason::Full) {
+                // Its front end may be a moment behind its guest.
+                let sent = self.put(id, &frame);
+                if matches!(sent, Err(Reason::Full | Reason::Down)) {
                     return Err(later);
                 }
             }

@@ -102,12 +102,26 @@ impl Switch {
             return 0;
         };
         let vni = slot.vni;
-        let Some(mut port) = slot.port.take() else {
+        if let Moving::Arriving { .. } = slot.moving
+            && !self.has_begun(id)
+        {
+            return 0;
+        }
+        let port = self.slot_mut(id).and_then(|slot| slot.port.take());
+        let Some(mut port) = port else {
             return 0;
         };
         let from = Place::Port(id);
         let received = port.receive(BURST, &mut |frame| self.forward(from, vni, frame));
         self.settle(id, port, received).unwrap_or(0)
+    }
+
+    /// Whether the front end of a port that waits for its guest has begun: then
+    /// the port is active before anything comes from it.
+    fn has_begun(&mut self, id: PortId) -> bool {
+        self.with_port(Some(id), |port| port.receive(0, &mut |_| {}));
+        let slot = self.slot(id);
+        slot.is_some_and(|slot| !matches!(slot.moving, Moving::Arriving { .. }))
     }
 
     pub(super) fn service_uplinks(&mut self) -> usize {

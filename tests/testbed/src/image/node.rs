@@ -14,12 +14,13 @@ use crate::tree::{Node, Tree};
 
 /// What a node has besides busybox. The last two are for dynamically linked programs that tests
 /// bring along.
-const PACKAGES: [&str; 11] = [
+const PACKAGES: [&str; 12] = [
     "busybox-static",
     // busybox's own shell prefers its `ip` to the real one.
     "dash",
     "kmod",
     "iproute2",
+    "iputils-ping",
     "iperf3",
     "curl",
     "ethtool",
