@@ -309,6 +309,38 @@ fn a_network_whose_controller_has_gone_bridges_if_it_is_to() {
     });
 }
 
+#[test]
+fn a_controller_has_one_node_of_a_network_that_spans_three() {
+    natively(controlled, |host: &Host| {
+        let nodes = cluster(host, 3);
+        for node in &nodes {
+            node.net("create blue");
+            let n = node.number;
+            node.tenant("blue", &format!("t{n}"), &format!("10.0.0.{n}/24"), "");
+        }
+        nodes[0].tenant("blue", "u1", "10.0.0.9/24", "");
+        nodes[0].net("controller set blue tcp:127.0.0.1:6653 --fail-mode secure");
+        spawn(&nodes[0], "controller", &format!("{LEARNING} 6653"));
+        until("it is there", || is_connected(&nodes[0]));
+        for (from, to) in [("t1", 2), ("t3", 1), ("u1", 1), ("u1", 3), ("t2", 9)] {
+            until(&format!("{from} reaches {to}"), || {
+                pings(host, from, &format!("10.0.0.{to}"))
+            });
+        }
+        assert!(nodes[0].net("flow ls blue").contains("output:4294966784"));
+        // Nothing goes back to where it came from, or comes twice.
+        host.sh("ip -n t3 neigh flush all").text().unwrap();
+        let ping = host
+            .sh("ip netns exec t3 ping -c 5 -i 0.2 10.0.0.1")
+            .text()
+            .unwrap();
+        assert!(
+            ping.contains(" 5 received") && !ping.contains("DUP"),
+            "{ping}"
+        );
+    });
+}
+
 /// Whether a tenant can connect to a port of an address.
 fn connects(host: &Client, tenant: &str, address: &str, port: u16) -> bool {
     let connect = format!("ip netns exec {tenant} timeout 1 bash -c '< /dev/tcp/{address}/{port}'");
