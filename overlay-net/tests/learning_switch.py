@@ -1,7 +1,4 @@
-"""A learning switch for os-ken, after its simple_switch_13.
-
-learning_switch.py PORT [KEY CERTIFICATE CA]
-"""
+"""A learning switch for os-ken, after its simple_switch_13."""
 
 import os
 import sys
@@ -75,14 +72,7 @@ class LearningSwitch(OSKenApp):
 
 
 if __name__ == "__main__":
-    port, tls = sys.argv[1], sys.argv[2:]
-    listen = ["--ofp-listen-host", "127.0.0.1"]
-    if tls:
-        key, certificate, ca = tls
-        listen += ["--ofp-ssl-listen-port", port, "--ctl-privkey", key]
-        listen += ["--ctl-cert", certificate, "--ca-certs", ca]
-    else:
-        listen += ["--ofp-tcp-listen-port", port]
+    listen = ["--ofp-listen-host", "127.0.0.1", "--ofp-tcp-listen-port", sys.argv[1]]
     cfg.CONF(args=listen, project="os_ken", version="test")
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     AppManager.run_apps(["learning_switch"])

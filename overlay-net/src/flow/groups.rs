@@ -52,7 +52,7 @@ pub enum Remote {
         /// How many of its bits count.
         prefix: u8,
     },
-    /// Members of this group; nobody, if it is not known.
+    /// Members of this group; nobody, if none are known.
     Group(String),
 }
 
@@ -118,8 +118,6 @@ impl Rule {
 pub struct Group {
     /// What it lets through.
     pub rules: Vec<Rule>,
-    /// The addresses of its members, wherever they are.
-    pub members: HashSet<IpAddr>,
 }
 
 /// What is done with a frame.
@@ -141,6 +139,8 @@ pub struct Groups {
     pub generation: u64,
     /// Groups by name.
     pub groups: BTreeMap<String, Group>,
+    /// The addresses of groups' members, wherever they and the groups are.
+    pub members: BTreeMap<String, HashSet<IpAddr>>,
     /// The groups that a port is in; without any, it has no connections.
     pub ports: BTreeMap<PortId, Vec<String>>,
     /// Until then, TCP connections whose beginning was not seen are taken over
@@ -309,9 +309,9 @@ impl Groups {
                 Remote::Any => true,
                 Remote::Network { address, prefix } => contains(*address, *prefix, remote),
                 Remote::Group(name) => self
-                    .groups
+                    .members
                     .get(name)
-                    .is_some_and(|group| group.members.contains(&remote)),
+                    .is_some_and(|members| members.contains(&remote)),
             }
     }
 }

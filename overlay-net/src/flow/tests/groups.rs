@@ -21,15 +21,12 @@ fn rule(direction: Direction, protocol: u8, ports: Option<(u16, u16)>, remote: R
 }
 
 fn groups(rules: Vec<Rule>) -> Groups {
-    let group = Group {
-        rules,
-        ..Group::default()
-    };
+    let group = Group { rules };
     Groups {
         generation: 1,
         groups: [("web".to_owned(), group)].into(),
         ports: [(PORT, vec!["web".to_owned()])].into(),
-        adopts: Duration::ZERO,
+        ..Groups::default()
     }
 }
 
@@ -199,11 +196,7 @@ fn remote_networks_and_groups_are_looked_at() {
         "an unknown group has no members"
     );
     let members = [IpAddr::from([10, 0, 0, 9])].into();
-    let db = Group {
-        members,
-        ..Group::default()
-    };
-    world.groups.groups.insert("db".into(), db);
+    world.groups.members.insert("db".into(), members);
     assert!(world.passes(In, &syn(9)));
     assert_eq!(world.check(In, &syn(8)), GROUP);
 }

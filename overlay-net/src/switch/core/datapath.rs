@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use vm_memory::VolatileSlice;
 
+use super::way::SOMEWHERE;
 use super::{Slot, Switch};
 use crate::bridge::Place;
 use crate::drops::{Drops, Reason};
@@ -235,12 +236,7 @@ impl Switch {
 
     /// Sends a frame to the controllers of its network, as it would be on a
     /// wire: in segments, with checksums.
-    pub(super) fn to_controller(
-        &mut self,
-        from: Place,
-        what: ToController,
-        packet: &Packet<'_, '_>,
-    ) {
+    pub(super) fn punt(&mut self, from: Place, what: ToController, packet: &Packet<'_, '_>) {
         let vni = packet.key.vni;
         let hub = self.flows.get(&vni).map(|flows| flows.hub.clone());
         let Some(hub) = hub.filter(Hub::has_sessions) else {
@@ -273,7 +269,12 @@ impl Switch {
     /// Does with a frame what a controller says.
     fn packet_out(&mut self, vni: Vni, port: Option<PortId>, actions: &[Action], bytes: &[u8]) {
         let id = port.unwrap_or_default();
-        let from = Place::Port(id);
+        // What came by a tunnel never leaves by one.
+        let from = if id == PEERS {
+            SOMEWHERE
+        } else {
+            Place::Port(id)
+        };
         let mut bytes = bytes.to_vec();
         let Ok((key, layers)) = parse(&bytes[..bytes.len().min(HEAD)], bytes.len(), id, vni) else {
             return self.drop(from, Reason::Malformed);

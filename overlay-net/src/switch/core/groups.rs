@@ -296,14 +296,17 @@ impl Switch {
             }
         }
         for (vni, groups) in &mut held {
-            for (name, rules) in &security.rules {
-                let members = members.get(&(*vni, name.as_str()));
-                let group = Group {
-                    rules: rules.clone(),
-                    members: members.into_iter().flatten().copied().collect(),
-                };
-                groups.groups.insert(name.clone(), group);
-            }
+            let group = |rules: &Vec<Rule>| Group {
+                rules: rules.clone(),
+            };
+            let rules = security.rules.iter();
+            groups.groups = rules
+                .map(|(name, rules)| (name.clone(), group(rules)))
+                .collect();
+            let mine = members.iter().filter(|((of, _), _)| of == vni);
+            groups.members = mine
+                .map(|((_, name), ips)| ((*name).to_owned(), ips.iter().copied().collect()))
+                .collect();
         }
         let now = self.now;
         let security = &mut self.security;

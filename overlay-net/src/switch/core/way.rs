@@ -16,6 +16,9 @@ use crate::tunnel::flow_hash;
 /// Where a controller's frames come from that came in nowhere.
 const NOBODY: Place = Place::Port(PortId(0));
 
+/// And those that came from a node that it did not name.
+pub(super) const SOMEWHERE: Place = Place::Node(NodeId(0));
+
 impl Switch {
     /// A frame has come in.
     pub(super) fn forward(&mut self, from: Place, vni: Vni, mut frame: Frame<'_>) {
@@ -114,38 +117,54 @@ impl Switch {
             self.send(id, packet.frame);
         }
         if matches!(from, Place::Port(_)) {
-            self.to_members(packet);
+            self.send_to_members(packet);
         }
     }
 
-    fn to_members(&mut self, packet: &Packet<'_, '_>) {
+    fn send_to_members(&mut self, packet: &Packet<'_, '_>) {
         let vni = packet.key.vni;
         for node in self.directory.members(vni) {
             self.seal(node, vni, flow_hash(&packet.key), packet.frame);
         }
     }
 
-    /// To the node that has a frame's destination, or to all in its network.
-    fn to_peers(&mut self, from: Place, packet: &Packet<'_, '_>) {
-        if !matches!(from, Place::Port(_)) {
-            return self.drop(from, Reason::SplitHorizon);
-        }
-        let key = &packet.key;
-        let vlan = key.tags[0].map_or(Some(Vlan::NONE), |tag| match tag.tpid {
-            ethertype::SERVICE_VLAN => Vlan::service(tag.vid()),
-            _ => Vlan::new(tag.vid()),
-        });
-        let Some(vlan) = vlan else {
-            return self.drop(from, Reason::VlanRefused);
+    /// Where a frame's destination is.
+    fn find(&self, key: &Key) -> Option<Place> {
+        let vlan = match key.tags[0] {
+            None => Vlan::NONE,
+            Some(tag) if tag.tpid == ethertype::SERVICE_VLAN => Vlan::service(tag.vid())?,
+            Some(tag) => Vlan::new(tag.vid())?,
         };
         let station = Station {
             vni: key.vni,
             vlan,
             mac: key.dst,
         };
-        match self.bridge.find(self.now, &station) {
-            Some((Place::Node(node), _)) => self.seal(node, key.vni, flow_hash(key), packet.frame),
-            _ => self.to_members(packet),
+        let found = self.bridge.find(self.now, &station);
+        found.map(|(place, _)| place)
+    }
+
+    /// To where a controller's frame's destination is, or to all.
+    fn deliver(&mut self, from: Place, packet: &Packet<'_, '_>) {
+        let key = &packet.key;
+        match self.find(key) {
+            Some(Place::Port(id)) => self.send(id, packet.frame),
+            Some(Place::Node(node)) if from == NOBODY => {
+                self.seal(node, key.vni, flow_hash(key), packet.frame);
+            }
+            _ => self.flood(from, packet),
+        }
+    }
+
+    /// To the node that has a frame's destination, or to all in its network.
+    fn send_to_peers(&mut self, from: Place, packet: &Packet<'_, '_>) {
+        if !matches!(from, Place::Port(_)) {
+            return self.drop(from, Reason::SplitHorizon);
+        }
+        let key = &packet.key;
+        match self.find(key) {
+            Some(Place::Node(node)) => self.seal(node, key.vni, flow_hash(key), packet.frame),
+            _ => self.send_to_members(packet),
         }
     }
 
@@ -303,14 +322,16 @@ impl Sink for Out<'_> {
     fn send(&mut self, target: Target, packet: &Packet<'_, '_>) {
         let (switch, from) = (&mut *self.switch, self.from);
         match target {
-            // Nobody's frame: a controller's.
-            Target::Normal if from == NOBODY => switch.flood(from, packet),
+            // The bridge only takes frames from ports and nodes that it knows.
+            Target::Normal if matches!(from, NOBODY | SOMEWHERE) => {
+                switch.deliver(from, packet);
+            }
             Target::Normal => {
                 let mut frame = packet.frame.clone();
                 switch.bridge(from, &packet.key, &packet.layers, &mut frame);
             }
             Target::Flood | Target::All => switch.flood(from, packet),
-            Target::Port(PEERS) => switch.to_peers(from, packet),
+            Target::Port(PEERS) => switch.send_to_peers(from, packet),
             Target::Port(id) | Target::Mirror(id) => {
                 // Nothing leaves its network.
                 if switch
@@ -326,7 +347,7 @@ impl Sink for Out<'_> {
                 let (bytes, offload) = (packet.frame.to_vec(), packet.frame.offload);
                 switch.put_off(from, packet.key.vni, flow_hash(&packet.key), bytes, offload);
             }
-            Target::Controller(what) => switch.to_controller(from, what, packet),
+            Target::Controller(what) => switch.punt(from, what, packet),
         }
     }
 

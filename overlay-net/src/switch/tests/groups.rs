@@ -50,11 +50,12 @@ fn member(switch: &mut Switch, name: &str, number: u8, groups: &[&str]) -> (Port
 }
 
 fn passes(switch: &mut Switch, from: &(PortId, Ends), to: &(PortId, Ends), bytes: Vec<u8>) -> bool {
-    put(switch, from, bytes.clone());
+    let sent = bytes.clone();
+    put(switch, from, bytes);
     match &got(to)[..] {
         [] => false,
         [one] => {
-            assert_eq!(*one, bytes);
+            assert_eq!(*one, sent);
             true
         }
         more => panic!("{more:?}"),
