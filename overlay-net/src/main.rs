@@ -47,8 +47,8 @@ struct Arguments {
     #[arg(long, value_name = "KIND", default_value = "udp", value_parser = kind)]
     uplink: Kind,
 
-    /// Keep looking for frames for so many microseconds after the last one, at ports where that
-    /// costs no system call, before sleeping.
+    /// Keep looking for frames for so many microseconds after the last one before sleeping: always
+    /// at ports where that costs no system call, at others while it pays.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50)]
     spin: u64,
 }
@@ -133,8 +133,7 @@ fn remote(arguments: &Arguments, private: PrivateKey) -> Result<Option<Remote>> 
     let uplink = uplink::open(arguments.uplink, &Spec::new(interface, local))?;
     let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let epoch = epoch.context("this machine's clock is before 1970: set it")?;
-    let remote = Remote::new(private, epoch, vec![uplink]);
-    remote.context("cannot make tunnels").map(Some)
+    Ok(Some(Remote::new(private, epoch, vec![uplink])))
 }
 
 /// Listens on `path`, for its owner only, unless another switch does.

@@ -21,6 +21,14 @@ const PROBE: libc::c_int = libc::IP_PMTUDISC_PROBE;
 /// What a socket's buffers hold (`asm-generic/socket.h`; not in libc).
 const SO_MEMINFO: libc::c_int = 55;
 
+/// A filter that nothing passes.
+const NOTHING: [libc::sock_filter; 1] = [libc::sock_filter {
+    code: (libc::BPF_RET | libc::BPF_K) as u16,
+    jt: 0,
+    jf: 0,
+    k: 0,
+}];
+
 /// What a socket is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
@@ -34,6 +42,10 @@ pub(super) enum Use {
 /// See the module.
 pub(super) struct Udp {
     socket: UdpSocket,
+    /// Of the same address, for sending alone. The kernel tells a socket's
+    /// waiters of each datagram that has gone, and whoever waits for those
+    /// that come need not be asked for each whether he wants to know.
+    out: Option<UdpSocket>,
     description: Description,
     counters: Counters,
 }
@@ -50,21 +62,16 @@ impl Udp {
             .local_addr()
             .map_err(|e| setup.error("read its address", e))?;
         let fd = socket.as_fd();
-        // The two are hints: less room only drops more under bursts.
-        for (name, plain) in [
-            (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF),
-            (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF),
-        ] {
-            if set_option(fd, libc::SOL_SOCKET, name, &QUEUE).is_err() {
-                let _ = set_option(fd, libc::SOL_SOCKET, plain, &QUEUE);
-            }
-        }
-        let (level, option) = if local.is_ipv4() {
-            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
-        } else {
-            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
-        };
-        set_option(fd, level, option, &PROBE).map_err(|e| setup.error("forbid fragments", e))?;
+        prepare(fd, local).map_err(|e| setup.error("forbid fragments", e))?;
+        let out = (used == Use::Full)
+            .then(|| beside(fd, local, interface))
+            .and_then(|out| match out {
+                Ok(out) => Some(out),
+                Err(error) => {
+                    tracing::debug!("no socket for sending alone: {error}");
+                    None
+                }
+            });
         let off: libc::c_int = 0;
         let on: libc::c_int = 1;
         // Setting the default to "none" tells whether the kernel has it.
@@ -91,8 +98,14 @@ impl Udp {
                 },
             },
             socket,
+            out,
             counters: Counters::default(),
         })
+    }
+
+    /// Where it sends.
+    fn out(&self) -> BorrowedFd<'_> {
+        self.out.as_ref().unwrap_or(&self.socket).as_fd()
     }
 
     /// What it has sent and received, without asking the kernel.
@@ -112,7 +125,7 @@ impl Udp {
         if packet.is_train() && self.description.capabilities.segmentation {
             let mut batch = Outgoing::new();
             Self::push(&mut batch, packet);
-            match batch.send(self.socket.as_fd()) {
+            match batch.send(self.out()) {
                 Ok(_) => {
                     self.counters.tx.add(packet);
                     return Ok(true);
@@ -142,7 +155,7 @@ impl Udp {
             for bytes in packet.iter().skip(done).take(message::BATCH) {
                 Self::push(&mut batch, &TxPacket::new(packet.to, bytes));
             }
-            match batch.send(self.socket.as_fd()) {
+            match batch.send(self.out()) {
                 Ok(sent) => {
                     for bytes in packet.iter().skip(done).take(sent) {
                         let single = TxPacket::new(packet.to, bytes);
@@ -178,7 +191,7 @@ impl Udp {
         if batch.len() == 0 {
             return Ok(0);
         }
-        match batch.send(self.socket.as_fd()) {
+        match batch.send(self.out()) {
             Ok(sent) => {
                 for packet in &packets[..sent] {
                     self.counters.tx.add(packet);
@@ -285,13 +298,7 @@ fn bound(spec: &Spec, used: Use, setup: &Setup<'_>) -> Result<UdpSocket, Error> 
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     if used == Use::Mute {
         // Before it is bound, so that nothing gets in.
-        let nothing = [libc::sock_filter {
-            code: (libc::BPF_RET | libc::BPF_K) as u16,
-            jt: 0,
-            jf: 0,
-            k: 0,
-        }];
-        attach_filter(fd.as_fd(), &nothing).map_err(|e| setup.error("attach a filter", e))?;
+        attach_filter(fd.as_fd(), &NOTHING).map_err(|e| setup.error("attach a filter", e))?;
     }
     let name = spec.interface.as_bytes();
     // SAFETY: `name` has that many bytes and outlives the call.
@@ -306,6 +313,57 @@ fn bound(spec: &Spec, used: Use, setup: &Setup<'_>) -> Result<UdpSocket, Error> 
     };
     check(bind).map_err(|e| setup.error("bind a socket to the interface", e))?;
     message::bind(fd.as_fd(), spec.local).map_err(|e| setup.error("take its address", e))?;
+    Ok(fd.into())
+}
+
+/// Sets what both directions have in common.
+fn prepare(fd: BorrowedFd<'_>, local: SocketAddr) -> io::Result<()> {
+    // The two are hints: less room only drops more under bursts.
+    for (name, plain) in [
+        (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF),
+        (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF),
+    ] {
+        if set_option(fd, libc::SOL_SOCKET, name, &QUEUE).is_err() {
+            let _ = set_option(fd, libc::SOL_SOCKET, plain, &QUEUE);
+        }
+    }
+    let (level, option) = if local.is_ipv4() {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
+    };
+    set_option(fd, level, option, &PROBE)
+}
+
+/// A socket for sending alone beside `socket`, which has its address and stays
+/// the one that receives: of two, the kernel prefers the one that is bound to
+/// the interface. This one only has it as its way out, and drops what comes by
+/// another one.
+fn beside(
+    socket: BorrowedFd<'_>,
+    local: SocketAddr,
+    interface: &Interface,
+) -> io::Result<UdpSocket> {
+    let (family, level, option) = if local.is_ipv4() {
+        (libc::AF_INET, libc::IPPROTO_IP, libc::IP_UNICAST_IF)
+    } else {
+        (libc::AF_INET6, libc::IPPROTO_IPV6, libc::IPV6_UNICAST_IF)
+    };
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: socket takes integers.
+    let fd = check(unsafe { libc::socket(family, kind, 0) })?;
+    // SAFETY: the call has just made the descriptor: nobody else's.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    attach_filter(fd.as_fd(), &NOTHING)?;
+    set_option(fd.as_fd(), level, option, &interface.index.to_be())?;
+    prepare(fd.as_fd(), local)?;
+    // Only for this moment: nobody else gets the address.
+    let share = |on: libc::c_int| {
+        let mut both = [socket, fd.as_fd()].into_iter();
+        both.try_for_each(|fd| set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &on))
+    };
+    let bound = share(1).and_then(|()| message::bind(fd.as_fd(), local));
+    share(0).and(bound)?;
     Ok(fd.into())
 }
 

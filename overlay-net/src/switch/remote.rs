@@ -4,11 +4,10 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use blanket_drivers::uplink::Uplink;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::api::types::PeerSpec;
 use crate::directory::NodeId;
@@ -43,8 +42,6 @@ struct Peer {
 /// See the module.
 pub struct Remote {
     links: Links,
-    /// Of all uplinks.
-    epoll: Epoll,
     tunnels: Tunnels,
     out: TrainBuffer,
     peers: HashMap<NodeId, Peer>,
@@ -55,21 +52,9 @@ pub struct Remote {
 
 impl Remote {
     /// Without peers. `epoch` is the time since 1970 at the switch's time 0.
-    ///
-    /// # Errors
-    ///
-    /// The node is out of descriptors.
-    pub fn new(
-        private: PrivateKey,
-        epoch: Duration,
-        uplinks: Vec<Box<dyn Uplink>>,
-    ) -> io::Result<Self> {
-        let epoll = Epoll::new()?;
-        for (index, uplink) in uplinks.iter().enumerate() {
-            let event = EpollEvent::new(EventSet::IN, index as u64);
-            epoll.ctl(ControlOperation::Add, uplink.fd().as_raw_fd(), event)?;
-        }
-        Ok(Self {
+    #[must_use]
+    pub fn new(private: PrivateKey, epoch: Duration, uplinks: Vec<Box<dyn Uplink>>) -> Self {
+        Self {
             tunnels: Tunnels::new(Config {
                 private,
                 epoch,
@@ -80,12 +65,11 @@ impl Remote {
                 costs: Costs::measure(),
             }),
             links: Links::new(uplinks),
-            epoll,
             out: TrainBuffer::default(),
             peers: HashMap::new(),
             nodes: HashMap::new(),
             next: Duration::ZERO,
-        })
+        }
     }
 
     /// Who this node is.
@@ -114,9 +98,9 @@ impl Remote {
         uplinks.map(|uplink| uplink.description().local).collect()
     }
 
-    pub(super) fn waker(&self) -> BorrowedFd<'_> {
-        // SAFETY: the epoll keeps its descriptor open for as long as it lives.
-        unsafe { BorrowedFd::borrow_raw(self.epoll.as_raw_fd()) }
+    /// What becomes readable when something has come, of each uplink.
+    pub(super) fn wakers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.links.uplinks().iter().map(|uplink| uplink.fd())
     }
 
     /// What was dropped by the tunnels, and on the way to them.

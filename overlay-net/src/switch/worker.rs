@@ -3,7 +3,8 @@
 //!
 //! While there is work it polls the ports that have some; when there is none
 //! it polls those that cost no system call a little longer, then asks all for
-//! notifications and sleeps. A switch that nothing goes through uses no CPU,
+//! notifications, looks for them a little longer still if that has paid lately
+//! ([`Patience`]), and sleeps. A switch that nothing goes through uses no CPU,
 //! however many ports it has.
 
 use std::collections::BTreeSet;
@@ -32,7 +33,7 @@ const ROUNDS: u32 = 8;
 /// less.
 const ORDERS: u64 = u64::MAX;
 
-/// The token of the uplinks' descriptor.
+/// The token of the uplinks' descriptors.
 const UPLINK: u64 = u64::MAX - 1;
 
 /// How often what time asks for is done at least while there is work.
@@ -105,6 +106,42 @@ pub struct Worker {
     /// Ports that may have frames.
     active: Vec<Active>,
     spin: Duration,
+    patience: Patience,
+    /// There were frames since it looked for some the last time.
+    worked: bool,
+}
+
+/// Whether to look for what comes next before sleeping: to be woken takes
+/// longer than to see, but to look takes time of whoever else could run. It
+/// pays where an answer comes soon after each question.
+#[derive(Default)]
+struct Patience {
+    /// How often nothing has come, since something has.
+    misses: u32,
+}
+
+impl Patience {
+    /// So often in a row it is tried again all the same...
+    const MISSES: u32 = 4;
+    /// ... and then only each time of so many.
+    const RARELY: u32 = 32;
+
+    fn pays(&self) -> bool {
+        self.misses < Self::MISSES || self.misses.is_multiple_of(Self::RARELY)
+    }
+
+    fn learn(&mut self, came: bool) {
+        self.misses = if came {
+            0
+        } else {
+            self.misses.wrapping_add(1).max(1)
+        };
+    }
+
+    /// It was not even tried.
+    fn skip(&mut self) {
+        self.learn(false);
+    }
 }
 
 /// A port that is polled.
@@ -138,6 +175,8 @@ impl Worker {
             watched: BTreeSet::new(),
             active: Vec::new(),
             spin,
+            patience: Patience::default(),
+            worked: false,
         };
         let thread = std::thread::Builder::new().name("switch".to_owned());
         let thread = thread.spawn(move || worker.run())?;
@@ -175,14 +214,44 @@ impl Worker {
             } else {
                 0
             };
-            let count = match self.epoll.wait(timeout, &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                Err(error) => return Err(error),
-            };
+            let mut count = 0;
+            if self.active.is_empty() {
+                count = self.look(now, due, &mut events)?;
+            }
+            if count == 0 {
+                count = self.wait(timeout, &mut events)?;
+            }
             for event in &events[..count] {
                 self.wake_up(event.data());
             }
+        }
+    }
+
+    /// Looks for a notification for a moment, if it pays; how many there are.
+    fn look(&mut self, now: Instant, due: Instant, events: &mut [EpollEvent]) -> io::Result<usize> {
+        if !self.worked || self.spin.is_zero() {
+            return Ok(0);
+        }
+        self.worked = false;
+        if !self.patience.pays() {
+            self.patience.skip();
+            return Ok(0);
+        }
+        let end = due.min(now + self.spin);
+        loop {
+            let count = self.wait(0, events)?;
+            if count > 0 || Instant::now() >= end {
+                self.patience.learn(count > 0);
+                return Ok(count);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn wait(&mut self, timeout: i32, events: &mut [EpollEvent]) -> io::Result<usize> {
+        match self.epoll.wait(timeout, events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
+            waited => waited,
         }
     }
 
@@ -212,11 +281,9 @@ impl Worker {
             .switch
             .wakers()
             .map(|(id, fd)| (token(id), fd.as_raw_fd()));
-        let uplink = self
-            .switch
-            .uplink_waker()
-            .map(|fd| (UPLINK, fd.as_raw_fd()));
-        let wanted: BTreeSet<_> = ports.chain(uplink).collect();
+        let uplinks = self.switch.uplink_wakers();
+        let uplinks = uplinks.map(|fd| (UPLINK, fd.as_raw_fd()));
+        let wanted: BTreeSet<_> = ports.chain(uplinks).collect();
         let watched = std::mem::replace(&mut self.watched, wanted.clone());
         for (_, fd) in watched.difference(&wanted) {
             // It may be closed already, with its port: epoll has forgotten it.
@@ -274,6 +341,7 @@ impl Worker {
             }
             index += 1;
         }
+        self.worked |= worked;
         self.switch.flush();
         Ok(worked || !self.active.is_empty())
     }

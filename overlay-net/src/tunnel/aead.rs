@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use serde::{Deserialize, Serialize};
 
 use super::wire::TAG;
@@ -94,7 +94,7 @@ impl Costs {
 
 /// A key for one direction of a session.
 pub(super) struct Key {
-    /// None: `ring` did not take the key, which it only does if its length is
+    /// None: `aws-lc-rs` did not take the key, which it only does if its length is
     /// wrong. Nothing can be sealed or opened then.
     key: Option<LessSafeKey>,
 }

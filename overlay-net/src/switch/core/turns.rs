@@ -19,8 +19,8 @@ impl Switch {
         ports.filter_map(|(id, slot)| Some((id, slot.port.as_ref()?.waker())))
     }
 
-    pub(in crate::switch) fn uplink_waker(&self) -> Option<BorrowedFd<'_>> {
-        self.remote.as_ref().map(|remote| remote.waker())
+    pub(in crate::switch) fn uplink_wakers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.remote.iter().flat_map(|remote| remote.wakers())
     }
 
     #[cfg(test)]
