@@ -4,4 +4,6 @@ pub mod metrics;
 pub mod observe;
 mod observing;
 pub mod server;
+pub mod services;
+mod serving;
 pub mod types;

@@ -40,6 +40,7 @@ pub fn router(control: Control) -> Router {
         .route("/ports", get(ports))
         .route("/ports/{name}", put(put_port).delete(remove_port))
         .merge(super::observing::routes())
+        .merge(super::serving::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Arc::new(Mutex::new(control)))
@@ -52,9 +53,11 @@ pub(super) fn status(error: &Error) -> StatusCode {
             | switch::Error::NoPort(_)
             | switch::Error::NoPeer(_)
             | switch::Error::NoMirror(_)
+            | switch::Error::NoVip(_)
             | switch::Error::Nothing(_),
         ) => StatusCode::NOT_FOUND,
         Error::Switch(_) => StatusCode::CONFLICT,
+        Error::NoBackend(..) => StatusCode::NOT_FOUND,
         Error::Port(_) | Error::Name(_) | Error::Key(_) => StatusCode::BAD_REQUEST,
         Error::Save(_) | Error::Stopped(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -9,6 +9,7 @@
 //! | `GET /ports` | | all [`PortStatus`]es |
 //! | `PUT /ports/NAME` | [`PortSpec`] | [`PortStatus`] |
 //! | `DELETE /ports/NAME` | | [`PortStatus`] as it was |
+//! | `PUT /ports/NAME/options` | how the bridge sees it ([`PortSpec::bridge`]) | [`PortStatus`] |
 //! | `GET /peers` | | all [`Peer`]s |
 //! | `PUT /peers/NAME` | [`PeerSpec`] | [`Peer`] |
 //! | `DELETE /peers/NAME` | | [`Peer`] as it was |
@@ -108,20 +109,57 @@ pub struct PortSpec {
     pub network: String,
     /// What is behind it.
     pub attachment: Attachment,
-    /// How the bridge sees it; its network and MTU are those of the network.
+    /// How the bridge sees it; its network is that of the network, its MTU
+    /// at most.
     #[serde(default)]
     pub bridge: PortConfig,
 }
 
-/// Another node's switch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Another node's switch, or somebody else's tunnel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PeerSpec {
     /// Its public key, in base64: it is known by that.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub key: String,
     /// Where it may be reached; none: it calls.
     #[serde(default)]
     pub endpoints: Vec<std::net::SocketAddr>,
+    /// It is no switch but another kind of tunnel, without a key: nothing is
+    /// encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign: Option<ForeignSpec>,
+}
+
+/// Kinds of tunnels that others have, without encryption.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ForeignKind {
+    /// RFC 7348.
+    Vxlan,
+    /// RFC 8926.
+    Geneve,
+}
+
+impl ForeignKind {
+    /// Its name, for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vxlan => "VXLAN",
+            Self::Geneve => "Geneve",
+        }
+    }
+}
+
+/// Somebody else's tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForeignSpec {
+    /// What it is.
+    pub kind: ForeignKind,
+    /// The networks that it is in.
+    pub vnis: Vec<Vni>,
 }
 
 /// Another node's switch, and what is known of it.

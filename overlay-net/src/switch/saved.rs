@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::api::observe::MirrorSpec;
+use crate::api::services::VipSpec;
 use crate::api::types::{NetworkSpec, PeerSpec, PortSpec};
 
 /// The file's version; a newer one is refused.
@@ -28,6 +29,9 @@ pub struct Saved {
     /// Other nodes' switches by name.
     #[serde(default)]
     pub peers: BTreeMap<String, PeerSpec>,
+    /// Virtual addresses by name.
+    #[serde(default)]
+    pub vips: BTreeMap<String, VipSpec>,
     /// Mirrors by name.
     #[serde(default)]
     pub mirrors: BTreeMap<String, MirrorSpec>,

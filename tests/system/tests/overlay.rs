@@ -3,6 +3,8 @@
 
 #[path = "overlay/basic.rs"]
 mod basic;
+#[path = "overlay/foreign.rs"]
+mod foreign;
 #[path = "overlay/node.rs"]
 mod node;
 #[path = "overlay/observe.rs"]

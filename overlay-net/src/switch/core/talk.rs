@@ -31,8 +31,7 @@ impl Switch {
                     self.bridge.locate(self.now, station, located.as_ref());
                 }
                 Record::Member(vni, _) => {
-                    let members = self.directory.members(vni);
-                    self.bridge.set_members(vni, &members);
+                    self.renew_members(vni);
                 }
                 Record::Node(_) => {}
             }

@@ -56,6 +56,15 @@ impl Switch {
         layers: &Layers,
         frame: &mut Frame<'_>,
     ) {
+        let mut balanced;
+        let mut key = key;
+        if !self.vips.is_empty() {
+            balanced = *key;
+            if !self.balance(from, &mut balanced, frame) {
+                return;
+            }
+            key = &balanced;
+        }
         let mut outputs = std::mem::take(&mut self.outputs);
         let bridge = &mut self.bridge;
         // What it drops, the bridge counts.
@@ -88,7 +97,7 @@ impl Switch {
             self.send(id, packet.frame);
         }
         if matches!(from, Place::Port(_)) {
-            for node in self.directory.members(vni) {
+            for node in self.members(vni) {
                 self.seal(node, vni, flow_hash(&packet.key), packet.frame);
             }
         }
