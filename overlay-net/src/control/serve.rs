@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::{Control, Error, check_name};
 use crate::api::services::{BackendChange, Vip, VipBackend, VipSpec};
 use crate::frame::Mac;
-use crate::switch;
+use crate::switch::{self, Switch};
 
 /// Seconds since 1970.
 fn now() -> u64 {
@@ -20,7 +20,7 @@ impl Control {
     ///
     /// The switch has stopped.
     pub async fn vips(&self) -> Result<Vec<Vip>, Error> {
-        Ok(self.order(|switch| switch.vips()).await?)
+        Ok(self.order(Switch::vips).await?)
     }
 
     /// Makes a virtual address, or changes its servers.

@@ -229,7 +229,7 @@ fn captured(stream: &mut Stream) -> (Vec<Block>, bool) {
             Poll::Ready(None) => return (blocks, true),
             Poll::Pending => return (blocks, false),
         }
-        while let Some(block) = reader.next().unwrap() {
+        while let Some(block) = reader.take().unwrap() {
             if !matches!(block, Block::Other) {
                 blocks.push(block);
             }

@@ -9,3 +9,5 @@ mod foreign;
 mod node;
 #[path = "overlay/observe.rs"]
 mod observe;
+#[path = "overlay/vips.rs"]
+mod vips;
