@@ -18,6 +18,7 @@ use crate::switch::{self, Switch};
 
 mod moving;
 mod observe;
+mod serve;
 
 /// Why something was refused.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,9 @@ pub enum Error {
     /// There is no switch any more.
     #[error(transparent)]
     Stopped(#[from] Stopped),
+    /// There is no such server.
+    #[error("`{0}` is no server of `{1}`; blanket net vip ls shows those that there are")]
+    NoBackend(String, String),
     /// No public key.
     #[error("{0}")]
     Key(String),
@@ -93,10 +97,7 @@ impl Control {
                 .await??;
         }
         for (name, spec) in control.saved.peers.clone() {
-            let public = key::parse(&spec.key).map_err(Error::Key)?;
-            let added = control
-                .order(move |switch| switch.add_peer(&name, public, spec))
-                .await?;
+            let added = control.add_peer(name, spec).await;
             if let Err(error) = added {
                 tracing::warn!("{error}");
             }
@@ -125,6 +126,7 @@ impl Control {
             made.await??;
         }
         control.restore_mirrors().await?;
+        control.restore_vips().await?;
         for (network, spec) in control.saved.controllers.clone() {
             // What a network begins with depends on it.
             let (name, mode) = (network.clone(), spec.mode());
@@ -178,10 +180,9 @@ impl Control {
     }
 
     fn mtu(&self, spec: &PortSpec) -> Option<u16> {
-        self.saved
-            .networks
-            .get(&spec.network)
-            .map(|network| network.mtu)
+        let network = self.saved.networks.get(&spec.network)?;
+        let its = u16::try_from(spec.bridge.mtu).unwrap_or(u16::MAX);
+        Some(network.mtu.min(its))
     }
 
     /// Describes the switch.
@@ -387,14 +388,25 @@ impl Control {
     /// peer's.
     pub async fn put_peer(&mut self, name: String, spec: PeerSpec) -> Result<Peer, Error> {
         check_name(&name)?;
-        let public = key::parse(&spec.key).map_err(Error::Key)?;
         let (key, kept) = (name.clone(), spec.clone());
-        let peer = self
-            .order(move |switch| switch.add_peer(&name, public, spec))
-            .await??;
+        let peer = self.add_peer(name, spec).await?;
         self.saved.peers.insert(key, kept);
         self.saved.write(&self.path)?;
         Ok(peer)
+    }
+
+    async fn add_peer(&self, name: String, spec: PeerSpec) -> Result<Peer, Error> {
+        if let Some(foreign) = &spec.foreign {
+            let kind = foreign.kind.name();
+            tracing::warn!(
+                "peer {name} is {kind}: what goes to it and comes from it is NOT ENCRYPTED"
+            );
+            let added = self.order(move |switch| switch.add_foreign(&name, &spec));
+            return Ok(added.await??);
+        }
+        let public = key::parse(&spec.key).map_err(Error::Key)?;
+        let added = self.order(move |switch| switch.add_peer(&name, public, spec));
+        Ok(added.await??)
     }
 
     /// Removes another node's switch.

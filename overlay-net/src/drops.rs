@@ -109,6 +109,8 @@ reasons! {
     Connections = "too_many_connections",
     /// No rule of its port's security groups lets it through.
     Group = "security_group",
+    /// It is to a service that has no server for it.
+    NoBackend = "no_backend",
     /// More frames wait for a controller than it takes.
     Controller = "controller_queue_full",
 }

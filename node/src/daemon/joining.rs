@@ -76,6 +76,7 @@ fn spec_of(member: &Member, card: Card) -> Option<PeerSpec> {
         key,
         endpoints,
         member: true,
+        foreign: None,
     })
 }
 
@@ -180,6 +181,7 @@ mod tests {
             key: key.to_owned(),
             endpoints: vec!["10.0.0.2:4790".parse().unwrap()],
             member,
+            foreign: None,
         }
     }
 

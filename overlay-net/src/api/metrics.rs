@@ -68,12 +68,7 @@ impl Text {
     }
 
     /// Frames and bytes in both directions.
-    fn traffic<'a>(
-        &mut self,
-        name: &str,
-        what: &str,
-        all: impl Iterator<Item = (Vec<Label<'a>>, Traffic, Traffic)> + Clone,
-    ) {
+    fn traffic<'a>(&mut self, name: &str, what: &str, all: &[(Vec<Label<'a>>, Traffic, Traffic)]) {
         let frames: fn(Traffic) -> u64 = |traffic| traffic.frames;
         let bytes: fn(Traffic) -> u64 = |traffic| traffic.bytes;
         for (unit, of) in [("frames", frames), ("bytes", bytes)] {
@@ -81,8 +76,8 @@ impl Text {
             let help =
                 format!("{what}: {unit} into the switch and out of it; a large frame is one.");
             self.family(&name, "counter", &help);
-            for (labels, rx, tx) in all.clone() {
-                for (direction, traffic) in [("in", rx), ("out", tx)] {
+            for (labels, rx, tx) in all {
+                for (direction, traffic) in [("in", *rx), ("out", *tx)] {
                     let mut labels = labels.clone();
                     labels.push(("direction", &direction));
                     self.sample(&name, &labels, of(traffic));
@@ -227,7 +222,8 @@ fn ports(text: &mut Text, ports: &[(PortStatus, usize)]) {
     let traffic = ports
         .iter()
         .map(|(port, _)| (port_labels(port), port.rx, port.tx));
-    text.traffic("blanket_switch_port", "A port", traffic);
+    let traffic: Vec<_> = traffic.collect();
+    text.traffic("blanket_switch_port", "A port", &traffic);
     let drops = ports
         .iter()
         .map(|(port, _)| (port_labels(port), &port.drops));
@@ -267,7 +263,8 @@ fn peers(text: &mut Text, peers: &[Peer]) {
         let labels: Vec<Label<'_>> = vec![("peer", &peer.name)];
         (labels, rx, tx)
     });
-    text.traffic("blanket_switch_peer", "A peer", traffic);
+    let traffic: Vec<_> = traffic.collect();
+    text.traffic("blanket_switch_peer", "A peer", &traffic);
     let drops = peers.iter().map(|peer| {
         let labels: Vec<Label<'_>> = vec![("peer", &peer.name)];
         (labels, &peer.drops)

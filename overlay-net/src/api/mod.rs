@@ -6,4 +6,6 @@ pub mod moving;
 pub mod observe;
 mod observing;
 pub mod server;
+pub mod services;
+mod serving;
 pub mod types;

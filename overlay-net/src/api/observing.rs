@@ -17,6 +17,7 @@ use tokio::sync::Mutex;
 use super::metrics;
 use super::observe::{CAPTURE, CaptureSpec, MirrorSpec, PingSpec};
 use super::server::{Body, Shared, answer, problem, status, with_body};
+use crate::bridge::PortConfig;
 use crate::control::Control;
 use crate::switch::Stream;
 
@@ -29,6 +30,7 @@ pub(super) fn routes() -> Router<Arc<Mutex<Control>>> {
         .route("/captures/{number}", delete(end_capture))
         .route("/metrics", get(figures))
         .route("/ping", post(ping))
+        .route("/ports/{name}/options", put(set_port))
         .route("/mirrors", get(mirrors))
         .route("/mirrors/{name}", put(put_mirror).delete(remove_mirror))
 }
@@ -114,6 +116,17 @@ async fn put_mirror(
 ) -> Response {
     with_body(&control, spec, async |control, spec| {
         control.put_mirror(name, spec).await
+    })
+    .await
+}
+
+async fn set_port(
+    State(control): State<Shared>,
+    Path(name): Path<String>,
+    config: Body<PortConfig>,
+) -> Response {
+    with_body(&control, config, async |control, config| {
+        control.set_port(name, config).await
     })
     .await
 }

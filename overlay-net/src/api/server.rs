@@ -50,6 +50,7 @@ pub fn router(control: Control) -> Router {
         .merge(groups::router())
         .merge(super::observing::routes())
         .merge(super::moving::routes())
+        .merge(super::serving::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Arc::new(Mutex::new(control)))
@@ -64,6 +65,7 @@ pub(super) fn status(error: &Error) -> StatusCode {
             | switch::Error::NoGroup(_)
             | switch::Error::NoRule(_)
             | switch::Error::NoMirror(_)
+            | switch::Error::NoVip(_)
             | switch::Error::Nothing(_),
         ) => StatusCode::NOT_FOUND,
         Error::Controllers(
@@ -72,6 +74,7 @@ pub(super) fn status(error: &Error) -> StatusCode {
         Error::Switch(_) => StatusCode::CONFLICT,
         Error::Controllers(_) => StatusCode::BAD_REQUEST,
         Error::Port(_) | Error::Name(_) | Error::Key(_) | Error::Rule(_) => StatusCode::BAD_REQUEST,
+        Error::NoBackend(..) => StatusCode::NOT_FOUND,
         Error::Save(_) | Error::Stopped(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -15,6 +15,7 @@
 //! | `DELETE /groups/NAME` | [`GroupRemoval`] | `null` |
 //! | `POST /groups/NAME/rules` | [`Rule`] | `null` |
 //! | `DELETE /groups/NAME/rules` | [`Rule`] | `null` |
+//! | `PUT /ports/NAME/options` | how the bridge sees it ([`PortSpec::bridge`]) | [`PortStatus`] |
 //! | `GET /peers` | | all [`Peer`]s |
 //! | `PUT /peers/NAME` | [`PeerSpec`] | [`Peer`] |
 //! | `DELETE /peers/NAME` | | [`Peer`] as it was |
@@ -123,7 +124,8 @@ pub struct PortSpec {
     pub network: String,
     /// What is behind it.
     pub attachment: Attachment,
-    /// How the bridge sees it; its network and MTU are those of the network.
+    /// How the bridge sees it; its network is that of the network, its MTU
+    /// at most.
     #[serde(default)]
     pub bridge: PortConfig,
     /// The security groups that it is in; without any, all passes.
@@ -134,11 +136,12 @@ pub struct PortSpec {
     pub owner: Option<(u32, u32)>,
 }
 
-/// Another node's switch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Another node's switch, or somebody else's tunnel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PeerSpec {
     /// Its public key, in base64: it is known by that.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub key: String,
     /// Where it may be reached; none: it calls.
     #[serde(default)]
@@ -147,6 +150,41 @@ pub struct PeerSpec {
     /// it, and nobody else has to.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub member: bool,
+    /// It is no switch but another kind of tunnel, without a key: nothing is
+    /// encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign: Option<ForeignSpec>,
+}
+
+/// Kinds of tunnels that others have, without encryption.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ForeignKind {
+    /// RFC 7348.
+    Vxlan,
+    /// RFC 8926.
+    Geneve,
+}
+
+impl ForeignKind {
+    /// Its name, for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vxlan => "VXLAN",
+            Self::Geneve => "Geneve",
+        }
+    }
+}
+
+/// Somebody else's tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForeignSpec {
+    /// What it is.
+    pub kind: ForeignKind,
+    /// The networks that it is in.
+    pub vnis: Vec<Vni>,
 }
 
 /// Another node's switch, and what is known of it.

@@ -48,7 +48,8 @@ pub struct PortConfig {
     /// Frames to the link-local groups of IEEE 802.1 (01:80:c2:00:00:00 to
     /// 0f: spanning tree, LACP, LLDP) pass.
     pub link_local: bool,
-    /// Bytes that a packet may have, without Ethernet's header and tags.
+    /// Bytes that a packet may have, without Ethernet's header and tags; where
+    /// a network has an MTU, what is less counts.
     pub mtu: usize,
     /// TCP connections through it learn from their first packets what fits.
     pub clamp_mss: bool,
@@ -73,7 +74,7 @@ impl Default for PortConfig {
             limit: 1024,
             isolated: false,
             link_local: false,
-            mtu: 1500,
+            mtu: 65_535,
             clamp_mss: false,
             storm: Storm::default(),
             rate: None,

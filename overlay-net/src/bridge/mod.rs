@@ -33,6 +33,7 @@ use crate::frame::{Head, Mac, PortId, Vni};
 
 mod answer;
 mod ask;
+mod change;
 mod config;
 mod forward;
 mod hold;

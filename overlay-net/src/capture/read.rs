@@ -138,13 +138,13 @@ impl Reader {
     /// # Errors
     ///
     /// It is none.
-    pub fn next(&mut self) -> Result<Option<Block>, Unreadable> {
+    pub fn take(&mut self) -> Result<Option<Block>, Unreadable> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
         let (Some(kind), Some(len)) = (word(rest, 0), word(rest, 4)) else {
             return Ok(None);
         };
         let len = len as usize;
-        if !(12..=LONGEST).contains(&len) || len % 4 != 0 {
+        if !(12..=LONGEST).contains(&len) || !len.is_multiple_of(4) {
             return Err(Unreadable);
         }
         let Some(block) = rest.get(..len) else {
@@ -186,7 +186,7 @@ mod tests {
             let (mut reader, mut blocks) = (Reader::default(), Vec::new());
             for bytes in capture().chunks(step) {
                 reader.put(bytes);
-                while let Some(block) = reader.next().expect("a capture") {
+                while let Some(block) = reader.take().expect("a capture") {
                     blocks.push(block);
                 }
             }
@@ -212,13 +212,13 @@ mod tests {
         fn nothing_panics(bytes: Vec<u8>, at: prop::sample::Index, byte: u8) {
             let mut reader = Reader::default();
             reader.put(&bytes);
-            while let Ok(Some(_)) = reader.next() {}
+            while let Ok(Some(_)) = reader.take() {}
             let mut bytes = capture();
             let at = at.index(bytes.len());
             bytes[at] = byte;
             let mut reader = Reader::default();
             reader.put(&bytes);
-            while let Ok(Some(_)) = reader.next() {}
+            while let Ok(Some(_)) = reader.take() {}
         }
     }
 }

@@ -5,6 +5,8 @@ use tokio::sync::oneshot;
 use super::{Control, Error, check_name};
 use crate::api::metrics::Figures;
 use crate::api::observe::{CaptureSpec, Mirror, MirrorSpec, PingSpec, Pong};
+use crate::api::types::PortStatus;
+use crate::bridge::PortConfig;
 use crate::switch::{Stream, Switch};
 
 impl Control {
@@ -76,6 +78,27 @@ impl Control {
         self.saved.mirrors.insert(key, kept);
         self.saved.write(&self.path)?;
         Ok(mirror)
+    }
+
+    /// Changes how the bridge sees a port.
+    ///
+    /// # Errors
+    ///
+    /// There is no such port, or that cannot be.
+    pub async fn set_port(
+        &mut self,
+        name: String,
+        config: PortConfig,
+    ) -> Result<PortStatus, Error> {
+        let (key, kept) = (name.clone(), config.clone());
+        let status = self
+            .order(move |switch| switch.set_port(&name, config))
+            .await??;
+        if let Some(spec) = self.saved.ports.get_mut(&key) {
+            spec.bridge = kept;
+        }
+        self.saved.write(&self.path)?;
+        Ok(status)
     }
 
     /// Removes a mirror.

@@ -7,7 +7,10 @@
 //! | `talk` | what switches tell each other of who is where |
 //! | `turns` | ports' and uplinks' turns, and what time asks for |
 //! | `captures`, `mirrors` | who sees frames besides those who get them |
+//! | `options` | ports that are changed, and turns by weight |
 //! | `figures`, `pings` | how it is doing; whether others answer |
+//! | `foreign` | peers that are no switches |
+//! | `vips` | one address for many servers |
 //! | `way` | the way of a frame: flows, bridge, ports and tunnels |
 //! | `groups` | security groups |
 //! | `datapath` | a network as its OpenFlow controllers see it |
@@ -27,13 +30,16 @@ use crate::port::Port;
 mod captures;
 mod datapath;
 mod figures;
+mod foreign;
 mod groups;
 mod mirrors;
 mod moving;
+mod options;
 mod pings;
 mod talk;
 mod told;
 mod turns;
+mod vips;
 mod way;
 
 pub use captures::Stream;
@@ -72,6 +78,8 @@ struct Slot {
     /// Something was sent since the last flush.
     dirty: bool,
     moving: Moving,
+    /// Bytes that it may still send in its turn, where weights count.
+    credit: i64,
 }
 
 /// A frame that was made here, or waited: sent when nobody else has a turn.
@@ -111,11 +119,16 @@ pub struct Switch {
     /// The tunnels; none while they have their turn, or if there are none.
     remote: Option<Box<Remote>>,
     peers: BTreeMap<String, NodeId>,
+    /// The networks of those that are no switches.
+    foreign: HashMap<NodeId, Vec<Vni>>,
     directory: Directory,
     gossip: Gossip,
     captures: captures::Captures,
     mirrors: mirrors::Mirroring,
     pings: pings::Pings,
+    vips: vips::Vips,
+    /// Ports have weights that differ.
+    weighted: bool,
     /// When peers are looked at again, and what is old is forgotten.
     look: Duration,
     expire: Duration,

@@ -11,6 +11,7 @@ use crate::frame::Vni;
 
 mod core;
 mod flows;
+mod foreign;
 mod remote;
 pub mod saved;
 #[cfg(test)]
@@ -19,6 +20,7 @@ pub mod worker;
 
 pub use self::core::{PEERS, Stream, Switch};
 pub use flows::{FailMode, FlowError};
+pub use foreign::ForeignError;
 pub use remote::{Remote, node_of};
 
 /// Why the switch refuses something.
@@ -87,6 +89,24 @@ pub enum Error {
     /// The tunnels do not take a peer.
     #[error(transparent)]
     Peer(#[from] crate::tunnel::Error),
+    /// No such service.
+    #[error("there is no virtual address `{0}`; blanket net vip ls shows those that there are")]
+    NoVip(String),
+    /// Another service has the address; or its own is another one.
+    #[error("an address has one name for good: see `{0}`, and remove it first")]
+    VipAddress(String),
+    /// A network has services.
+    #[error("the network `{0}` has {1} virtual addresses; remove them first (blanket net vip rm)")]
+    HasVips(String, usize),
+    /// A port that no station is attached to.
+    #[error("no address is attached to port `{0}` (--mac): name the server by its MAC address")]
+    NoStation(String),
+    /// A service that cannot be.
+    #[error(transparent)]
+    Service(#[from] crate::vip::ServiceError),
+    /// There is no way to somebody else's tunnel.
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
     /// No flow.
     #[error(transparent)]
     Flow(#[from] FlowError),

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use blanket_drivers::uplink::Uplink;
 
+use super::foreign::{Foreign, ForeignError};
 use crate::api::types::PeerSpec;
 use crate::directory::NodeId;
 use crate::drops::{Drops, Reason};
@@ -45,6 +46,7 @@ pub struct Remote {
     tunnels: Tunnels,
     out: TrainBuffer,
     peers: HashMap<NodeId, Peer>,
+    foreign: Foreign,
     nodes: HashMap<PeerId, NodeId>,
     /// When the tunnels want to be asked again.
     next: Duration,
@@ -67,6 +69,7 @@ impl Remote {
             links: Links::new(uplinks),
             out: TrainBuffer::default(),
             peers: HashMap::new(),
+            foreign: Foreign::default(),
             nodes: HashMap::new(),
             next: Duration::ZERO,
         }
@@ -100,13 +103,15 @@ impl Remote {
 
     /// What becomes readable when something has come, of each uplink.
     pub(super) fn wakers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.links.uplinks().iter().map(|uplink| uplink.fd())
+        let own = self.links.uplinks().iter().map(|uplink| uplink.fd());
+        own.chain(self.foreign.wakers())
     }
 
     /// What was dropped by the tunnels, and on the way to them.
     pub(super) fn drops(&self) -> Drops {
         let mut drops = self.links.drops().clone();
         drops.merge(self.tunnels.drops());
+        drops.merge(&self.foreign.drops);
         drops
     }
 
@@ -135,7 +140,17 @@ impl Remote {
         Ok(node)
     }
 
+    /// Adds somebody else's tunnel: its number, and the bytes that a packet to
+    /// it may have.
+    pub(super) fn add_foreign(&mut self, spec: &PeerSpec) -> Result<(NodeId, usize), ForeignError> {
+        let uplink = self.links.uplinks().first().ok_or(ForeignError::Address)?;
+        self.foreign.add(uplink.as_ref(), spec)
+    }
+
     pub(super) fn remove(&mut self, node: NodeId) -> bool {
+        if self.foreign.remove(node) {
+            return true;
+        }
         let Some(peer) = self.peers.remove(&node) else {
             return false;
         };
@@ -145,7 +160,8 @@ impl Remote {
 
     /// What a peer was said to be.
     pub(super) fn spec(&self, node: NodeId) -> Option<&PeerSpec> {
-        self.peers.get(&node).map(|peer| &peer.spec)
+        let own = self.peers.get(&node).map(|peer| &peer.spec);
+        own.or_else(|| self.foreign.spec(node))
     }
 
     /// Whether a peer is not connected that should be.
@@ -154,6 +170,9 @@ impl Remote {
     }
 
     pub(super) fn status(&mut self, now: Duration, node: NodeId) -> Option<PeerStatus> {
+        if self.foreign.has(node) {
+            return self.foreign.status(node);
+        }
         let id = self.peers.get(&node)?.id;
         self.tunnels.status(now, id)
     }
@@ -182,6 +201,9 @@ impl Remote {
         flow: u32,
         frame: &Frame<'_>,
     ) -> Result<(), Reason> {
+        if self.foreign.has(node) {
+            return self.foreign.seal(node, vni, frame);
+        }
         let peer = self.peers.get(&node).ok_or(Reason::NoTunnel)?.id;
         if self.out.is_full() {
             self.flush(now);
@@ -204,6 +226,10 @@ impl Remote {
         now: Duration,
         each: &mut dyn FnMut(NodeId, Vni, Frame<'_>),
     ) -> io::Result<usize> {
+        let foreign = self.foreign.receive(each).unwrap_or_else(|error| {
+            tracing::debug!("a socket without encryption: {error}");
+            0
+        });
         let nodes = &self.nodes;
         let (tunnels, out) = (&mut self.tunnels, &mut self.out);
         self.links
@@ -212,6 +238,7 @@ impl Remote {
                     each(*node, vni, frame);
                 }
             })
+            .map(|own| own + foreign)
     }
 
     /// Does what time asks for; when that is next.
@@ -230,6 +257,7 @@ impl Remote {
 
     /// Sends what was sealed.
     pub(super) fn flush(&mut self, now: Duration) {
+        self.foreign.flush();
         if self.out.is_empty() {
             return;
         }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::moving::Arrival;
 use crate::api::observe::MirrorSpec;
+use crate::api::services::VipSpec;
 use crate::api::types::{NetworkSpec, PeerSpec, PortSpec};
 use crate::controllers::ControllerSpec;
 use crate::flow::groups::Rule;
@@ -34,6 +35,9 @@ pub struct Saved {
     /// Other nodes' switches by name.
     #[serde(default)]
     pub peers: BTreeMap<String, PeerSpec>,
+    /// Virtual addresses by name.
+    #[serde(default)]
+    pub vips: BTreeMap<String, VipSpec>,
     /// Mirrors by name.
     #[serde(default)]
     pub mirrors: BTreeMap<String, MirrorSpec>,

@@ -14,6 +14,7 @@ use std::time::Instant;
 use super::{Error, Stream, Switch};
 use crate::api::metrics;
 use crate::api::observe::{CaptureSpec, MirrorSpec, PingSpec};
+use crate::api::services::{Protocol, VipBackend, VipSpec};
 use crate::api::types::{Attachment, NetworkSpec, PortSpec};
 use crate::bridge::PortConfig;
 use crate::capture::{Block, Direction, Reader};
@@ -250,7 +251,7 @@ fn captured(stream: &mut Stream) -> (Vec<Block>, bool) {
             Poll::Ready(None) => return (blocks, true),
             Poll::Pending => return (blocks, false),
         }
-        while let Some(block) = reader.next().unwrap() {
+        while let Some(block) = reader.take().unwrap() {
             if !matches!(block, Block::Other) {
                 blocks.push(block);
             }
@@ -490,4 +491,146 @@ fn figures_are_as_prometheus_reads_them() {
             None => assert!(line.rsplit_once(' ').unwrap().1.parse::<f64>().is_ok()),
         }
     }
+}
+
+#[test]
+fn turns_are_by_weight() {
+    let mut switch = switch();
+    let ports: Vec<_> = ["a", "b"]
+        .map(|name| plug(&mut switch, name, "blue"))
+        .into();
+    let heavy = PortConfig {
+        weight: 3,
+        ..PortConfig::default()
+    };
+    assert_eq!(
+        switch.set_port("b", heavy.clone()).unwrap().spec.bridge,
+        heavy
+    );
+    assert!(matches!(switch.set_port("x", heavy), Err(Error::NoPort(_))));
+    for (number, (_, wire)) in ports.iter().enumerate() {
+        let frames = (0..20_000).map(|_| frame(number as u8 + 1, Mac::BROADCAST));
+        wire.lock().unwrap().sent.extend(frames);
+    }
+    for _ in 0..5 {
+        for (id, _) in &ports {
+            assert!(switch.service(Some(*id)) > 0);
+        }
+    }
+    let rx = |port: usize| switch.ports()[port].rx.frames as f64;
+    let share = rx(1) / rx(0);
+    assert!((2.8..3.2).contains(&share), "{} and {}", rx(0), rx(1));
+}
+
+/// A segment of a connection from this port to 10.0.0.100:80, sent to `to`.
+fn segment(to: Mac, port: u16, flags: u8) -> Vec<u8> {
+    let mut bytes = [&to.0[..], &[2, 0, 0, 0, 0, 1, 8, 0]].concat();
+    bytes.extend([0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0]);
+    bytes.extend([10, 0, 0, 1, 10, 0, 0, 100]);
+    bytes.extend(port.to_be_bytes());
+    bytes.extend([0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, flags, 1, 0, 0, 0, 0, 0]);
+    bytes.resize(60, 0);
+    bytes
+}
+
+#[test]
+fn connections_stay_with_a_server_that_drains_on_the_same_node_and_over_a_restart() {
+    let spec = |draining: Option<u64>| VipSpec {
+        network: "blue".to_owned(),
+        address: std::net::Ipv4Addr::new(10, 0, 0, 100).into(),
+        port: 80,
+        protocol: Protocol::Tcp,
+        sticky: false,
+        drain: 60,
+        backends: (2..5)
+            .map(|last| VipBackend {
+                mac: Mac([2, 0, 0, 0, 0, last]),
+                weight: 1,
+                draining: draining.filter(|_| last == 2),
+            })
+            .collect(),
+    };
+    let mut switch = switch();
+    let client = plug(&mut switch, "client", "blue");
+    let servers: Vec<_> = ["s2", "s3", "s4"]
+        .map(|name| plug(&mut switch, name, "blue"))
+        .into();
+    let hello = |switch: &mut Switch, servers: &[(PortId, Ends)], client: &(PortId, Ends)| {
+        for (server, last) in servers.iter().zip(2..) {
+            put(switch, server, frame(last, Mac::BROADCAST));
+        }
+        for port in servers.iter().chain([client]) {
+            got(port);
+        }
+    };
+    hello(&mut switch, &servers, &client);
+    let vip = switch.add_vip("web", spec(None), false).unwrap();
+    assert!(vip.shares.iter().all(|share| (300..370).contains(share)));
+    assert!(matches!(
+        switch.add_vip("other", spec(None), false),
+        Err(Error::VipAddress(_))
+    ));
+    assert!(matches!(
+        switch.remove_network("blue"),
+        Err(Error::HasVips(..) | Error::InUse(..))
+    ));
+    // Who got it.
+    let send =
+        |switch: &mut Switch, servers: &[(PortId, Ends)], client: &(PortId, Ends), port, flags| {
+            put(switch, client, segment(vip.mac, port, flags));
+            let counts: Vec<usize> = servers.iter().map(|server| got(server).len()).collect();
+            assert_eq!(counts.iter().sum::<usize>(), 1, "port {port}: {counts:?}");
+            counts.iter().position(|count| *count == 1).unwrap()
+        };
+    const SYN: u8 = 2;
+    const ACK: u8 = 16;
+    let begun: Vec<_> = (1000..1060)
+        .map(|port| (port, send(&mut switch, &servers, &client, port, SYN)))
+        .collect();
+    assert!((0..3).all(|server| begun.iter().any(|(_, its)| *its == server)));
+    let since = Some(1_700_000_000);
+    switch.add_vip("web", spec(since), false).unwrap();
+    let stays = |switch: &mut Switch, servers: &[(PortId, Ends)], client: &(PortId, Ends)| {
+        for (port, server) in &begun {
+            assert_eq!(
+                send(switch, servers, client, *port, ACK),
+                *server,
+                "port {port}"
+            );
+        }
+        for port in 2000..2060 {
+            assert_ne!(send(switch, servers, client, port, SYN), 0, "port {port}");
+            assert_ne!(send(switch, servers, client, port, ACK), 0, "port {port}");
+        }
+    };
+    stays(&mut switch, &servers, &client);
+    // Who asks for the address is told, whomever he asks.
+    let mut question = [&vip.mac.0[..], &[2, 0, 0, 0, 0, 1, 8, 6]].concat();
+    question.extend([0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 1, 10, 0, 0, 1]);
+    question.extend([0, 0, 0, 0, 0, 0, 10, 0, 0, 100]);
+    put(&mut switch, &client, question);
+    let answers = got(&client);
+    assert_eq!(answers[0][22..28], vip.mac.0);
+    // Again, with nothing but what was saved.
+    let mut switch = self::switch();
+    let client = plug(&mut switch, "client", "blue");
+    let servers: Vec<_> = ["s2", "s3", "s4"]
+        .map(|name| plug(&mut switch, name, "blue"))
+        .into();
+    hello(&mut switch, &servers, &client);
+    switch.add_vip("web", spec(since), true).unwrap();
+    stays(&mut switch, &servers, &client);
+    // Without servers, nobody gets anything, and it is said why.
+    let nobody = VipSpec {
+        backends: Vec::new(),
+        drain: 0,
+        ..spec(None)
+    };
+    switch.remove_vip("web").unwrap();
+    switch.add_vip("web", nobody, false).unwrap();
+    put(&mut switch, &client, segment(vip.mac, 1000, SYN));
+    assert!(servers.iter().all(|server| got(server).is_empty()));
+    let ports = switch.ports();
+    let dropped = ports[0].drops.of(Reason::NoBackend);
+    assert_eq!((ports[0].name.as_str(), dropped), ("client", 1));
 }

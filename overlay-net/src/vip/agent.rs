@@ -63,19 +63,20 @@ impl Agent {
         if choice.backend != mac {
             return Verdict::Deliver;
         }
-        let known = self.touch(now, key, choice);
+        let known = self.touch(now, key, mac, choice);
         match choice.before {
             Some(before) if !known && before != mac => Verdict::SendOn(before),
             _ => Verdict::Deliver,
         }
     }
 
-    /// Whether the connection is one of this node's. One that begins is from
+    /// Whether the connection is one of this server's: others may be on the
+    /// same node. One that begins is from
     /// now on; where nothing drains, any is.
-    fn touch(&mut self, now: Duration, key: &Key, choice: Choice) -> bool {
+    fn touch(&mut self, now: Duration, key: &Key, mac: Mac, choice: Choice) -> bool {
         type Flow5 = (Option<(IpAddr, IpAddr)>, Option<(u16, u16)>, u8);
         let flow: Flow5 = (key.ip, key.ports, key.protocol);
-        let hash = local_hash(&self.state, (key.vni, flow));
+        let hash = local_hash(&self.state, (key.vni, mac.0, flow));
         let at = hash as usize & (self.buckets.len() - 1);
         let bucket = &mut self.buckets[at];
         let (tag, seen) = (hash | 1, now.as_secs() as u32);

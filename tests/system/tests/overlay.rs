@@ -5,9 +5,13 @@
 mod basic;
 #[path = "overlay/control.rs"]
 mod control;
+#[path = "overlay/foreign.rs"]
+mod foreign;
 #[path = "overlay/moving.rs"]
 mod moving;
 #[path = "overlay/node.rs"]
 mod node;
 #[path = "overlay/observe.rs"]
 mod observe;
+#[path = "overlay/vips.rs"]
+mod vips;

@@ -16,10 +16,11 @@ use crate::payload;
 use crate::qemu::RunFolder;
 
 /// Host packages that build the enclosure, and that tests use in it as on a node.
-const HOST_PACKAGES: [&str; 6] = [
+const HOST_PACKAGES: [&str; 7] = [
     "iproute2",
     "mount",
     "util-linux",
+    "ethtool",
     "curl",
     "iperf3",
     "iputils-ping",

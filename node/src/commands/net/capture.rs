@@ -155,7 +155,7 @@ impl Heard {
         }
         reader.put(bytes);
         let mut text = String::new();
-        while let Some(block) = reader.next()? {
+        while let Some(block) = reader.take()? {
             match block {
                 Block::Interface(name) => self.interfaces.push(name),
                 Block::Statistics { received, dropped } => {

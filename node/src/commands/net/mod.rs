@@ -15,9 +15,12 @@ use hyper::Method;
 use sha2::{Digest, Sha256};
 
 mod capture;
+mod foreign;
 mod mirror;
+mod options;
 mod ping;
 mod top;
+mod vip;
 
 use super::{print, print_json};
 use crate::home::Home;
@@ -39,6 +42,8 @@ pub(crate) enum Args {
     Ls(ListArgs),
     /// Attach a port to a network.
     Attach(AttachArgs),
+    /// Change a port's options.
+    Set(options::SetArgs),
     /// Take a port away.
     Detach(NameArgs),
     /// List ports, and what went through them.
@@ -64,6 +69,9 @@ pub(crate) enum Args {
     /// Copies of a port's or network's frames at another port.
     #[command(subcommand)]
     Mirror(mirror::MirrorArgs),
+    /// One address for many servers, which answer directly.
+    #[command(subcommand)]
+    Vip(vip::VipArgs),
     /// Live rates of ports and peers, the busiest first.
     Top(top::TopArgs),
     /// Ping another node's switch through its tunnel, or an address in a network, as arping does.
@@ -76,7 +84,8 @@ pub(crate) enum Args {
 
 #[derive(clap::Subcommand)]
 pub(crate) enum PeerArgs {
-    /// Add the switch of another node, which has to add this one.
+    /// Add the switch of another node, which has to add this one; or, without encryption, somebody
+    /// else's VXLAN or Geneve tunnel.
     Add(PeerAddArgs),
     /// Remove the switch of another node.
     Rm(NameArgs),
@@ -89,11 +98,18 @@ pub(crate) struct PeerAddArgs {
     /// Its name on this node.
     name: String,
     /// Its public key, as `blanket net info` shows it there.
-    #[arg(long)]
-    key: String,
+    #[arg(long, required_unless_present_any = ["vxlan", "geneve"])]
+    key: Option<String>,
     /// Where it listens; none if it is behind a translating router: then it calls.
-    #[arg(long, value_name = "ADDRESS:PORT", value_delimiter = ',')]
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        value_delimiter = ',',
+        requires = "key"
+    )]
     endpoint: Vec<SocketAddr>,
+    #[command(flatten)]
+    foreign: foreign::ForeignArgs,
 }
 
 #[derive(clap::Subcommand)]
@@ -201,6 +217,8 @@ pub(crate) struct AttachArgs {
     /// The security groups that it is in; without any, it is not filtered.
     #[arg(long, value_name = "GROUPS", value_delimiter = ',')]
     group: Vec<String>,
+    #[command(flatten)]
+    options: options::PortOptions,
 }
 
 #[derive(clap::Args)]
@@ -224,27 +242,19 @@ impl AttachArgs {
             .map(std::path::absolute)
             .transpose()?;
         let attachment = tap.or(vhost_user.map(Attachment::VhostUser));
-        let vlan = match (self.vlan, &self.trunk[..]) {
-            (vlan, []) => Mode::Access {
-                vlan: vlan.unwrap_or(0),
-            },
-            (native, vlans) => Mode::Trunk {
-                vlans: vlans.to_vec(),
-                native,
-                double: false,
-            },
+        let mut bridge = PortConfig {
+            vlan: options::vlan(self.vlan, &self.trunk),
+            macs: self.mac.clone(),
+            ips: self.ip.clone(),
+            guard: self.guard,
+            isolated: self.isolated,
+            ..PortConfig::default()
         };
+        self.options.apply(&mut bridge)?;
         Ok(PortSpec {
             network: self.network.clone(),
             attachment: attachment.context("clap sees to it that there is one")?,
-            bridge: PortConfig {
-                vlan,
-                macs: self.mac.clone(),
-                ips: self.ip.clone(),
-                guard: self.guard,
-                isolated: self.isolated,
-                ..PortConfig::default()
-            },
+            bridge,
             groups: self.group.clone(),
             owner: None,
         })
@@ -283,6 +293,7 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
             let made: PortStatus = ask(home, Method::PUT, &path, Some(&spec))?;
             print(&format!("{} is port {}\n", made.name, made.id))?;
         }
+        Args::Set(args) => options::set_port(home, args)?,
         Args::Detach(args) => {
             let path = format!("/ports/{}", args.name);
             let _: PortStatus = ask(home, Method::DELETE, &path, None::<&()>)?;
@@ -292,10 +303,14 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
             show(args, &ports, |ports| port_rows(ports))?;
         }
         Args::Peer(PeerArgs::Add(args)) => {
-            let spec = PeerSpec {
-                key: args.key.clone(),
-                endpoints: args.endpoint.clone(),
-                member: false,
+            let spec = match args.foreign.spec() {
+                Some(spec) => foreign::warned(&args.name, spec),
+                None => PeerSpec {
+                    key: args.key.clone().unwrap_or_default(),
+                    endpoints: args.endpoint.clone(),
+                    member: false,
+                    foreign: None,
+                },
             };
             let path = format!("/peers/{}", args.name);
             let _: Peer = ask(home, Method::PUT, &path, Some(&spec))?;
@@ -323,6 +338,7 @@ pub(crate) fn net(home: &Home, args: &Args) -> Result<ExitCode> {
         }
         Args::Capture(args) => return capture::capture(home, args),
         Args::Mirror(args) => mirror::mirror(home, args)?,
+        Args::Vip(args) => vip::vip(home, args)?,
         Args::Top(args) => top::top(home, args)?,
         Args::Ping(args) => return ping::ping(home, args),
         Args::Metrics => print(&fetch(home, "/metrics")?)?,
@@ -399,7 +415,7 @@ fn traffic(traffic: Traffic) -> String {
 
 fn port_rows(ports: &[PortStatus]) -> Vec<Vec<String>> {
     let mut rows = vec![row([
-        "PORT", "NO", "NETWORK", "TO", "VLAN", "IN", "OUT", "DROPPED", "STATE",
+        "PORT", "NO", "NETWORK", "TO", "VLAN", "IN", "OUT", "DROPPED", "OPTIONS", "STATE",
     ])];
     rows.extend(ports.iter().map(|port| {
         let spec = &port.spec;
@@ -416,6 +432,7 @@ fn port_rows(ports: &[PortStatus]) -> Vec<Vec<String>> {
             traffic(port.rx),
             traffic(port.tx),
             port.drops.total().to_string(),
+            options::words(&spec.bridge),
             match (&port.down, &port.moving) {
                 (Some(reason), _) => format!("down: {reason}"),
                 (None, Some(moving)) => moving.clone(),
@@ -461,12 +478,7 @@ fn peer_rows(peers: &[Peer]) -> Vec<Vec<String>> {
         let none = || "-".to_owned();
         vec![
             peer.name.clone(),
-            if status.connected {
-                "connected"
-            } else {
-                "not connected"
-            }
-            .to_owned(),
+            foreign::state(peer),
             path.map_or_else(none, |path| path.remote.to_string()),
             rtt.map_or_else(none, |rtt| format!("{:.2} ms", rtt as f64 / 1000.0)),
             path.map_or_else(none, |path| format!("{:.1} %", path.loss * 100.0)),
@@ -478,9 +490,7 @@ fn peer_rows(peers: &[Peer]) -> Vec<Vec<String>> {
                 frames: stats.frames_out,
                 bytes: stats.bytes_out,
             }),
-            status
-                .cipher
-                .map_or_else(none, |cipher| cipher.name().to_owned()),
+            foreign::cipher(peer).unwrap_or_else(none),
         ]
     }));
     rows

@@ -172,8 +172,9 @@ impl Switch {
             },
         )?;
         self.pings.ports += 1;
-        let [a, b, c, d, ..] = self.directory.me().0.to_be_bytes();
-        let mac = Mac([0x06, a, b, c, d, self.pings.ports as u8]);
+        // Always the same one, so that others have one more to know, not more and more.
+        let [a, b, c, d, e, ..] = self.directory.me().0.to_be_bytes();
+        let mac = Mac([0x06, a, b, c, d, e]);
         let used = now;
         self.pings.probes.push(Probe {
             id,

@@ -35,8 +35,7 @@ impl Switch {
                     self.moved_away(&key, before.map(|(place, _)| place));
                 }
                 Record::Member(vni, _) => {
-                    let members = self.directory.members(vni);
-                    self.bridge.set_members(vni, &members);
+                    self.renew_members(vni);
                 }
                 Record::Node(_) => {}
             }

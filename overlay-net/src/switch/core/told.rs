@@ -13,8 +13,7 @@ use crate::api::types::{
     Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec, PortStatus, Traffic,
 };
 use crate::bridge::{
-    Bridge, Config, NetworkConfig, NodeConfig, Origin, Outputs, Place, PortConfig, Station,
-    stations,
+    Bridge, Config, NetworkConfig, NodeConfig, Origin, Outputs, Place, Station, stations,
 };
 use crate::directory::{Directory, Gossip, Key as Record, Limits, NodeId, Settings, Value};
 use crate::drops::Drops;
@@ -49,11 +48,14 @@ impl Switch {
             token: 0,
             remote: remote.map(Box::new),
             peers: BTreeMap::new(),
+            foreign: HashMap::new(),
             directory: Directory::new(me.unwrap_or_default(), Limits::default()),
             gossip: Gossip::new(Settings::default()),
             captures: Default::default(),
             mirrors: Default::default(),
             pings: Default::default(),
+            vips: Default::default(),
+            weighted: false,
             look: Duration::ZERO,
             expire: Duration::ZERO,
         }
@@ -145,8 +147,7 @@ impl Switch {
         self.bridge.set_network(spec.vni, NetworkConfig::default());
         self.flows.entry(spec.vni).or_default();
         self.claim(Record::Member(spec.vni, self.directory.me()), Value::Member);
-        let members = self.directory.members(spec.vni);
-        self.bridge.set_members(spec.vni, &members);
+        self.renew_members(spec.vni);
         let network = self.network(name, &spec);
         self.networks.insert(name.to_owned(), spec);
         self.renew_mirrors();
@@ -164,6 +165,10 @@ impl Switch {
         let network = self.network(name, spec);
         if network.ports > 0 {
             return Err(Error::InUse(name.to_owned(), network.ports));
+        }
+        let vips = self.vips_of(name);
+        if vips > 0 {
+            return Err(Error::HasVips(name.to_owned(), vips));
         }
         self.end_probes(Some(network.spec.vni));
         self.bridge.remove_network(network.spec.vni);
@@ -248,9 +253,9 @@ impl Switch {
         opened: Result<Box<dyn Port>, String>,
         from: Option<(Place, u64)>,
     ) -> Result<PortStatus, Error> {
-        let network = self.networks.get(&spec.network);
-        let network = network.ok_or_else(|| Error::NoNetwork(spec.network.clone()))?;
-        let (vni, mtu) = (network.vni, usize::from(network.mtu));
+        let config = self.bridge_config(&spec.network, &spec.bridge);
+        let config = config.ok_or_else(|| Error::NoNetwork(spec.network.clone()))?;
+        let vni = config.vni;
         if self.names.contains_key(name) {
             return Err(Error::Exists(name.to_owned()));
         }
@@ -259,11 +264,6 @@ impl Switch {
         }
         let id = u32::try_from(self.slots.len());
         let id = PortId(id.map_err(|_| Error::TooMany(self.slots.len(), "ports"))?);
-        let config = PortConfig {
-            vni,
-            mtu,
-            ..spec.bridge.clone()
-        };
         match from {
             None => self.bridge.add_port(id, config)?,
             Some((Place::Port(old), _)) => self.bridge.prepare_after(id, config, old)?,
@@ -285,12 +285,14 @@ impl Switch {
             closed: false,
             dirty: false,
             moving: from.map_or(Moving::No, |(from, epoch)| Moving::Arriving { from, epoch }),
+            credit: 0,
         };
         self.tell_of_port(id, &slot, Turn::Came);
         let status = self.status(id, &slot);
         self.slots.push(Some(slot));
         self.names.insert(name.to_owned(), id);
         self.renew_groups();
+        self.weigh();
         self.renew_mirrors();
         if from.is_none() {
             for (key, value) in self.attached(id) {
@@ -312,6 +314,7 @@ impl Switch {
         let slot = slot.ok_or_else(missing)?;
         let status = self.status(id, &slot);
         self.tell_of_port(id, &slot, Turn::Went);
+        self.weigh();
         self.renew_mirrors();
         self.remove_moving(id, &slot);
         self.bridge.remove_port(self.now, id)?;
@@ -461,12 +464,10 @@ impl Switch {
         spec: PeerSpec,
     ) -> Result<Peer, Error> {
         let old = self.peers.remove(name);
-        let remote = self.remote.as_mut().ok_or(Error::Alone)?;
         if let Some(old) = old {
-            remote.remove(old);
-            self.bridge.remove_node(self.now, old);
-            self.gossip.down(old);
+            self.part(old);
         }
+        let remote = self.remote.as_mut().ok_or(Error::Alone)?;
         let node = remote.add(self.now, public, spec)?;
         self.bridge.set_node(node, NodeConfig::default());
         self.peers.insert(name.to_owned(), node);
@@ -486,6 +487,7 @@ impl Switch {
         if let Some(remote) = &mut self.remote {
             remote.remove(node);
         }
+        self.forget_foreign(node);
         self.bridge.remove_node(self.now, node);
         self.gossip.down(node);
         self.directory.remove_node(self.now, node);

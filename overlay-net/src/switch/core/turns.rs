@@ -112,6 +112,10 @@ impl Switch {
             return 0;
         };
         let from = Place::Port(id);
+        if self.weighted {
+            let received = self.weighted_turn(id, port.as_mut());
+            return self.settle(id, port, received).unwrap_or(0);
+        }
         let received = port.receive(BURST, &mut |frame| self.forward(from, vni, frame));
         self.settle(id, port, received).unwrap_or(0)
     }

@@ -80,6 +80,15 @@ impl Switch {
         layers: &Layers,
         frame: &mut Frame<'_>,
     ) {
+        let mut balanced;
+        let mut key = key;
+        if !self.vips.is_empty() {
+            balanced = *key;
+            if !self.balance(from, &mut balanced, frame) {
+                return;
+            }
+            key = &balanced;
+        }
         let mut outputs = std::mem::take(&mut self.outputs);
         let bridge = &mut self.bridge;
         // What it drops, the bridge counts.
@@ -123,7 +132,7 @@ impl Switch {
 
     fn send_to_members(&mut self, packet: &Packet<'_, '_>) {
         let vni = packet.key.vni;
-        for node in self.directory.members(vni) {
+        for node in self.members(vni) {
             self.seal(node, vni, flow_hash(&packet.key), packet.frame);
         }
     }

@@ -2,17 +2,19 @@
 
 use std::time::Duration;
 
-use blanket_system_tests::{native, program, until};
-use blanket_testbed::{Client, HostBuilder};
+use blanket_system_tests::{program, until};
+use blanket_testbed::{Client, Host, HostBuilder};
 use serde_json::Value;
 
 pub(super) const LONG: Duration = Duration::from_secs(60);
 
 pub(super) fn nodes() -> HostBuilder {
-    let switch = program("blanket-switch").unwrap();
-    native("overlay")
-        .unwrap()
-        .inject(switch, "/usr/bin/blanket-switch")
+    // Without guests' images: there are none here.
+    ["blanket", "blanket-switch"]
+        .into_iter()
+        .fold(Host::builder("overlay"), |host, name| {
+            host.inject(program(name).unwrap(), format!("/usr/bin/{name}"))
+        })
 }
 
 /// A node: a namespace `nN` with a switch.
