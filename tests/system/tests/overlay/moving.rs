@@ -184,7 +184,7 @@ fn a_vm_on_a_network_has_a_port_for_as_long_as_it_runs() {
         pings_came(host, "t1");
         host.sh("touch /run/stop").text().unwrap();
         let sent = numbers_came(host, &guest, "t1", 7);
-        assert!(sent > 100, "{sent}");
+        assert!(sent > 20, "{sent}");
 
         // Saved, and restored.
         member.says("snapshot web /var/tmp/web.snap --stop");
