@@ -129,14 +129,15 @@ impl Clouds {
         Vm::linux(&self.here, "web", &cmdline, &flags)
     }
 
-    /// Has the first node ping that guest, a millisecond apart, until [`Clouds::end_pings`].
+    /// Has the first node ping that guest, ten milliseconds apart, until [`Clouds::end_pings`]:
+    /// more keeps emulated processors from all else.
     ///
     /// # Errors
     /// The node does not answer.
     pub fn begin_pings(&self) -> Result<()> {
         let ping = format!(
             "until ping -c 1 -W 1 {0} > /dev/null; do :; done; touch /run/pings; \
-             exec ping -D -i 0.001 {0}",
+             exec ping -D -i 0.01 {0}",
             Self::ON_NETWORK
         );
         self.here.sh(ping).spawn("/run/ping.log")?;
