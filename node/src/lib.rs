@@ -104,7 +104,7 @@ enum Command {
     Provider(provider::Args),
     /// Networks that span nodes, and the ports of this node's switch.
     #[command(subcommand)]
-    Net(net::Args),
+    Net(Box<net::Args>),
     /// The nodes of the cluster that this one is in.
     #[command(subcommand)]
     Node(nodes::Args),
