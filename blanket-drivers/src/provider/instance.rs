@@ -34,6 +34,10 @@ pub struct Instance {
     pub spot: Option<bool>,
     /// The largest packet that all its networks carry, in bytes.
     pub mtu: Option<u32>,
+    /// The names of its disks that are instance store, if it tells of all that
+    /// do not tell it themselves; as the kernel has them (`xvdb`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance_stores: Option<Vec<String>>,
     /// Addresses of its interfaces.
     pub addresses: Vec<IpAddr>,
     /// Addresses by which it is reached from elsewhere.

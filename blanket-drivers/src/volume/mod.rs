@@ -17,7 +17,7 @@ use serde::Serialize;
 
 pub use cache::{Cache, Key, Record};
 
-use crate::provider::{self, DiskFacts, Place};
+use crate::provider::{self, DiskFacts, Instance, Place};
 use sysfs::Folder;
 
 /// So many devices are looked at.
@@ -99,6 +99,29 @@ pub fn list(root: &Path, provider: &str) -> Vec<Volume> {
         read(&folder, name, provider, &in_use)
     });
     volumes.collect()
+}
+
+impl Volume {
+    /// Whether it is a disk of Xen of which nothing is known.
+    #[must_use]
+    pub fn is_xens(&self) -> bool {
+        self.place == Place::Unknown && self.name.starts_with("xvd")
+    }
+}
+
+/// Tells disks apart that do not tell it themselves, by what their provider
+/// tells of the machine.
+pub fn tell_apart(volumes: &mut [Volume], instance: &Instance) {
+    let Some(stores) = &instance.instance_stores else {
+        return;
+    };
+    for volume in volumes.iter_mut().filter(|it| it.is_xens()) {
+        volume.place = match stores.contains(&volume.name) {
+            true => Place::InstanceStore,
+            false => Place::Network,
+        };
+        "the metadata service".clone_into(&mut volume.told_by);
+    }
 }
 
 /// Whether a block device of this name is a disk: no part of one, and nothing

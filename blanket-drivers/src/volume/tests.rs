@@ -144,6 +144,28 @@ fn only_disks_are_listed_and_in_the_order_in_which_people_count() {
 }
 
 #[test]
+fn disks_of_xen_are_told_apart_by_what_the_provider_tells() {
+    let root = tempfile::tempdir().unwrap();
+    for name in ["xvda", "xvdb", "vda"] {
+        device(root.path(), name, &[("size", "8")]);
+    }
+    let places = |stores: Option<&str>| {
+        let mut all = list(root.path(), "ec2");
+        let stores = stores.map(|name| vec![name.to_owned()]);
+        let instance = Instance {
+            instance_stores: stores,
+            ..Instance::default()
+        };
+        tell_apart(&mut all, &instance);
+        all.iter().map(|it| it.place).collect::<Vec<_>>()
+    };
+    let unknown = Place::Unknown;
+    assert_eq!(places(None), [unknown; 3]);
+    let told = [unknown, Place::Network, Place::InstanceStore];
+    assert_eq!(places(Some("xvdb")), told);
+}
+
+#[test]
 fn the_driver_is_that_of_the_controller() {
     let root = tempfile::tempdir().unwrap();
     device(root.path(), "sda", &[("size", "8")]);

@@ -15,6 +15,9 @@ fn ec2_get(path: &str) -> Reply {
         "/latest/meta-data/local-hostname" => "ip-10-1-0-10.ec2.internal",
         "/latest/meta-data/instance-life-cycle" => "spot",
         "/latest/meta-data/public-ipv4" => "198.51.100.7",
+        "/latest/meta-data/block-device-mapping/" => "ami\nephemeral0\nephemeral1\nroot",
+        "/latest/meta-data/block-device-mapping/ephemeral0" => "sdb",
+        "/latest/meta-data/block-device-mapping/ephemeral1" => "/dev/xvdc",
         "/latest/meta-data/spot/instance-action" => {
             r#"{"action": "terminate", "time": "2017-09-18T08:22:00Z"}"#
         }

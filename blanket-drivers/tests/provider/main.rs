@@ -133,7 +133,20 @@ fn ec2_on_xen_and_metal_are_asked_alike() {
         let report = answered(&fixture, clouds::ec2);
         assert_eq!((report.provider, report.platform), ("ec2", "xen"));
         assert_eq!(report.instance.kind.as_deref(), Some("m5.large"));
+        let stores = report.instance.instance_stores.unwrap();
+        assert_eq!(stores, ["xvdb", "xvdc"]);
     }
+}
+
+#[test]
+fn ec2_that_does_not_tell_of_all_instance_stores_tells_of_none() {
+    let report = answered(&machines::ec2_xen(), |request| {
+        match request.path.ends_with("/ephemeral1") {
+            true => server::status(404),
+            false => clouds::ec2(request),
+        }
+    });
+    assert_eq!(report.instance.instance_stores, None);
 }
 
 #[test]

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use blanket_drivers::provider::{Machine, report};
+use blanket_drivers::provider::{Asking, Machine, report};
 use blanket_drivers::store::{Engine, stripe};
-use blanket_drivers::volume::{Cache, Limits, Record, Volume, list};
+use blanket_drivers::volume::{Cache, Limits, Record, Volume, list, tell_apart};
 use blanket_vmm::config::{ByteSize, DiskConfig};
 use serde::Serialize;
 
@@ -127,7 +127,11 @@ pub(super) fn volumes() -> Vec<Volume> {
 
 /// The volume that is named, or all.
 fn candidates(name: Option<&str>) -> Result<Vec<Volume>> {
-    let all = volumes();
+    let mut all = volumes();
+    if all.iter().any(Volume::is_xens) {
+        let report = report(&Machine::this(), Some(&Asking::default()));
+        tell_apart(&mut all, &report.instance);
+    }
     let Some(name) = name else { return Ok(all) };
     let names: Vec<_> = all.iter().map(|it| it.name.clone()).collect();
     let short = name.strip_prefix("/dev/").unwrap_or(name);

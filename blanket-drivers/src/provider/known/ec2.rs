@@ -89,6 +89,19 @@ const HOSTNAME: &str = "/latest/meta-data/local-hostname";
 const IPV6: &str = "/latest/meta-data/ipv6";
 const LIFE_CYCLE: &str = "/latest/meta-data/instance-life-cycle";
 const PUBLIC_IPV4: &str = "/latest/meta-data/public-ipv4";
+// "Instance metadata categories": what instances on Xen were given at their
+// start, by names that have `sd` or `xvd` in front.
+const VOLUMES: &str = "/latest/meta-data/block-device-mapping/";
+const EPHEMERAL: [&str; 8] = [
+    "/latest/meta-data/block-device-mapping/ephemeral0",
+    "/latest/meta-data/block-device-mapping/ephemeral1",
+    "/latest/meta-data/block-device-mapping/ephemeral2",
+    "/latest/meta-data/block-device-mapping/ephemeral3",
+    "/latest/meta-data/block-device-mapping/ephemeral4",
+    "/latest/meta-data/block-device-mapping/ephemeral5",
+    "/latest/meta-data/block-device-mapping/ephemeral6",
+    "/latest/meta-data/block-device-mapping/ephemeral7",
+];
 const SPOT: &str = "/latest/meta-data/spot/instance-action";
 const REBALANCE: &str = "/latest/meta-data/events/recommendations/rebalance";
 const MAINTENANCE: &str = "/latest/meta-data/events/maintenance/scheduled";
@@ -102,7 +115,21 @@ const SERVICE: Service = Service {
     }),
     seal: None,
     document: DOCUMENT,
-    details: &[HOSTNAME, IPV6, LIFE_CYCLE, PUBLIC_IPV4],
+    details: &[
+        HOSTNAME,
+        IPV6,
+        LIFE_CYCLE,
+        PUBLIC_IPV4,
+        VOLUMES,
+        EPHEMERAL[0],
+        EPHEMERAL[1],
+        EPHEMERAL[2],
+        EPHEMERAL[3],
+        EPHEMERAL[4],
+        EPHEMERAL[5],
+        EPHEMERAL[6],
+        EPHEMERAL[7],
+    ],
     notices: &[SPOT, REBALANCE, MAINTENANCE],
     // "Spot Instance interruption notices" of the EC2 User Guide.
     interval: Duration::from_secs(5),
@@ -122,12 +149,31 @@ fn read(answers: &Answers) -> Option<Instance> {
         region: string(&document, "/region"),
         zone: string(&document, "/availabilityZone"),
         spot: answers.text(LIFE_CYCLE).map(|kind| kind == "spot"),
+        instance_stores: instance_stores(answers),
         ..Instance::default()
     };
     instance.add_address(string(&document, "/privateIp").as_deref());
     instance.add_address(answers.text(IPV6).as_deref());
     instance.add_public_address(answers.text(PUBLIC_IPV4).as_deref());
     Some(instance)
+}
+
+/// The disks of Xen that are instance store, if it tells where each of them is.
+fn instance_stores(answers: &Answers) -> Option<Vec<String>> {
+    let all = answers.lines(VOLUMES)?;
+    let count = all.iter().filter(|it| it.starts_with("ephemeral")).count();
+    let told = EPHEMERAL.iter().filter_map(|path| answers.text(path));
+    let names: Vec<String> = told.filter_map(|name| xen_name(&name)).collect();
+    (names.len() == count).then_some(names)
+}
+
+/// How Linux calls a disk that the metadata calls `sdb`, `xvdb` or `/dev/sdb`.
+fn xen_name(name: &str) -> Option<String> {
+    let name = name.strip_prefix("/dev/").unwrap_or(name);
+    let prefixes = ["sd", "xvd"];
+    let letters = prefixes.iter().find_map(|it| name.strip_prefix(it))?;
+    let sound = (1..=2).contains(&letters.len()) && letters.bytes().all(|c| c.is_ascii_lowercase());
+    sound.then(|| format!("xvd{letters}"))
 }
 
 fn read_notices(answers: &Answers) -> Vec<Notice> {

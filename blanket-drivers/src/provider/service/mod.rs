@@ -13,6 +13,9 @@ use serde_json::Value;
 use super::instance::{Instance, Notice};
 use super::text::clean;
 
+/// Lines of an answer that are looked at.
+const MOST_LINES: usize = 64;
+
 pub(super) use ask::{Survey, poll, survey};
 pub use http::{LONGEST_ANSWER, Refusal};
 
@@ -92,6 +95,12 @@ impl Answers {
     /// A body as one line of text.
     pub(super) fn text(&self, path: &str) -> Option<String> {
         self.0.get(path).and_then(|body| clean(body))
+    }
+
+    /// The lines of a body, each as plain text; none if it has not come.
+    pub(super) fn lines(&self, path: &str) -> Option<Vec<String>> {
+        let lines = self.0.get(path)?.split(|byte| *byte == b'\n');
+        Some(lines.filter_map(clean).take(MOST_LINES).collect())
     }
 
     /// A body as JSON; null if it is none.
