@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use blanket_memory::IoVec;
 use imago::io_buffers::IoBuffer;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
@@ -131,4 +132,91 @@ pub(super) fn is_durable(file: &File) -> bool {
 /// Whether a block device has queues whose completions can be polled for.
 pub(super) fn can_be_polled(file: &File) -> bool {
     queue_says(file, "io_poll").as_deref() == Some("1")
+}
+
+/// What a block device takes without cutting it into pieces.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AtOnce {
+    /// Most bytes.
+    bytes: usize,
+    /// Most pages, or parts of one.
+    pages: usize,
+    /// What is not crossed: a multiple of this many bytes.
+    chunk: u64,
+}
+
+/// The unit of a device's scatter lists.
+const PAGE: usize = 4096;
+
+impl AtOnce {
+    /// Asks for it. Where the kernel does not tell, nothing is known to fit.
+    pub(super) fn of(file: &File) -> Self {
+        let number = |attribute| queue_says(file, attribute)?.parse::<usize>().ok();
+        Self {
+            bytes: number("max_sectors_kb").unwrap_or(0).saturating_mul(1024),
+            pages: number("max_segments").unwrap_or(0),
+            chunk: match number("chunk_sectors") {
+                None | Some(0) => u64::MAX,
+                Some(sectors) => sectors as u64 * 512,
+            },
+        }
+    }
+
+    /// Whether `piece`, at `offset` of the device, surely stays whole.
+    pub(super) fn fits(&self, piece: &[IoVec], offset: u64) -> bool {
+        let total = IoVec::total(piece);
+        let pages = piece.iter().map(|vector| {
+            let within = vector.as_ptr() as usize % PAGE;
+            (within + vector.len()).div_ceil(PAGE)
+        });
+        // Some devices' lists have no gaps: only the first may begin, and only the last may end,
+        // within a page.
+        let joined = piece.windows(2).all(|pair| {
+            let end = pair[0].as_ptr() as usize + pair[0].len();
+            end.is_multiple_of(PAGE) && (pair[1].as_ptr() as usize).is_multiple_of(PAGE)
+        });
+        total <= self.bytes
+            && pages.sum::<usize>() <= self.pages
+            && joined
+            && offset % self.chunk + total as u64 <= self.chunk
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_surely_stays_whole_is_told_from_what_may_be_cut() {
+        let device = AtOnce {
+            bytes: 128 << 10,
+            pages: 16,
+            chunk: 1 << 20,
+        };
+        let piece = |all: &[(usize, usize)]| -> Vec<IoVec> {
+            let vector = |&(at, len): &(usize, usize)| IoVec::new(at as *mut u8, len);
+            all.iter().map(vector).collect()
+        };
+        let fits = |all: &[(usize, usize)], offset| device.fits(&piece(all), offset);
+        assert!(fits(&[(0x1000, 0x1000), (0x8000, 0x1000)], 0));
+        assert!(fits(&[(0x1e00, 0x200), (0x8000, 0x600)], 0));
+        // Gaps within pages.
+        assert!(!fits(&[(0x1000, 0x200), (0x8000, 0x1000)], 0));
+        assert!(!fits(&[(0x1000, 0x1000), (0x8200, 0x200)], 0));
+        // Sixteen pages, but not in seventeen parts.
+        assert!(fits(&[(0x1_0000, 0x1_0000)], 0));
+        assert!(!fits(&[(0x1_0200, 0x1_0000)], 0));
+        // Within a chunk, and across.
+        assert!(fits(&[(0x1000, 0x2000)], (1 << 20) - 0x2000));
+        assert!(!fits(&[(0x1000, 0x2000)], (1 << 20) - 0x1000));
+        let long = AtOnce {
+            pages: 1000,
+            ..device
+        };
+        assert!(long.fits(&piece(&[(0, 128 << 10)]), 0));
+        assert!(!long.fits(&piece(&[(0, (128 << 10) + 512)]), 0));
+        // Nothing is known of what is no device.
+        let file = File::open("/proc/self/exe").unwrap();
+        assert!(!AtOnce::of(&file).fits(&piece(&[(0, 512)]), 0));
+    }
 }

@@ -7,6 +7,8 @@
 //! Completions are polled for on a second ring, since such a ring takes nothing
 //! but reads and writes. Nothing signals there: while something is in flight the
 //! store keeps its event readable, so that its owner's loop comes back and looks.
+//! What the device does not take whole never goes there: Linux does not poll for
+//! the parts, and tries without end instead (`bio_set_polled` of Linux 6.1).
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -19,6 +21,7 @@ use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::probe::AtOnce;
 use super::raw::{PUNCH, RawFile};
 use super::transfer::{Transfer, is_transient, no_progress};
 use super::{Completion, Operation, Request, Store};
@@ -89,6 +92,7 @@ pub(super) fn probe() -> io::Result<()> {
 struct Polled {
     ring: IoUring,
     in_flight: usize,
+    at_once: AtOnce,
     /// The device turned out not to be polled: what comes takes the other ring.
     refused: bool,
 }
@@ -133,6 +137,7 @@ impl RingStore {
             polled: polled.map(|ring| Polled {
                 ring,
                 in_flight: 0,
+                at_once: AtOnce::of(&image.file),
                 refused: false,
             }),
             image,
@@ -155,12 +160,13 @@ impl RingStore {
         let Some(transfer) = self.slots[index].as_mut() else {
             return Ok(());
         };
-        let data = matches!(transfer.operation, Operation::Read | Operation::Write);
-        let entry = step(transfer, &self.image)?
-            .flags(Flags::FIXED_FILE)
-            .user_data(index as u64);
-        let ring = match &mut self.polled {
-            Some(polled) if data && !polled.refused => {
+        let offset = transfer.offset;
+        let (entry, piece) = step(transfer, &self.image)?;
+        let entry = entry.flags(Flags::FIXED_FILE).user_data(index as u64);
+        let ring = match (&mut self.polled, piece) {
+            (Some(polled), Some(piece))
+                if !polled.refused && polled.at_once.fits(piece, offset) =>
+            {
                 polled.in_flight += 1;
                 &mut polled.ring
             }
@@ -261,22 +267,26 @@ fn start(ring: &mut IoUring, event: &EventFd) -> io::Result<()> {
     Ok(())
 }
 
-/// The entry for a transfer's next step.
-fn step(transfer: &mut Transfer, image: &RawFile) -> io::Result<Entry> {
+/// The entry for a transfer's next step, and the memory that it reads or writes.
+fn step<'a>(
+    transfer: &'a mut Transfer,
+    image: &RawFile,
+) -> io::Result<(Entry, Option<&'a [IoVec]>)> {
     let (operation, offset, len) = (transfer.operation, transfer.offset, transfer.len);
     Ok(match operation {
-        Operation::Flush => opcode::Fsync::new(IMAGE)
-            .flags(FsyncFlags::DATASYNC)
-            .build(),
-        Operation::Discard | Operation::WriteZeroes => opcode::Fallocate::new(IMAGE, len)
-            .offset(offset)
-            .mode(PUNCH)
-            .build(),
+        Operation::Flush => {
+            let flags = FsyncFlags::DATASYNC;
+            (opcode::Fsync::new(IMAGE).flags(flags).build(), None)
+        }
+        Operation::Discard | Operation::WriteZeroes => {
+            let punch = opcode::Fallocate::new(IMAGE, len);
+            (punch.offset(offset).mode(PUNCH).build(), None)
+        }
         Operation::Read | Operation::Write => {
             let piece = transfer.piece(&image.limits)?;
             let count = u32::try_from(piece.len()).map_err(io::Error::other)?;
             let vectors = IoVec::as_raw(piece);
-            if operation == Operation::Read {
+            let entry = if operation == Operation::Read {
                 opcode::Readv::new(IMAGE, vectors, count)
                     .offset(offset)
                     .build()
@@ -284,7 +294,8 @@ fn step(transfer: &mut Transfer, image: &RawFile) -> io::Result<Entry> {
                 opcode::Writev::new(IMAGE, vectors, count)
                     .offset(offset)
                     .build()
-            }
+            };
+            (entry, Some(piece))
         }
     })
 }

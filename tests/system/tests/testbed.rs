@@ -93,7 +93,7 @@ fn two_nodes_see_latency_and_partition_change_while_they_run() {
         let text = String::from_utf8(output.stdout).unwrap();
         let times = text
             .lines()
-            .find_map(|line| line.strip_prefix("round-trip min/avg/max = "));
+            .find_map(|line| line.strip_prefix("rtt min/avg/max/mdev = "));
         times
             .and_then(|times| times.split('/').next())
             .map(|least| least.parse::<f64>().unwrap())

@@ -11,8 +11,10 @@ use crate::node::{LONG, Node, pings};
 const GUEST: &str = "10.0.0.50";
 
 fn nodes() -> HostBuilder {
-    let daemon = program("blanketd").unwrap();
-    crate::node::nodes().inject(daemon, "/usr/bin/blanketd")
+    let switch = program("blanket-switch").unwrap();
+    Member::nodes("overlay")
+        .unwrap()
+        .inject(switch, "/usr/bin/blanket-switch")
 }
 
 /// A guest on the network `blue`, started by `blanket COMMAND`.
