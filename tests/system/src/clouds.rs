@@ -178,6 +178,9 @@ pub struct Pings {
     pub doubled: u64,
     /// The longest time between two answers, in milliseconds.
     pub gap_ms: f64,
+    /// When the first answer came after which no ping is missing, by the sender's clock, in
+    /// seconds since 1970.
+    pub whole_since: f64,
 }
 
 impl Pings {
@@ -186,13 +189,20 @@ impl Pings {
     /// # Errors
     /// It has no end.
     pub fn read(log: &str) -> Result<Self> {
-        let times = log.lines().filter_map(|line| {
+        let answers = log.lines().filter_map(|line| {
             let (time, rest) = line.strip_prefix('[')?.split_once(']')?;
-            rest.contains("bytes from")
-                .then(|| time.parse::<f64>().ok())?
+            let (number, _) = rest.split_once("icmp_seq=")?.1.split_once(' ')?;
+            Some((time.parse().ok()?, number.parse().ok()?))
         });
-        let times: Vec<f64> = times.collect();
-        let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
+        let mut answers: Vec<(f64, u64)> = answers.collect();
+        let gaps = answers.windows(2).map(|pair| pair[1].0 - pair[0].0);
+        let gap_ms = gaps.fold(0.0, f64::max) * 1e3;
+        answers.sort_by_key(|(_, number)| *number);
+        let whole = answers
+            .windows(2)
+            .rev()
+            .find(|pair| pair[1].1 > pair[0].1 + 1);
+        let whole = whole.map(|pair| pair[1]).or(answers.first().copied());
         let line = log.lines().find(|line| line.contains("transmitted"));
         let line = line.with_context(|| format!("the pings have no end: {log}"))?;
         let figure = |what: &str| -> u64 {
@@ -207,7 +217,8 @@ impl Pings {
             sent,
             lost: sent.saturating_sub(figure("received")),
             doubled: figure("duplicates"),
-            gap_ms: gaps.fold(0.0, f64::max) * 1e3,
+            gap_ms,
+            whole_since: whole.map_or(f64::INFINITY, |(time, _)| time),
         })
     }
 }
@@ -263,12 +274,14 @@ mod tests {
     fn a_log_of_pings_is_read() {
         let log = "PING 10.8.0.50 (10.8.0.50) 56(84) bytes of data.\n\
                    [10.000] 64 bytes from 10.8.0.50: icmp_seq=1 ttl=64 time=1 ms\n\
-                   [10.001] 64 bytes from 10.8.0.50: icmp_seq=2 ttl=64 time=1 ms\n\
-                   [10.251] 64 bytes from 10.8.0.50: icmp_seq=3 ttl=64 time=250 ms (DUP!)\n\n\
+                   [10.001] 64 bytes from 10.8.0.50: icmp_seq=3 ttl=64 time=1 ms\n\
+                   [10.251] 64 bytes from 10.8.0.50: icmp_seq=4 ttl=64 time=250 ms\n\
+                   [10.252] 64 bytes from 10.8.0.50: icmp_seq=4 ttl=64 time=250 ms (DUP!)\n\n\
                    5 packets transmitted, 3 received, +1 duplicates, 40% packet loss, time 9ms\n";
         let pings = Pings::read(log).unwrap();
         assert_eq!((pings.sent, pings.lost, pings.doubled), (5, 2, 1));
         assert!((pings.gap_ms - 250.0).abs() < 0.1, "{pings:?}");
+        assert!((pings.whole_since - 10.001).abs() < 1e-6, "{pings:?}");
         assert!(Pings::read("").is_err());
     }
 }

@@ -127,7 +127,7 @@ fn nodes_of_one_network_have_metadata_services_of_their_own_that_misbehave_when_
         (google.join().unwrap(), nova)
     });
     google.sh("ping -c 3 -i 0.2 10.0.0.2").text().unwrap();
-    let get = "curl -s -m 3 -H 'Metadata-Flavor: Google' http://169.254.169.254";
+    let get = "curl -sS -m 8 -H 'Metadata-Flavor: Google' http://169.254.169.254";
     let tree = "/computeMetadata/v1/instance";
     let asked = |path: &str| google.sh(format!("{get}{tree}{path}")).run().unwrap();
     let text = |path: &str| String::from_utf8(asked(path).stdout).unwrap();
@@ -153,10 +153,11 @@ fn nodes_of_one_network_have_metadata_services_of_their_own_that_misbehave_when_
         (Behavior::Garbage, &[1]),
     ] {
         service.behave(behavior);
-        let status = asked("/id").status.code();
+        let output = asked("/id");
+        let status = output.status.code();
         assert!(
             status.is_some_and(|code| statuses.contains(&code)),
-            "{behavior:?}: {status:?}"
+            "{behavior:?}: {output}"
         );
     }
     service.behave(Behavior::Lies);

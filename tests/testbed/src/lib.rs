@@ -50,7 +50,7 @@ pub use kernel::{Kernel, KernelFlavor};
 pub use metadata::{Behavior, Event, Metadata};
 pub use network::{Counters, Link, Network};
 pub use node::{Node, NodeBuilder};
-pub use packages::ensure_packages;
+pub use packages::{downloaded, ensure_packages};
 pub use payload::Payload;
 pub use provider::Provider;
 pub use qemu::Accelerator;

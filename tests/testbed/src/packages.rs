@@ -56,6 +56,16 @@ pub fn ensure_packages(names: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// The named packages' files, without what they depend on: for programs that are not to be
+/// installed on this machine, where they would be started.
+///
+/// # Errors
+/// When they cannot be downloaded.
+pub fn downloaded(names: &[&str]) -> Result<Vec<PathBuf>> {
+    update_lists()?;
+    Set::exactly(Source::Machine, names)?.download()
+}
+
 fn missing<'a>(names: &[&'a str]) -> Result<Vec<&'a str>> {
     // Fails when one of them is not even known; its output names the ones that are installed.
     let output = Command::new("dpkg-query")

@@ -166,9 +166,10 @@ pub(super) fn stream(host: &Client, from: &str, to: &str, address: &str) -> f64 
     ))
     .text()
     .unwrap();
+    // The server may not listen yet; iperf3's reports of failures end well.
     let run = format!(
-        "until ip netns exec {from} iperf3 -J -c {address} -t 1 > /run/iperf.json; do \
-         grep -q refused /run/iperf.json || break; sleep 0.1; done; cat /run/iperf.json"
+        "while ip netns exec {from} iperf3 -J -c {address} -t 1 > /run/iperf.json; \
+         grep -q 'Connection refused' /run/iperf.json; do sleep 0.1; done; cat /run/iperf.json"
     );
     let said = host.sh(run).timeout(LONG).text().unwrap();
     let report: Value = serde_json::from_str(&said).unwrap();

@@ -10,6 +10,9 @@ fn captured(node: &Node<'_>, arguments: &str, done: impl FnOnce()) -> String {
     let said = format!("/run/capture{}", node.number);
     let command = node.command(&format!("capture {arguments}"));
     let script = format!("echo $$ > {said}.pid; exec {command} > {said} 2> {said}.err");
+    // Another one's, that has ended.
+    let clean = format!("rm -f {said} {said}.*");
+    node.host.sh(clean).text().unwrap();
     node.host.sh(script).spawn(format!("{said}.log")).unwrap();
     until("the capture has begun", || {
         let begun = format!("[ -s {said} ] || grep -q capturing {said}.err");
@@ -211,12 +214,10 @@ fn figures_rates_and_pings_tell_how_it_is() {
             .unwrap();
         assert!(scraped.contains("version=0.0.4"), "{scraped}");
         // Rates while something goes on.
-        host.sh(
-            "ip netns exec t2 iperf3 -s -1 -D --logfile /dev/null; sleep 0.3; \
-                 ip netns exec t1 iperf3 -c 10.0.0.2 -t 4 > /dev/null 2>&1 &",
-        )
-        .text()
-        .unwrap();
+        host.sh("ip netns exec t2 iperf3 -s -1 -D --logfile /dev/null; \
+             until ip netns exec t1 iperf3 -c 10.0.0.2 -t 4; do sleep 0.1; done > /dev/null 2>&1 &")
+            .text()
+            .unwrap();
         until("there is traffic", || {
             let said = node.net("top --once --json --delay 0.3");
             let lines: serde_json::Value = serde_json::from_str(&said).unwrap();

@@ -8,9 +8,11 @@
 //! Beside them: a process that only carries frames between the TAPs as they
 //! are, which is the least that an overlay in a process can cost; the tenants
 //! joined by nothing but a cable, which is what they themselves cost; others'
-//! encrypted overlays ([`peers`]); and guests' ports ([`guests`]).
+//! encrypted overlays ([`peers`]); guests' ports ([`guests`]); and guests of one
+//! node ([`local`]).
 
 mod guests;
+mod local;
 mod peers;
 
 use std::collections::BTreeMap;
@@ -207,6 +209,7 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
         "wireguard-tools",
     ];
     ensure_packages(&packages)?;
+    ensure_packages(&local::PACKAGES)?;
     let step = progress.step("build Blanket for release");
     build::programs(workspace, &step, build::RELEASE)?;
     step.done("");
@@ -224,7 +227,7 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     for (program, name) in others {
         builder = builder.inject(program, format!("/usr/bin/{name}"));
     }
-    let host = builder.open()?;
+    let host = local::inject(builder)?.open()?;
     host.sh(NETWORKS).text()?;
     for script in [OVERLAY, LEAST, peers::NETWORKS] {
         host.sh(script).timeout(Duration::from_secs(60)).text()?;
@@ -255,7 +258,17 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let step = progress.step("a switch with nothing to do");
     let idle = guests::idle(&host)?;
     step.done("");
-    Ok(rows(&all, &others, &ports, &idle))
+    // These poll, and would be in the others' way.
+    host.sh("kill $(cat /run/switch1.pid /run/switch2.pid /run/idle.pid)")
+        .text()?;
+    let [ours, open_vswitch] = local::measure(&host, progress)?;
+    let mut rows = rows(&all, &others, &ports, &idle);
+    for (name, metric, unit) in local::names() {
+        let figures = |of: &Figures| of.get(name).cloned().unwrap_or_default();
+        let row = Row::new(&metric, unit, &figures(&ours));
+        rows.extend(row.map(|row| row.against("OVS-DPDK", &figures(&open_vswitch))));
+    }
+    Ok(rows)
 }
 
 /// What is shown: kernel, ours, the least, and the tenants alone; boringtun and
