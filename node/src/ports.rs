@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use blanket_drivers::mac::MacAddress;
 use blanket_overlay::api::moving::{Arrival, Offer, Whereabouts};
 use blanket_overlay::api::types::{
-    Attachment, Info, Network, NetworkSpec, Peer, PortSpec, PortStatus,
+    Attachment, GroupStatus, Info, Network, NetworkSpec, Peer, PortSpec, PortStatus,
 };
 use blanket_overlay::bridge::{Mode, PortConfig};
 use blanket_overlay::frame::Mac;
@@ -146,6 +146,33 @@ fn owner(user: &str) -> Result<(u32, u32)> {
     Ok((number(user)?, number(group)?))
 }
 
+/// The security groups that an interface is in.
+fn groups_of(net: &NetConfig) -> impl Iterator<Item = &str> {
+    net.group.iter().flat_map(|groups| groups.split('+'))
+}
+
+/// Whether the groups of a new VM are there: it would have no connections.
+fn check_groups(home: &Home, config: &VmConfig) -> Result<()> {
+    let wanted = on_networks(config).flat_map(|(.., net)| groups_of(net));
+    let mut wanted = wanted.peekable();
+    if wanted.peek().is_none() {
+        return Ok(());
+    }
+    let known: Vec<GroupStatus> = ask(home, Method::GET, "/groups", None::<&()>)?;
+    for name in wanted {
+        if !known
+            .iter()
+            .any(|group| group.name == name && group.rules.is_some())
+        {
+            return Err(failure(
+                format!("there is no security group '{name}' on this node's switch"),
+                format!("make it: blanket net group create {name}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn spec(vm: &VmDir, index: usize, net: &NetConfig, user: Option<&str>) -> Result<PortSpec> {
     let mac = net
         .mac
@@ -171,7 +198,7 @@ fn spec(vm: &VmDir, index: usize, net: &NetConfig, user: Option<&str>) -> Result
             guard: net.guard,
             ..PortConfig::default()
         },
-        groups: Vec::new(),
+        groups: groups_of(net).map(str::to_owned).collect(),
         owner: becomes(user)?,
     })
 }
@@ -192,6 +219,9 @@ pub(crate) fn plug(
         return Ok(());
     }
     let networks = networks(home)?;
+    if from.is_none() {
+        check_groups(home, config)?;
+    }
     // What an earlier VM of that name has left.
     unplug(home, vm, config);
     let before = match from {
@@ -200,26 +230,35 @@ pub(crate) fn plug(
     };
     for (index, name, net) in on_networks(config) {
         let network = network(&networks, name)?;
-        let spec = spec(vm, index, net, user)?;
+        let mut spec = spec(vm, index, net, user)?;
         make_folder(&vm.net_socket(index))?;
         let arrival = match from {
             None => None,
             Some(Origins::Here(old)) => {
                 let old = port_name(old, index);
                 let same = |port: &&PortStatus| port.name == old && port.spec.network == name;
-                before.iter().find(same).map(|_| Arrival {
-                    spec: spec.clone(),
-                    from: Whereabouts::Port(old),
-                    epoch: 0,
+                before.iter().find(same).map(|port| {
+                    // As it is by now.
+                    spec.bridge.clone_from(&port.spec.bridge);
+                    spec.groups.clone_from(&port.spec.groups);
+                    Arrival {
+                        spec: spec.clone(),
+                        from: Whereabouts::Port(port.name.clone()),
+                        epoch: 0,
+                    }
                 })
             }
             Some(Origins::There(ports)) => {
                 let same =
                     |port: &&parcel::Port| port.index == index && port.spec.vni == network.spec.vni;
-                ports.iter().find(same).map(|port| Arrival {
-                    spec: spec.clone(),
-                    from: Whereabouts::Peer(port.key.clone()),
-                    epoch: port.epoch,
+                ports.iter().find(same).map(|port| {
+                    spec.bridge.clone_from(&port.bridge);
+                    spec.groups.clone_from(&port.groups);
+                    Arrival {
+                        spec: spec.clone(),
+                        from: Whereabouts::Peer(port.key.clone()),
+                        epoch: port.epoch,
+                    }
                 })
             }
         };
@@ -302,6 +341,9 @@ pub(crate) fn offers(
             spec: offer.network,
             key,
             epoch: offer.epoch,
+            bridge: offer.bridge,
+            groups: offer.groups,
+            rules: offer.rules,
         });
     }
     Ok(offers)
@@ -358,8 +400,9 @@ fn local_name<'a>(networks: &'a [Network], port: &parcel::Port) -> Result<Option
     }
 }
 
-/// Makes the networks of a VM that comes, as far as they are not here, and has
-/// its configuration say what they are called here.
+/// Makes the networks and the security groups of a VM that comes, as far as they
+/// are not here, and has its configuration say what the networks are called
+/// here.
 ///
 /// # Errors
 /// There is another one of that name.
@@ -370,6 +413,16 @@ pub(crate) fn make_networks(
 ) -> Result<()> {
     if ports.is_empty() {
         return Ok(());
+    }
+    let known: Vec<GroupStatus> = ask(home, Method::GET, "/groups", None::<&()>)?;
+    let rules: BTreeMap<_, _> = ports.iter().flat_map(|port| &port.rules).collect();
+    for (name, rules) in rules {
+        if !known
+            .iter()
+            .any(|group| group.name == *name && group.rules.is_some())
+        {
+            let () = ask(home, Method::PUT, &format!("/groups/{name}"), Some(rules))?;
+        }
     }
     let networks = networks(home)?;
     let mut made: BTreeMap<&str, &NetworkSpec> = BTreeMap::new();
@@ -483,8 +536,9 @@ mod tests {
     fn an_interface_on_a_network_gets_a_port_with_its_address() {
         let dir = tempfile::tempdir().unwrap();
         let vm = vm(dir.path());
-        let mut config =
-            config("network = \"blue\"\nip = \"10.0.0.5+fd00::5\"\nvlan = 7\nguard = true");
+        let mut config = config(
+            "network = \"blue\"\nip = \"10.0.0.5+fd00::5\"\nvlan = 7\nguard = true\ngroup = \"web+db\"",
+        );
         settle(&mut config, &vm).unwrap();
         assert_eq!(config.net[0], NetConfig::default());
         let net = config.net[1].clone();
@@ -496,6 +550,7 @@ mod tests {
         let made = spec(&vm, 1, &net, Some("7:8")).unwrap();
         assert_eq!(made.owner, Some((7, 8)));
         assert_eq!(made.bridge.ips.len(), 2);
+        assert_eq!(made.groups, ["web", "db"]);
         assert_eq!(made.bridge.vlan, Mode::Access { vlan: 7 });
         assert_eq!(
             made.bridge.macs[0].to_string(),
@@ -527,6 +582,9 @@ mod tests {
             spec: network("blue", "5").spec,
             key: String::new(),
             epoch: 0,
+            bridge: PortConfig::default(),
+            groups: Vec::new(),
+            rules: BTreeMap::new(),
         };
         let here = [network("azul", "5"), network("blue", "6")];
         assert_eq!(local_name(&here, &port).unwrap(), Some("azul"));

@@ -19,10 +19,12 @@
 //!   │ ◀────────────────────────── state ── │
 //! ```
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
-use blanket_overlay::api::types::NetworkSpec;
+use blanket_overlay::api::types::{NetworkSpec, Rule};
+use blanket_overlay::bridge::PortConfig;
 use blanket_vmm::api::types::Problem;
 use blanket_vmm::config::VmConfig;
 use serde::de::DeserializeOwned;
@@ -72,6 +74,12 @@ pub struct Port {
     pub key: String,
     /// The epoch by which switches know its addresses.
     pub epoch: u64,
+    /// How the bridge sees it.
+    pub bridge: PortConfig,
+    /// The security groups that it is in.
+    pub groups: Vec<String>,
+    /// Their rules, by name: for where there are no such groups.
+    pub rules: BTreeMap<String, Vec<Rule>>,
 }
 
 /// A disk that is on storage which both nodes have.
@@ -269,6 +277,9 @@ mod tests {
                     spec: NetworkSpec { vni: Default::default(), mtu: 1500 },
                     key: name.clone(),
                     epoch: len,
+                    bridge: PortConfig::default(),
+                    groups: vec!["web".to_owned()],
+                    rules: [("web".to_owned(), Vec::new())].into(),
                 }],
                 name,
                 shared: vec![],

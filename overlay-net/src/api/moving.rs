@@ -10,6 +10,8 @@
 //!
 //! A port whose guest has gone is removed like any other.
 
+use std::collections::BTreeMap;
+
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::response::Response;
@@ -17,7 +19,8 @@ use axum::routing::get;
 use serde::{Deserialize, Serialize};
 
 use super::server::{Body, Shared, answer, with_body};
-use super::types::{NetworkSpec, PortSpec};
+use super::types::{NetworkSpec, PortSpec, Rule};
+use crate::bridge::PortConfig;
 
 /// Where a guest comes from, or goes to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +54,12 @@ pub struct Offer {
     pub key: Option<String>,
     /// The epoch by which the directory knows its addresses.
     pub epoch: u64,
+    /// How the bridge sees it.
+    pub bridge: PortConfig,
+    /// The security groups that it is in.
+    pub groups: Vec<String>,
+    /// Their rules, by name: of those that are there.
+    pub rules: BTreeMap<String, Vec<Rule>>,
 }
 
 pub(super) fn routes() -> Router<Shared> {

@@ -7,14 +7,14 @@
 //! known, gets and sends nothing but ARP and neighbour discovery, without which
 //! rules could not be told to work.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::conntrack::{Connections, Found, Full, Saved, Tuple};
+use super::conntrack::{Connections, Found, Full, Tuple};
 use crate::drops::Reason;
 use crate::frame::key::{ethertype, protocol};
 use crate::frame::{Key, Layers, PortId};
@@ -143,9 +143,11 @@ pub struct Groups {
     pub members: BTreeMap<String, HashSet<IpAddr>>,
     /// The groups that a port is in; without any, it has no connections.
     pub ports: BTreeMap<PortId, Vec<String>>,
-    /// Until then, TCP connections whose beginning was not seen are taken over
-    /// if rules would have let them begin.
+    /// Until then, connections (of TCP and ICMP) whose beginning was not seen are
+    /// taken over if rules would have let them begin.
     pub adopts: Duration,
+    /// The same of single ports.
+    pub came: HashMap<PortId, Duration>,
 }
 
 /// Zones of ports are no zones of flows.
@@ -244,7 +246,7 @@ impl Groups {
                 Ok(()) => Verdict::Pass,
                 Err(Full) => Verdict::Drop(Reason::Connections),
             },
-            Found::Within(tuple) if now < self.adopts => {
+            Found::Within(tuple) if self.adopts(now, port) => {
                 self.adopt(now, connections, &groups, tuple, direction, port)
             }
             Found::Within(_) | Found::Invalid => Verdict::Drop(Reason::NoConnection),
@@ -256,7 +258,7 @@ impl Groups {
     }
 
     /// A frame in the middle of a connection that nothing is known of: it may
-    /// have been begun by either side.
+    /// have been begun by either side; an answer of ICMP by the other one.
     fn adopt(
         &self,
         now: Duration,
@@ -266,7 +268,8 @@ impl Groups {
         direction: Direction,
         port: PortId,
     ) -> Verdict {
-        let as_begun = if self.allows(groups, &tuple, direction) {
+        let answers = matches!(tuple.protocol, protocol::ICMP | protocol::ICMPV6);
+        let as_begun = if !answers && self.allows(groups, &tuple, direction) {
             tuple
         } else if self.allows(groups, &tuple.reversed(), direction.opposite()) {
             tuple.reversed()
@@ -277,6 +280,11 @@ impl Groups {
             Ok(()) => Verdict::Pass,
             Err(Full) => Verdict::Drop(Reason::Connections),
         }
+    }
+
+    fn adopts(&self, now: Duration, port: PortId) -> bool {
+        let came = self.came.get(&port);
+        now < self.adopts || came.is_some_and(|until| now < *until)
     }
 
     /// A port's groups; none if it, or one of them, is not known.
@@ -319,16 +327,4 @@ impl Groups {
 /// A port has gone: its connections with it.
 pub fn forget(connections: &Connections, port: PortId) {
     connections.clear(zone(port));
-}
-
-/// The connections of a port, for where its guest moves to.
-#[must_use]
-pub fn save(connections: &Connections, now: Duration, port: PortId) -> Vec<Saved> {
-    connections.save(now, zone(port))
-}
-
-/// Takes over connections of a guest that has moved here; they are judged by
-/// the rules here when they are used. How many there was no room for.
-pub fn restore(connections: &Connections, now: Duration, port: PortId, saved: &[Saved]) -> usize {
-    connections.restore(now, zone(port), saved)
 }

@@ -129,14 +129,19 @@ fn switch() -> Switch {
     switch
 }
 
-fn plug(switch: &mut Switch, name: &str, network: &str) -> (PortId, Ends) {
+fn end() -> (Ends, Box<Memory>) {
     let wire = Ends::default();
     let port = Memory {
         wire: Arc::clone(&wire),
         waker: File::open("/dev/null").unwrap(),
         drops: Drops::default(),
     };
-    let status = switch.add_port(name, spec(network), Ok(Box::new(port)));
+    (wire, Box::new(port))
+}
+
+fn plug(switch: &mut Switch, name: &str, network: &str) -> (PortId, Ends) {
+    let (wire, port) = end();
+    let status = switch.add_port(name, spec(network), Ok(port));
     (status.unwrap().id, wire)
 }
 

@@ -174,6 +174,8 @@ pub struct Pings {
     pub sent: u64,
     /// So many were not answered. The last one may still be on its way.
     pub lost: u64,
+    /// So many of them were sent before the last one that was answered.
+    pub missing: u64,
     /// So many were answered more than once.
     pub doubled: u64,
     /// The longest time between two answers, in milliseconds.
@@ -198,6 +200,8 @@ impl Pings {
         let gaps = answers.windows(2).map(|pair| pair[1].0 - pair[0].0);
         let gap_ms = gaps.fold(0.0, f64::max) * 1e3;
         answers.sort_by_key(|(_, number)| *number);
+        answers.dedup_by_key(|(_, number)| *number);
+        let last = answers.last().map_or(0, |(_, number)| *number);
         let whole = answers
             .windows(2)
             .rev()
@@ -216,6 +220,7 @@ impl Pings {
         Ok(Self {
             sent,
             lost: sent.saturating_sub(figure("received")),
+            missing: last.saturating_sub(answers.len() as u64),
             doubled: figure("duplicates"),
             gap_ms,
             whole_since: whole.map_or(f64::INFINITY, |(time, _)| time),
@@ -280,6 +285,7 @@ mod tests {
                    5 packets transmitted, 3 received, +1 duplicates, 40% packet loss, time 9ms\n";
         let pings = Pings::read(log).unwrap();
         assert_eq!((pings.sent, pings.lost, pings.doubled), (5, 2, 1));
+        assert_eq!(pings.missing, 1);
         assert!((pings.gap_ms - 250.0).abs() < 0.1, "{pings:?}");
         assert!((pings.whole_since - 10.001).abs() < 1e-6, "{pings:?}");
         assert!(Pings::read("").is_err());

@@ -184,6 +184,10 @@ pub struct NetConfig {
     /// The guest may send from its own MAC (and IP) addresses only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guard: bool,
+    /// The security groups of the switch that the guest is in, with `+` in
+    /// between.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Bridge on the node that the tap joins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
@@ -496,9 +500,10 @@ impl VmConfig {
             check(net.network.is_none() || net.vhost_user.is_some(), &|| {
                 "networks are blanket's: start the VM with blanket run, or name a socket (vhost-user=PATH)".into()
             })?;
-            let of_network = net.ip.is_some() || net.vlan.is_some() || net.guard;
+            let of_network =
+                net.ip.is_some() || net.vlan.is_some() || net.guard || net.group.is_some();
             check(net.network.is_some() || !of_network, &|| {
-                "ip, vlan and guard are for an interface with a network".into()
+                "ip, vlan, guard and group are for an interface with a network".into()
             })?;
             check(net.vlan.is_none_or(|n| (1..=4094).contains(&n)), &|| {
                 "a VLAN is 1 to 4094".into()

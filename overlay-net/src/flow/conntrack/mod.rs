@@ -146,17 +146,6 @@ impl Shard {
     }
 }
 
-/// A connection that moves with a guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Saved {
-    /// As it was begun.
-    pub tuple: Tuple,
-    /// How far it is.
-    pub progress: Progress,
-    /// Seconds that it lasts without another frame.
-    pub lasts: u32,
-}
-
 /// No more connections are remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("there are too many connections")]
@@ -185,8 +174,8 @@ pub enum Found {
         /// What that was committed with.
         generation: u64,
     },
-    /// In the middle of a TCP connection, if there is one: nothing is known of
-    /// it.
+    /// In the middle of a TCP connection, or an answer of ICMP, if there is a
+    /// connection: nothing is known of it.
     Within(Tuple),
     /// Neither.
     Invalid,
@@ -246,9 +235,12 @@ impl Connections {
             Kind::Opens(tuple) => (tuple, true),
             Kind::Within(tuple) => (tuple, false),
         };
-        let middle = key.protocol == protocol::TCP
-            && !tuple.fragments
-            && key.tcp_flags & (SYN | RST | ACK) == ACK;
+        let middle = !tuple.fragments
+            && match key.protocol {
+                protocol::TCP => key.tcp_flags & (SYN | RST | ACK) == ACK,
+                protocol::ICMP | protocol::ICMPV6 => true,
+                _ => false,
+            };
         let unknown = if opens {
             Found::New(tuple)
         } else if middle {
@@ -454,42 +446,6 @@ impl Connections {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// The connections of a zone, to be taken over where its guest moves to.
-    #[must_use]
-    pub fn save(&self, now: Duration, zone: u64) -> Vec<Saved> {
-        let mut saved = Vec::new();
-        for shard in &self.shards {
-            let shard = lock(shard);
-            let slots = shard.slots.iter().flatten();
-            saved.extend(
-                slots
-                    .filter(|one| one.id.zone == zone && one.until > now)
-                    .map(|one| Saved {
-                        tuple: if one.forward {
-                            one.id.tuple
-                        } else {
-                            one.id.tuple.reversed()
-                        },
-                        progress: one.progress,
-                        lasts: u32::try_from((one.until - now).as_secs()).unwrap_or(u32::MAX),
-                    }),
-            );
-        }
-        saved
-    }
-
-    /// Takes over connections; rules look at each again. How many there was no
-    /// room for.
-    pub fn restore(&self, now: Duration, zone: u64, saved: &[Saved]) -> usize {
-        let put = |one: &&Saved| {
-            let longest = one.progress.lasts(one.tuple.protocol);
-            let lasts = Duration::from_secs(one.lasts.into()).min(longest);
-            self.put(now, zone, one.tuple, one.progress, lasts, u64::MAX)
-                .is_err()
-        };
-        saved.iter().filter(put).count()
     }
 
     /// What `ct()` of a flow tells of a frame: [`ct_state`]. What cannot be

@@ -268,27 +268,34 @@ fn where_there_is_no_room_established_connections_stay() {
 }
 
 #[test]
-fn connections_move_with_their_guest() {
-    let world = web();
-    let (syn, answer) = (
-        between(9, 5, 6, &segment(4000, 80, 2)),
-        between(5, 9, 6, &segment(80, 4000, 18)),
+fn connections_of_a_guest_that_has_come_go_on_if_rules_let_them_begin() {
+    let mut there = web();
+    let (answer, other) = (
+        between(5, 9, 6, &segment(80, 4000, 16)),
+        between(9, 5, 6, &segment(4000, 81, 16)),
     );
-    assert!(world.passes(In, &syn) && world.passes(Out, &answer));
-    let saved = groups::save(&world.connections, world.now, PORT);
-    assert_eq!(saved.len(), 1);
-    let there = web();
-    assert_eq!(
-        groups::restore(&there.connections, second(9), PORT, &saved),
-        0
+    there.groups.came.insert(PortId(PORT.0 + 1), second(120));
+    assert_eq!(there.check(Out, &answer), NONE, "it is another one's");
+    there.groups.came.insert(PORT, second(120));
+    assert!(there.passes(Out, &answer));
+    assert_eq!(there.check(In, &other), NONE);
+    // Answers of ICMP to who may ask, and to nobody else.
+    let (ping, pong) = (
+        between(9, 5, 1, &[8, 0, 0, 0, 0, 0, 0, 0]),
+        between(5, 9, 1, &[0; 8]),
     );
-    assert!(there.passes(In, &between(9, 5, 6, &segment(4000, 80, 16))));
-    let closed = World::new(vec![]);
-    groups::restore(&closed.connections, second(9), PORT, &saved);
-    assert_eq!(
-        closed.check(In, &between(9, 5, 6, &segment(4000, 80, 16))),
-        GROUP
-    );
+    assert_eq!(there.check(Out, &pong), NONE, "who may not ask");
+    let mut rules = vec![rule(In, 1, None, Remote::Any)];
+    rules.push(rule(Out, 1, None, Remote::Any));
+    there
+        .groups
+        .groups
+        .values_mut()
+        .for_each(|group| group.rules.append(&mut rules));
+    assert!(there.passes(Out, &pong) && there.passes(In, &ping) && there.passes(Out, &pong));
+    there.now = second(121);
+    let late = between(9, 5, 6, &segment(4001, 80, 16));
+    assert_eq!(there.check(In, &late), NONE);
 }
 
 #[test]

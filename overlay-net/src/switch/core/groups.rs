@@ -10,7 +10,6 @@ use crate::api::types::GroupStatus;
 use crate::directory::{GroupId, GroupList, Key as Record, Value};
 use crate::drops::Reason;
 use crate::flow::Connections;
-use crate::flow::conntrack::Saved;
 use crate::flow::groups::{self, Direction, Group, Groups, Remote, Rule, Verdict};
 use crate::frame::{Frame, Key, Layers, PortId, Vni, parse};
 use crate::switch::Error;
@@ -24,7 +23,8 @@ const MOST_RULES: usize = 256;
 /// How often other nodes' members are looked at again at most.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// How long after a restart connections of before are taken over.
+/// How long connections of before are taken over: after a restart, and after a
+/// guest has come.
 const ADOPTION: Duration = Duration::from_secs(120);
 
 /// The groups of all networks.
@@ -37,6 +37,8 @@ pub(super) struct Security {
     generation: u64,
     /// Until when connections of before are taken over.
     adopts: Duration,
+    /// The same of ports whose guests have come.
+    came: HashMap<PortId, Duration>,
     /// Other nodes' members have changed.
     stale: bool,
     /// When they were looked at.
@@ -74,6 +76,11 @@ impl Switch {
         let head = frame.head.bytes();
         let (key, layers) = parse(head, frame.len(), id, vni).map_err(|_| Reason::Malformed)?;
         self.screen(id, vni, Direction::In, (&key, layers, head))
+    }
+
+    /// A group's rules, if there is one of that name.
+    pub(super) fn rules_of(&self, name: &str) -> Option<&[Rule]> {
+        self.security.rules.get(name).map(Vec::as_slice)
     }
 
     /// Makes a group, without rules, or with these.
@@ -177,6 +184,7 @@ impl Switch {
         let id = *self.names.get(port).ok_or_else(missing)?;
         if groups.is_empty() {
             groups::forget(&self.security.connections, id);
+            self.security.came.remove(&id);
         }
         self.slot_mut(id).ok_or_else(missing)?.spec.groups = groups;
         self.renew_groups();
@@ -202,32 +210,14 @@ impl Switch {
         self.renew_groups();
     }
 
-    /// The connections of a port, for where its guest moves to.
-    ///
-    /// # Errors
-    ///
-    /// There is no such port.
-    pub fn connections(&self, port: &str) -> Result<Vec<Saved>, Error> {
-        let id = self.names.get(port);
-        let id = *id.ok_or_else(|| Error::NoPort(port.to_owned()))?;
-        Ok(groups::save(&self.security.connections, self.now, id))
-    }
-
-    /// Takes over connections of a guest that has moved here; the rules here
-    /// hold for them. How many there was no room for.
-    ///
-    /// # Errors
-    ///
-    /// There is no such port.
-    pub fn restore_connections(&mut self, port: &str, saved: &[Saved]) -> Result<usize, Error> {
-        let id = self.names.get(port);
-        let id = *id.ok_or_else(|| Error::NoPort(port.to_owned()))?;
-        Ok(groups::restore(
-            &self.security.connections,
-            self.now,
-            id,
-            saved,
-        ))
+    /// A guest has come to a port, with connections that nothing is known of
+    /// here: for two minutes, it is as after a restart.
+    pub(super) fn adopt_connections_of(&mut self, id: PortId) {
+        let now = self.now;
+        let came = &mut self.security.came;
+        came.retain(|_, until| now < *until);
+        came.insert(id, now + ADOPTION);
+        self.renew_groups();
     }
 
     /// The switch was started again: for two minutes, TCP connections that
@@ -265,6 +255,7 @@ impl Switch {
             let groups = held.entry(slot.vni).or_insert_with(|| Groups {
                 generation,
                 adopts: security.adopts,
+                came: security.came.clone(),
                 ..Groups::default()
             });
             groups.ports.insert(id, slot.spec.groups.clone());

@@ -139,10 +139,14 @@ impl Switch {
             let record = self.directory.get(&key)?;
             Some(record.version.epoch)
         });
+        let rules = |name: &String| Some((name.clone(), self.rules_of(name)?.to_vec()));
         Ok(Offer {
             network: network.clone(),
             key: self.info().key,
             epoch: epochs.max().unwrap_or_default(),
+            bridge: slot.spec.bridge.clone(),
+            groups: slot.spec.groups.clone(),
+            rules: slot.spec.groups.iter().filter_map(rules).collect(),
         })
     }
 
@@ -297,6 +301,7 @@ impl Switch {
         };
         slot.moving = Moving::No;
         let vni = slot.vni;
+        self.adopt_connections_of(id);
         // It is there.
         let held = self.bridge.activate(id).unwrap_or_default();
         let its = self.stations_of(id);

@@ -1,7 +1,8 @@
 //! Security groups at ports.
 
 use super::*;
-use crate::api::types::{Direction, Remote, Rule};
+use crate::api::moving::Whereabouts;
+use crate::api::types::{Direction, PortSpec, Remote, Rule};
 use crate::switch::Error;
 
 /// A TCP segment between 10.0.0.`from` and 10.0.0.`to`, whose MAC addresses end
@@ -35,17 +36,12 @@ fn ingress(port: u16, remote: Remote) -> Rule {
 
 /// A port with 10.0.0.`number` attached.
 fn member(switch: &mut Switch, name: &str, number: u8, groups: &[&str]) -> (PortId, Ends) {
-    let wire = Ends::default();
-    let port = Memory {
-        wire: Arc::clone(&wire),
-        waker: File::open("/dev/null").unwrap(),
-        drops: Drops::default(),
-    };
+    let (wire, port) = end();
     let mut spec = spec("blue");
     spec.bridge.macs = vec![Mac([2, 0, 0, 0, 0, number])];
     spec.bridge.ips = vec![[10, 0, 0, number].into()];
     spec.groups = groups.iter().map(|&name| name.to_owned()).collect();
-    let status = switch.add_port(name, spec, Ok(Box::new(port)));
+    let status = switch.add_port(name, spec, Ok(port));
     (status.unwrap().id, wire)
 }
 
@@ -183,26 +179,33 @@ fn no_flow_leads_around_groups() {
 }
 
 #[test]
-fn connections_move_with_their_port() {
-    let mut here = switch();
-    let rules = vec![ingress(80, Remote::Any)];
-    here.add_group("web", rules.clone()).unwrap();
-    let a = member(&mut here, "a", 1, &[]);
-    let w = member(&mut here, "w", 2, &["web"]);
-    assert!(passes(&mut here, &a, &w, tcp((1, 4000), (2, 80), SYN)));
-    assert!(passes(
-        &mut here,
-        &w,
-        &a,
-        tcp((2, 80), (1, 4000), SYN | ACK)
-    ));
-    let saved = here.connections("w").unwrap();
-    assert_eq!(saved.len(), 1);
-    let mut there = switch();
-    there.add_group("web", rules).unwrap();
-    let a = member(&mut there, "a", 1, &[]);
-    let w = member(&mut there, "w", 2, &["web"]);
-    assert!(!passes(&mut there, &a, &w, tcp((1, 4000), (2, 80), ACK)));
-    assert_eq!(there.restore_connections("w", &saved), Ok(0));
-    assert!(passes(&mut there, &a, &w, tcp((1, 4000), (2, 80), ACK)));
+fn groups_and_connections_go_where_a_guest_goes() {
+    let mut switch = switch();
+    switch
+        .add_group("web", vec![ingress(80, Remote::Any)])
+        .unwrap();
+    let a = member(&mut switch, "a", 1, &[]);
+    let w = member(&mut switch, "w", 2, &["web"]);
+    let switch = &mut switch;
+    assert!(passes(switch, &a, &w, tcp((1, 4000), (2, 80), SYN)));
+    assert!(passes(switch, &w, &a, tcp((2, 80), (1, 4000), SYN | ACK)));
+    let offer = switch.offer("w").unwrap();
+    assert_eq!(offer.groups, ["web"]);
+    assert_eq!(offer.rules["web"], [ingress(80, Remote::Any)]);
+    assert_eq!(offer.bridge.macs, [Mac([2, 0, 0, 0, 0, 2])]);
+    // Another monitor on the same node.
+    let (wire, port) = end();
+    let spec = PortSpec {
+        bridge: offer.bridge,
+        groups: offer.groups,
+        ..spec("blue")
+    };
+    let from = Whereabouts::Port("w".to_owned());
+    let status = switch.expect("w2", spec, (&from, 0), Ok(port));
+    let w2 = (status.unwrap().id, wire);
+    switch.arrived("w2").unwrap();
+    switch.remove_port("w").unwrap();
+    assert!(passes(switch, &a, &w2, tcp((1, 4000), (2, 80), ACK)));
+    assert!(!passes(switch, &a, &w2, tcp((1, 4000), (2, 81), ACK)));
+    assert!(!passes(switch, &a, &w2, tcp((1, 4000), (2, 81), SYN)));
 }

@@ -15,16 +15,6 @@ fn of_guest() -> PortSpec {
     }
 }
 
-fn end() -> (Ends, Box<Memory>) {
-    let wire = Ends::default();
-    let port = Memory {
-        wire: Arc::clone(&wire),
-        waker: File::open("/dev/null").unwrap(),
-        drops: Drops::default(),
-    };
-    (wire, Box::new(port))
-}
-
 /// The front end of a port begins or stops.
 fn turn(switch: &mut Switch, port: &(PortId, Ends), down: bool) {
     port.1.lock().unwrap().down = down;
