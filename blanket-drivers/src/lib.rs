@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod grant;
+pub mod jail;
 mod kept;
 pub mod mac;
 pub mod probe;

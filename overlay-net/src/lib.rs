@@ -21,6 +21,7 @@
 //! | [`switch`] | networks and ports, the way of each frame, and the thread that moves them |
 //! | [`controllers`] | who networks' OpenFlow controllers are, and how they are reached |
 //! | [`control`], [`api`], [`key`] | what the switch is asked, checked and kept; HTTP; who it is |
+//! | [`jail`] | what is left to the process once it is set up |
 //! | [`drops`] | why frames are dropped, counted |
 //!
 //! Large frames (segmentation offload) stay whole from guest to guest, and
@@ -37,6 +38,7 @@ pub mod directory;
 pub mod drops;
 pub mod flow;
 pub mod frame;
+pub mod jail;
 pub mod key;
 pub mod port;
 pub mod switch;

@@ -9,13 +9,15 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
+use blanket_drivers::jail::seccomp::one_arena;
 use blanket_drivers::uplink::{self, Kind, Spec};
 use blanket_overlay::api::server;
 use blanket_overlay::control::Control;
+use blanket_overlay::jail::{self, Class, Seccomp, Wishes};
 use blanket_overlay::key;
 use blanket_overlay::switch::worker::Worker;
 use blanket_overlay::switch::{Remote, Switch, node_of};
-use blanket_overlay::tunnel::{PrivateKey, public};
+use blanket_overlay::tunnel::{self, PrivateKey, public};
 use clap::Parser;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -51,6 +53,21 @@ struct Arguments {
     /// at ports where that costs no system call, at others while it pays.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50)]
     spin: u64,
+
+    /// Whether its threads have system call filters: with `on`, a call that is not foreseen ends
+    /// the switch; with `log`, the kernel logs it.
+    #[arg(
+        long,
+        value_name = "on|log|off",
+        default_value = "on",
+        hide_possible_values = true
+    )]
+    seccomp: Seccomp,
+
+    /// Let it make sockets and read keys beneath this directory too, besides /etc (keys), /run,
+    /// /tmp, --state and the directory of --socket. May be given several times.
+    #[arg(long, value_name = "DIR")]
+    allow: Vec<PathBuf>,
 }
 
 fn kind(text: &str) -> Result<Kind, String> {
@@ -60,6 +77,7 @@ fn kind(text: &str) -> Result<Kind, String> {
 }
 
 fn main() -> ExitCode {
+    one_arena();
     let arguments = Arguments::parse();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -88,6 +106,12 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .on_thread_start(|| {
+            if let Err(error) = jail::enter(Class::Resolver) {
+                eprintln!("blanket-switch: no filter for a thread: {error}");
+                std::process::abort();
+            }
+        })
         .build()
         .context("cannot start the event loop")?;
     runtime.block_on(serve(arguments))
@@ -102,6 +126,7 @@ async fn serve(arguments: &Arguments) -> Result<()> {
     let private = key::load(&arguments.state.join("key"))?;
     let identity = node_of(&public(&private));
     let mut switch = Switch::new(Instant::now(), remote(arguments, private)?);
+    confine(arguments)?;
     switch.set_identity(identity.0);
     let (handle, thread) = Worker::start(switch, spin)?;
     let control = Control::restore(handle.clone(), arguments.state.join("switch.json")).await?;
@@ -123,6 +148,27 @@ async fn serve(arguments: &Arguments) -> Result<()> {
         Err(_) => bail!("the worker has panicked"),
     }
     served
+}
+
+/// Gives up what is not needed any more.
+fn confine(arguments: &Arguments) -> Result<()> {
+    if !tunnel::prepare() {
+        bail!("the kernel has no random numbers");
+    }
+    let run = arguments
+        .socket
+        .parent()
+        .filter(|run| *run != Path::new(""));
+    let chosen = jail::confine(&Wishes {
+        seccomp: arguments.seccomp,
+        state: &arguments.state,
+        run: run.unwrap_or(Path::new(".")),
+        allow: &arguments.allow,
+    })?;
+    if chosen.landlock.is_none() {
+        tracing::info!("this kernel has no Landlock: the file system is its user's");
+    }
+    Ok(())
 }
 
 /// The way to other nodes, if there is to be one.

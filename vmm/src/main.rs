@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use blanket_drivers::jail::seccomp::one_arena;
 use blanket_migration::{Destination, wire};
 use blanket_vmm::api::server;
 use blanket_vmm::api::types::Action;
@@ -96,15 +97,6 @@ fn main() -> ExitCode {
             eprintln!("blanket-vmm: {error:#}");
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Keeps glibc to one arena: others cost memory, and to shrink them it opens a
-/// file, which no confined thread may.
-fn one_arena() {
-    // SAFETY: called while the process has one thread.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

@@ -248,6 +248,16 @@ fn units_name_their_paths_as_systemd_reads_them() {
         ),
         "{switch}"
     );
+    for line in [
+        "NoNewPrivileges=yes",
+        "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_CHOWN CAP_SETPCAP",
+        "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+        "ProtectSystem=strict",
+        "StateDirectory=blanket/switch",
+        "SystemCallArchitectures=native",
+    ] {
+        assert!(switch.lines().any(|it| it == line), "{line}: {switch}");
+    }
     assert!(
         daemon.contains("ExecStart=\"/50%% $$HOME/blanketd\"\n"),
         "{daemon}"

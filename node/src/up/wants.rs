@@ -348,6 +348,10 @@ const SWITCH_PORT: u16 = 4790;
 /// The switch has its sockets, its TAPs and its way to others. It is there
 /// before guests come back, and has no more to do with them than any backend:
 /// it can be started again at any time.
+///
+/// It confines itself further when it is set up: what is here is what it takes
+/// until then, and what can only be had from outside. `CAP_NET_RAW` is for its
+/// way to others, and `CAP_SETPCAP` to drop the others for good.
 fn switch_unit(program: &Path, outside: Option<&(String, IpAddr)>) -> String {
     let program = quoted(program).replace('$', "$$");
     let remote = outside.map(|(interface, address)| {
@@ -362,7 +366,18 @@ fn switch_unit(program: &Path, outside: Option<&(String, IpAddr)>) -> String {
          After=network-online.target local-fs.target systemd-modules-load.service\n\
          Before={SERVICE}\n\n\
          [Service]\nType=exec\nExecStart={program}{remote}\nRestart=always\nRestartSec=1\n\
-         NoNewPrivileges=yes\n\
-         \n[Install]\nWantedBy=multi-user.target\n"
+         {SWITCH_CONFINED}\n[Install]\nWantedBy=multi-user.target\n"
     )
 }
+
+/// Sockets of ports are in `/run` and `/tmp`, also those that others look for.
+const SWITCH_CONFINED: &str = "\
+    NoNewPrivileges=yes\n\
+    CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_CHOWN CAP_SETPCAP\n\
+    RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK\n\
+    StateDirectory=blanket/switch\nStateDirectoryMode=0700\n\
+    ProtectSystem=strict\nReadWritePaths=/run /tmp\nProtectHome=yes\n\
+    ProtectControlGroups=yes\nProtectKernelLogs=yes\nProtectKernelModules=yes\n\
+    ProtectKernelTunables=yes\nLockPersonality=yes\nMemoryDenyWriteExecute=yes\n\
+    RestrictNamespaces=yes\nRestrictRealtime=yes\nRestrictSUIDSGID=yes\n\
+    SystemCallArchitectures=native\n";

@@ -39,6 +39,7 @@ pub use crate::controllers::{ControllerSpec, ControllerStatus, Controllers, Targ
 use crate::drops::Drops;
 pub use crate::flow::groups::{Direction, Remote, Rule};
 use crate::frame::{Mac, PortId, Vni};
+pub use crate::jail::{Confinement, Seccomp};
 pub use crate::switch::FailMode;
 use crate::tunnel::PeerStatus;
 
@@ -72,6 +73,9 @@ pub struct Info {
     /// Where it listens for others.
     #[serde(default)]
     pub endpoints: Vec<std::net::SocketAddr>,
+    /// What is left to its process.
+    #[serde(default)]
+    pub confinement: Confinement,
 }
 
 /// What a network is.

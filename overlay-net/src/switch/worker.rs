@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Switch;
 use crate::frame::PortId;
+use crate::jail;
 
 /// Something to do with the switch, by its own thread; none: to end.
 type Order = Option<Box<dyn FnOnce(&mut Switch) + Send>>;
@@ -179,7 +180,10 @@ impl Worker {
             worked: false,
         };
         let thread = std::thread::Builder::new().name("switch".to_owned());
-        let thread = thread.spawn(move || worker.run())?;
+        let thread = thread.spawn(move || {
+            jail::enter(jail::Class::Worker)?;
+            worker.run()
+        })?;
         let handle = Handle {
             orders: sender,
             wake,

@@ -64,7 +64,7 @@ pub mod wire;
 mod tests;
 
 pub use aead::{Cipher, Costs};
-pub use noise::{generate, public};
+pub use noise::{generate, prepare, public};
 pub use open::{Each, Received};
 pub use seal::{Gaps, flow_hash};
 pub use train::{Train, TrainBuffer};

@@ -21,6 +21,15 @@ pub fn generate() -> PrivateKey {
     random()
 }
 
+/// Has what handshakes' random numbers come from be opened: in a program that is
+/// linked statically that is a file, which a confined thread cannot open.
+/// Whether there are some.
+#[must_use]
+pub fn prepare() -> bool {
+    let source = DefaultResolver.resolve_rng();
+    source.is_some_and(|mut source| source.try_fill_bytes(&mut [0]).is_ok())
+}
+
 /// The public key of a private one.
 #[must_use]
 pub fn public(private: &PrivateKey) -> PublicKey {

@@ -3,6 +3,8 @@
 
 #[path = "overlay/basic.rs"]
 mod basic;
+#[path = "overlay/confined.rs"]
+mod confined;
 #[path = "overlay/control.rs"]
 mod control;
 #[path = "overlay/foreign.rs"]

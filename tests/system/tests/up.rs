@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use blanket_system_tests::{Vm, on_node, payload, provider};
+use blanket_system_tests::{Vm, on_node, payload, program, provider};
 use blanket_testbed::{Client, NodeBuilder, Provider};
 use serde_json::Value;
 
@@ -395,6 +395,44 @@ fn with_systemd_guests_are_saved_at_the_machines_end_and_back_at_its_next_boot()
         debian.says("blanket down");
         assert_eq!(difference(&before, &debian.says(etc)), "");
         debian.refuses("systemctl cat blanket.service");
+        debian.shuts_down();
+    });
+}
+
+#[test]
+fn with_systemd_the_switch_is_confined_from_outside_too_and_works() {
+    let switch = || program("blanket-switch").unwrap();
+    let with_switch = || describe().inject(switch(), "/usr/bin/blanket-switch");
+    on_node(with_switch, |node| {
+        make_fresh(node);
+        says(node, BOOT);
+        says(node, "cp /usr/bin/blanket-switch /run/debian/usr/bin/");
+        let debian = Debian(node);
+        debian.boot();
+        let done = debian.says("blanket up");
+        assert!(done.contains("blanket-switch.service"), "{done}");
+        debian.says("until blanket net info 2>/dev/null; do sleep 0.5; done");
+        let info: Value = serde_json::from_str(&debian.says("blanket net info --json")).unwrap();
+        let is = &info["confinement"];
+        assert_eq!(is["seccomp"], "on");
+        let kept = serde_json::json!(["CAP_CHOWN", "CAP_NET_ADMIN"]);
+        assert_eq!(is["capabilities"], kept);
+        // TAPs, sockets, and what is kept.
+        debian.says(
+            "blanket net create blue && blanket net attach blue t --tap t && \
+             blanket net attach blue v --vhost-user /run/v.sock && [ -S /run/v.sock ]",
+        );
+        debian.says(
+            "systemctl restart blanket-switch && until blanket net info 2>/dev/null; do sleep 0.5; done",
+        );
+        let ports: Value = serde_json::from_str(&debian.says("blanket net port --json")).unwrap();
+        let ports = ports.as_array().unwrap();
+        assert!(
+            ports.len() == 2 && ports.iter().all(|port| port["down"].is_null()),
+            "{ports:?}"
+        );
+        debian.says("blanket down");
+        debian.refuses("systemctl cat blanket-switch.service");
         debian.shuts_down();
     });
 }

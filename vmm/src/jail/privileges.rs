@@ -3,6 +3,10 @@
 use std::io;
 use std::str::FromStr;
 
+use blanket_drivers::jail::privileges::{check, empty_bounding_set, keep_capabilities};
+
+pub use blanket_drivers::jail::privileges::no_new_privileges;
+
 /// The user that a monitor started by root becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
@@ -35,24 +39,6 @@ impl FromStr for User {
     }
 }
 
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-/// Forbids this thread, and those that it starts, to gain privileges by exec.
-/// seccomp filters need it.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn no_new_privileges() -> io::Result<()> {
-    // SAFETY: prctl with plain numbers.
-    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
-}
-
 /// Becomes `user` if this process is root's, and drops every capability, also
 /// from the bounding set. To be called while the process has one thread: the
 /// IDs are a thread's own.
@@ -60,42 +46,17 @@ pub fn no_new_privileges() -> io::Result<()> {
 /// # Errors
 /// The kernel refuses a step: the monitor must not go on.
 pub fn drop_privileges(user: User) -> io::Result<()> {
-    // SAFETY: plain system calls on this thread; the arrays outlive them.
+    empty_bounding_set();
+    // SAFETY: plain system calls on this thread.
     unsafe {
-        // Until EINVAL says that there is no such capability. Without
-        // CAP_SETPCAP nothing can be dropped, nor need it be.
-        for capability in 0..64 {
-            if libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) != 0 {
-                break;
-            }
-        }
         if libc::geteuid() == 0 {
             check(libc::setgroups(0, std::ptr::null()))?;
             check(libc::setresgid(user.gid, user.gid, user.gid))?;
             check(libc::setresuid(user.uid, user.uid, user.uid))?;
         }
     }
-    clear_capabilities()?;
+    keep_capabilities(&[])?;
     no_new_privileges()
-}
-
-/// Empties the thread's capability sets.
-fn clear_capabilities() -> io::Result<()> {
-    const VERSION_3: u32 = 0x2008_0522;
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    let header = Header {
-        version: VERSION_3,
-        pid: 0,
-    };
-    // Effective, permitted and inheritable, for 64 capabilities.
-    let none = [0u32; 6];
-    // SAFETY: version 3 takes two of the kernel's three-word structures.
-    let done = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
-    check(done as libc::c_int)
 }
 
 #[cfg(test)]

@@ -1,16 +1,15 @@
 //! Default-deny system call filters, one per class of thread.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::mem::MaybeUninit;
 
 use blanket_devices::{char as char_device, vhost_user};
+use blanket_drivers::jail::seccomp::{
+    self as jail, ASSERTIONS, Argument, BASE, Filter, Program, Refusal,
+};
 use blanket_drivers::{store, tap};
 use blanket_memory::uffd;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+
+pub use blanket_drivers::jail::seccomp::REFUSED_STATUS;
 
 use crate::snapshot::pager;
 use crate::vcpu::KICK_SYSCALLS;
@@ -40,43 +39,6 @@ pub enum Class {
     /// The thread that migrates the guest, and those that it makes for it.
     Migrate,
 }
-
-/// What any thread's run time needs: memory, locks, time, its own end.
-const BASE: &[libc::c_long] = &[
-    libc::SYS_brk,
-    libc::SYS_clock_gettime,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_close,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-    libc::SYS_futex,
-    libc::SYS_getpid,
-    libc::SYS_getrandom,
-    libc::SYS_gettid,
-    libc::SYS_madvise,
-    libc::SYS_mmap,
-    libc::SYS_mprotect,
-    libc::SYS_mremap,
-    libc::SYS_munmap,
-    libc::SYS_nanosleep,
-    libc::SYS_read,
-    libc::SYS_restart_syscall,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_sched_yield,
-    libc::SYS_sigaltstack,
-    libc::SYS_tgkill,
-    libc::SYS_write,
-];
-
-/// What the standard library does where it checks itself: it looks whether a
-/// descriptor is open before it closes it.
-const ASSERTIONS: &[libc::c_long] = if cfg!(debug_assertions) {
-    &[libc::SYS_fcntl]
-} else {
-    &[]
-};
 
 /// What the main thread needs besides while it serves the API.
 const MAIN: &[libc::c_long] = &[
@@ -291,67 +253,31 @@ impl Class {
     }
 }
 
-/// A rule for ioctls whose request, under `mask`, is `value`.
-fn ioctl_rule(mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
-    argument_rule(1, mask, value)
-}
-
-/// A rule for calls whose argument number `index`, under `mask`, is `value`.
-fn argument_rule(
-    index: u8,
-    mask: u64,
-    value: u64,
-) -> Result<SeccompRule, seccompiler::BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(
-        index,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::MaskedEq(mask),
-        value,
-    )?])
-}
-
 /// Compiles the filter of a class.
 ///
 /// # Errors
 /// The rules do not compile: a defect of this module.
-pub fn program(class: Class) -> io::Result<BpfProgram> {
-    const WHOLE: u64 = 0xffff_ffff;
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = class
-        .syscalls()
-        .into_iter()
-        .filter(|call| *call != libc::SYS_ioctl)
-        .map(|call| (call, Vec::new()))
-        .collect();
-    let (kvm, requests) = match class.ioctls() {
-        Ioctls::All => {
-            rules.insert(libc::SYS_ioctl, Vec::new());
-            (false, Vec::new())
+pub fn program(class: Class) -> io::Result<Program> {
+    let mut filter = Filter::default().with(&class.syscalls());
+    let requests = match class.ioctls() {
+        Ioctls::All => Vec::new(),
+        Ioctls::Kvm(requests) => {
+            let kvm = Argument::masked(1, 0xff00, KVM_TYPE << 8);
+            filter = filter.only(libc::SYS_ioctl, &[kvm])?;
+            requests
         }
-        Ioctls::Kvm(requests) => (true, requests),
-        Ioctls::Only(requests) => (false, requests),
+        Ioctls::Only(requests) if requests.is_empty() => {
+            filter = filter.without(&[libc::SYS_ioctl]);
+            requests
+        }
+        Ioctls::Only(requests) => requests,
     };
-    let mut ioctls = Vec::new();
-    if kvm {
-        ioctls.push(ioctl_rule(0xff00, KVM_TYPE << 8).map_err(io::Error::other)?);
-    }
-    for request in requests {
-        ioctls.push(ioctl_rule(WHOLE, request).map_err(io::Error::other)?);
-    }
-    if !ioctls.is_empty() {
-        rules.insert(libc::SYS_ioctl, ioctls);
-    }
+    filter = filter.with_ioctls(&requests)?;
     if matches!(class, Class::VhostUser | Class::Migrate | Class::Pager) {
-        let unix = argument_rule(0, WHOLE, libc::AF_UNIX as u64);
-        rules.insert(libc::SYS_socket, vec![unix.map_err(io::Error::other)?]);
+        let unix = Argument::is(0, libc::AF_UNIX as u64);
+        filter = filter.only(libc::SYS_socket, &[unix])?;
     }
-    SeccompFilter::new(
-        rules,
-        SeccompAction::Trap,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )
-    .and_then(BpfProgram::try_from)
-    .map_err(io::Error::other)
+    filter.allowing(Refusal::End)
 }
 
 /// Puts the calling thread under the filter of its class.
@@ -359,55 +285,15 @@ pub fn program(class: Class) -> io::Result<BpfProgram> {
 /// # Errors
 /// The kernel refuses filters.
 pub fn confine(class: Class) -> io::Result<()> {
-    let program = program(class)?;
-    seccompiler::apply_filter(&program).map_err(io::Error::other)
+    jail::apply(&program(class)?)
 }
-
-/// Offset of the system call's number in the kernel's `siginfo` of SIGSYS:
-/// behind signal, errno, code, padding and the call's address.
-const SIGINFO_SYSCALL: usize = 24;
-
-extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel hands over a siginfo of 128 bytes.
-    let number = unsafe { *info.byte_add(SIGINFO_SYSCALL).cast::<i32>() };
-    // No allocation in a signal handler: digits by hand.
-    let mut line = *b"blanket-vmm: a thread made a forbidden system call: number     \n";
-    let end = line.len() - 2;
-    let mut rest = number.unsigned_abs();
-    for place in (end - 3..=end).rev() {
-        line[place] = b'0' + (rest % 10) as u8;
-        rest /= 10;
-        if rest == 0 {
-            break;
-        }
-    }
-    // SAFETY: write and _exit are async-signal-safe, and every filter has them.
-    unsafe {
-        libc::write(2, line.as_ptr().cast(), line.len());
-        libc::_exit(REFUSED_STATUS);
-    }
-}
-
-/// Exit status of a monitor one of whose threads broke out of its filter.
-pub const REFUSED_STATUS: libc::c_int = 159;
 
 /// Has a refused system call end the process with a line that names it.
 ///
 /// # Errors
 /// The handler cannot be installed.
 pub fn report_refusals() -> io::Result<()> {
-    // SAFETY: plain data; the handler is async-signal-safe.
-    let done = unsafe {
-        let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
-        action.sa_sigaction = refused as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO;
-        libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut())
-    };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    jail::report_refusals("blanket-vmm")
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use blanket_overlay::api::types::{
-    Attachment, FlowFilter, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec, PortSpec,
-    PortStatus, Traffic,
+    Attachment, Confinement, FlowFilter, Info, MacLine, Network, NetworkSpec, Peer, PeerSpec,
+    PortSpec, PortStatus, Seccomp, Traffic,
 };
 use blanket_overlay::bridge::{Mode, PortConfig};
 use blanket_overlay::frame::{Mac, Vni};
@@ -520,6 +520,27 @@ fn mac_rows(macs: &[MacLine]) -> Vec<Vec<String>> {
     rows
 }
 
+fn confinement_rows(is: &Confinement) -> [Vec<String>; 3] {
+    let seccomp = match is.seccomp {
+        Seccomp::On => "on",
+        Seccomp::Log => "log",
+        Seccomp::Off => "off",
+    };
+    let capabilities = match is.capabilities.join(" ") {
+        none if none.is_empty() => "-".to_owned(),
+        some => some,
+    };
+    let landlock = is.landlock.map_or_else(
+        || "not in this kernel".to_owned(),
+        |abi| format!("ABI {abi}"),
+    );
+    [
+        row(["seccomp", seccomp]),
+        row(["capabilities", &capabilities]),
+        row(["landlock", &landlock]),
+    ]
+}
+
 fn info_rows(info: &Info) -> Vec<Vec<String>> {
     let mut rows = vec![
         row(["version", &info.version]),
@@ -533,6 +554,7 @@ fn info_rows(info: &Info) -> Vec<Vec<String>> {
     if let Some(key) = &info.key {
         rows.push(row(["key", key]));
     }
+    rows.extend(confinement_rows(&info.confinement));
     for (reason, count) in info.drops.iter() {
         rows.push(row([&format!("dropped, {reason}"), &count.to_string()]));
     }

@@ -48,6 +48,7 @@ mod tests;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,6 +64,7 @@ use vhost::vhost_user::BackendReqHandler;
 use super::Port;
 use crate::drops::{Drops, Reason};
 use crate::frame::Frame;
+use crate::jail;
 use control::Control;
 use device::Device;
 
@@ -348,12 +350,37 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
 
 /// Whether a socket is there that nobody listens at.
 fn is_left(path: &Path) -> bool {
+    match connect(path).map_err(|error| error.kind()) {
+        Err(io::ErrorKind::PermissionDenied) => is_left_given(path),
+        other => other.is_err_and(|kind| kind == io::ErrorKind::ConnectionRefused),
+    }
+}
+
+/// The same of a socket that was given to somebody: to ask at it, the switch
+/// has it back, for it does not have the right to pass over permissions.
+fn is_left_given(path: &Path) -> bool {
+    let Ok(was) = std::fs::symlink_metadata(path) else {
+        return false;
+    };
+    let give = |user, group| std::os::unix::fs::lchown(path, Some(user), Some(group));
+    let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
+    if !was.file_type().is_socket() || give(user.as_raw(), group.as_raw()).is_err() {
+        return false;
+    }
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    connect(path).is_err_and(refused)
+    let left = connect(path).is_err_and(refused);
+    if !left && give(was.uid(), was.gid()).is_err() {
+        tracing::warn!("{} is not its owner's any more", path.display());
+    }
+    left
 }
 
 /// Meets one front end after the other, until the port is no more.
 fn run(link: &Arc<Link>, meeting: &Meeting, pairs: u16) {
+    if let Err(error) = jail::enter(jail::Class::VhostUser) {
+        tracing::error!(%error, "no vhost-user front end: no filter for its thread");
+        return;
+    }
     loop {
         let met = match meeting {
             Meeting::Listen(listener) => listener.accept().map(|(socket, _)| socket),

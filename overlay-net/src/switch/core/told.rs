@@ -18,6 +18,7 @@ use crate::bridge::{
 use crate::directory::{Directory, Gossip, Key as Record, Limits, NodeId, Settings, Value};
 use crate::drops::Drops;
 use crate::frame::{PortId, Vni};
+use crate::jail;
 use crate::key;
 use crate::port::Port;
 use crate::switch::Error;
@@ -101,6 +102,7 @@ impl Switch {
             key: remote.map(|remote| BASE64.encode(remote.public_key())),
             uplinks: remote.map(|remote| remote.describe()).unwrap_or_default(),
             endpoints: remote.map(|remote| remote.endpoints()).unwrap_or_default(),
+            confinement: jail::confinement(),
         }
     }
 
