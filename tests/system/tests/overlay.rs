@@ -7,6 +7,10 @@ mod basic;
 mod control;
 #[path = "overlay/foreign.rs"]
 mod foreign;
+#[path = "overlay/hostile.rs"]
+mod hostile;
+#[path = "overlay/hostile_frames.rs"]
+mod hostile_frames;
 #[path = "overlay/moving.rs"]
 mod moving;
 #[path = "overlay/node.rs"]
