@@ -63,6 +63,8 @@ pub(super) struct Shaper {
     /// When the last frame has been put on the wire.
     idle_from: Duration,
     pub(super) counters: Counters,
+    /// What users have been told of them.
+    pub(super) told: Counters,
 }
 
 impl Shaper {
@@ -75,6 +77,7 @@ impl Shaper {
             late: VecDeque::new(),
             idle_from: Duration::ZERO,
             counters: Counters::default(),
+            told: Counters::default(),
         }
     }
 

@@ -186,14 +186,15 @@ impl Switch {
     fn deliver(&mut self) {
         let now = self.start.elapsed();
         for (&(from, to), shaper) in &mut self.shapers {
-            let before = shaper.counters;
             while let Some(frame) = shaper.pop(now) {
                 if !self.ports[to].queue(&frame) {
                     shaper.counters.passed -= 1;
                     shaper.counters.dropped += 1;
                 }
             }
-            if shaper.counters != before {
+            // Also what was dropped when it came.
+            if shaper.counters != shaper.told {
+                shaper.told = shaper.counters;
                 let ends = (self.ports[from].node.clone(), self.ports[to].node.clone());
                 self.shared.lock().counters.insert(ends, shaper.counters);
             }
