@@ -127,7 +127,7 @@ fuzz_target!(|steps: Vec<Step>| {
                 offload,
             } => (from % 12, network % 3 + 7, frame(header, bytes), offload),
             Step::Depart(port) => {
-                let _ = bridge.depart(PortId(u32::from(port % 9)), NodeId(1));
+                let _ = bridge.depart(PortId(u32::from(port % 9)), Place::Node(NodeId(1)));
                 continue;
             }
             Step::Activate(port) => {
