@@ -8,10 +8,12 @@
 //! Beside them: a process that only carries frames between the TAPs as they
 //! are, which is the least that an overlay in a process can cost; the tenants
 //! joined by nothing but a cable, which is what they themselves cost; others'
-//! encrypted overlays ([`peers`]); and guests' ports ([`guests`]).
+//! encrypted overlays ([`peers`]); guests' ports ([`guests`]); and what more of
+//! everything costs ([`scale`]).
 
 mod guests;
 mod peers;
+mod scale;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -169,17 +171,16 @@ fn measure(host: &Host, number: u32, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Builds the process that only carries frames, as the programs for nodes are
-/// built.
-fn build_least(workspace: &Workspace, progress: &Progress) -> Result<PathBuf> {
-    let step = progress.step("build the least");
+/// Builds an example of the overlay's, as the programs for nodes are built.
+fn example(workspace: &Workspace, progress: &Progress, name: &str) -> Result<PathBuf> {
+    let step = progress.step(&format!("build the example `{name}`"));
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     let flags = format!("{flags} -C target-feature=+crt-static");
     let mut command = workspace.cargo();
     command.env("RUSTFLAGS", flags).args([
         "build",
         "--example",
-        "least",
+        name,
         "--package",
         "blanket-overlay",
         "--target",
@@ -189,7 +190,8 @@ fn build_least(workspace: &Workspace, progress: &Progress) -> Result<PathBuf> {
     ]);
     checked(&step, &mut command, Output::IfItFails)?;
     step.done("");
-    Ok(workspace.programs(build::RELEASE).join("examples/least"))
+    let examples = workspace.programs(build::RELEASE).join("examples");
+    Ok(examples.join(name))
 }
 
 /// Measures all of it.
@@ -210,7 +212,8 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let step = progress.step("build Blanket for release");
     build::programs(workspace, &step, build::RELEASE)?;
     step.done("");
-    let least = build_least(workspace, progress)?;
+    let least = example(workspace, progress, "least")?;
+    let scale = example(workspace, progress, "scale")?;
     let others = peers::install(workspace, progress)?;
     let step = progress.step("two nodes and two tenants");
     let programs = workspace.programs(build::RELEASE);
@@ -255,7 +258,12 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let step = progress.step("a switch with nothing to do");
     let idle = guests::idle(&host)?;
     step.done("");
-    Ok(rows(&all, &others, &ports, &idle))
+    let step = progress.step("many addresses, ports and nodes");
+    let many = scale::measure(&step, &scale)?;
+    step.done("");
+    let mut rows = rows(&all, &others, &ports, &idle);
+    rows.extend(many);
+    Ok(rows)
 }
 
 /// What is shown: kernel, ours, the least, and the tenants alone; boringtun and
