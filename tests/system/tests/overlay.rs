@@ -5,6 +5,8 @@
 mod basic;
 #[path = "overlay/control.rs"]
 mod control;
+#[path = "overlay/faults.rs"]
+mod faults;
 #[path = "overlay/foreign.rs"]
 mod foreign;
 #[path = "overlay/hostile.rs"]
