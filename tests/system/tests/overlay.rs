@@ -19,5 +19,7 @@ mod moving;
 mod node;
 #[path = "overlay/observe.rs"]
 mod observe;
+#[path = "overlay/soak.rs"]
+mod soak;
 #[path = "overlay/vips.rs"]
 mod vips;
