@@ -215,6 +215,12 @@ impl Path {
         self.home.is_none() && !self.up && now >= self.last_received + FORGOTTEN
     }
 
+    /// Nobody is there, as far as one can tell: probes are not answered, and
+    /// nothing else has come for a while. What is sent would be lost.
+    pub(super) fn is_dead(&self, now: Time) -> bool {
+        !self.up && self.lost >= LOST && now >= self.last_received + ALIVE
+    }
+
     /// Whether sizes are still tried.
     fn searching(&self, now: Time) -> bool {
         self.up && (self.too_large > self.size + STEP || now >= self.grow)

@@ -124,7 +124,9 @@ impl Tunnels {
         let session = self.table.get(id).filter(|session| session.usable(now));
         let session = session.ok_or(Reason::NoSession)?;
         let path = peer.route(flow);
-        if usize::from(path) >= peer.paths.len() {
+        let way = peer.paths.get(usize::from(path));
+        // A dead one is only what is left if all are.
+        if way.is_none_or(|way| way.is_dead(now)) {
             return Err(Reason::NoSession);
         }
         Ok(Ready {

@@ -16,7 +16,7 @@ use crate::payload;
 use crate::qemu::RunFolder;
 
 /// Host packages that build the enclosure, and that tests use in it as on a node.
-const HOST_PACKAGES: [&str; 7] = [
+const HOST_PACKAGES: [&str; 8] = [
     "iproute2",
     "mount",
     "util-linux",
@@ -24,6 +24,7 @@ const HOST_PACKAGES: [&str; 7] = [
     "curl",
     "iperf3",
     "iputils-ping",
+    "tcpreplay",
 ];
 
 /// Time until the enclosure takes commands.

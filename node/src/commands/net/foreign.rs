@@ -70,8 +70,11 @@ pub(super) fn warned(name: &str, spec: PeerSpec) -> PeerSpec {
 }
 
 pub(super) fn state(peer: &Peer) -> String {
+    let paths = &peer.status.paths;
     match (&peer.spec.foreign, peer.status.connected) {
         (Some(foreign), _) => foreign.kind.name(),
+        // There are keys, and nobody answers.
+        (None, true) if paths.iter().all(|path| !path.up) => "unreachable",
         (None, true) => "connected",
         (None, false) => "not connected",
     }

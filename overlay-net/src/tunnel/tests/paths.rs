@@ -3,6 +3,7 @@
 use super::super::*;
 use super::net::{Faults, Net, address, numbered};
 use super::{SECOND, numbers};
+use crate::drops::Reason;
 
 #[test]
 fn an_address_that_changes_is_followed() {
@@ -112,6 +113,32 @@ fn a_partition_heals() {
             assert_eq!(numbers(&mut net, to).len(), 1, "after {seconds} s");
         }
     }
+}
+
+#[test]
+fn what_is_for_a_peer_that_cannot_be_reached_is_dropped_and_counted_until_it_can() {
+    let mut net = Net::new(19, 2, 1);
+    net.connect();
+    net.run(SECOND * 3);
+    net.faults.lost = 10_000;
+    let attempt = |net: &mut Net, number| {
+        let sealed = net.seal(0, 1, 0, &numbered(number, 500));
+        net.flush(0);
+        net.run(SECOND / 50);
+        sealed
+    };
+    // Until it is known, within a second and a half or so, frames go to nobody.
+    let sent = (0..).take_while(|number| attempt(&mut net, *number).is_ok());
+    let sent = sent.count();
+    assert!((10..100).contains(&sent), "{sent}");
+    for number in 0..100 {
+        assert_eq!(attempt(&mut net, number), Err(Reason::NoSession));
+    }
+    assert!(net.connected(0), "there are keys all the same");
+    net.faults.lost = 0;
+    net.run(SECOND * 2);
+    assert_eq!(attempt(&mut net, 7), Ok(()));
+    assert_eq!(numbers(&mut net, 1).len(), 1);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,10 +12,12 @@ use std::time::Duration;
 
 mod shaper;
 mod switch;
+mod translate;
 
 pub use shaper::{Counters, Link};
 
 use crate::error::{Context, Result};
+use translate::Translation;
 
 /// An Ethernet segment that nodes can be plugged into. Clones are the same network.
 ///
@@ -38,6 +41,8 @@ struct State {
     links: BTreeMap<(String, String), Link>,
     /// By sender and receiver.
     counters: BTreeMap<(String, String), Counters>,
+    /// By node.
+    translations: BTreeMap<String, Translation>,
     /// New ports, for the switch.
     plugged: Vec<Plug>,
 }
@@ -60,6 +65,10 @@ impl Shared {
             .get(&ends(a, b))
             .copied()
             .unwrap_or_default()
+    }
+
+    fn translation(&self, node: &str) -> Option<Translation> {
+        self.lock().translations.get(node).copied()
     }
 }
 
@@ -109,6 +118,19 @@ impl Network {
     /// Ends what [`Network::partition`] has begun.
     pub fn heal(&self, a: &str, b: &str) {
         self.change(a, b, |link| link.up = true);
+    }
+
+    /// Puts a gateway before a node that translates its address `inside`: from now on others see it
+    /// at `outside`, and at no other address.
+    pub fn translate(&self, node: &str, inside: Ipv4Addr, outside: Ipv4Addr) {
+        let translation = Translation { inside, outside };
+        let translations = &mut self.shared.lock().translations;
+        translations.insert(node.to_owned(), translation);
+    }
+
+    /// Takes the gateway away again that [`Network::translate`] has put there.
+    pub fn translate_no_more(&self, node: &str) {
+        self.shared.lock().translations.remove(node);
     }
 
     fn change(&self, a: &str, b: &str, change: impl FnOnce(&mut Link)) {

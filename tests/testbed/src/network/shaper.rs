@@ -7,6 +7,9 @@ use std::time::Duration;
 /// the queue of a router does.
 const QUEUE: u64 = 256 * 1024;
 
+/// How much later than others a frame arrives that later ones are to overtake.
+const LATE: Duration = Duration::from_millis(4);
+
 /// The properties of a link, the same in both directions.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
@@ -16,6 +19,9 @@ pub struct Link {
     pub bandwidth: Option<u64>,
     /// The part of the frames that is lost, from 0 to 1.
     pub loss: f64,
+    /// The part of the frames that arrive four milliseconds later, from 0 to 1: what is sent
+    /// meanwhile overtakes them.
+    pub reorder: f64,
     /// Whether the ends reach each other at all.
     pub up: bool,
 }
@@ -27,6 +33,7 @@ impl Default for Link {
             latency: Duration::ZERO,
             bandwidth: None,
             loss: 0.0,
+            reorder: 0.0,
             up: true,
         }
     }
@@ -39,17 +46,25 @@ pub struct Counters {
     pub passed: u64,
     /// Frames that were lost at random, in a partition, or because a queue was full.
     pub dropped: u64,
+    /// Of those that were handed on, the ones that arrived late.
+    pub late: u64,
 }
 
 /// One direction of a link. Time is given by the caller, as the time since some fixed start.
 #[derive(Debug)]
 pub(super) struct Shaper {
     random: fastrand::Rng,
+    /// Decides who is late.
+    dice: fastrand::Rng,
     /// Frames under way and when they arrive, in order.
     under_way: VecDeque<(Duration, Vec<u8>)>,
+    /// The same of those that are late.
+    late: VecDeque<(Duration, Vec<u8>)>,
     /// When the last frame has been put on the wire.
     idle_from: Duration,
     pub(super) counters: Counters,
+    /// What users have been told of them.
+    pub(super) told: Counters,
 }
 
 impl Shaper {
@@ -57,9 +72,12 @@ impl Shaper {
     pub(super) fn new(seed: u64) -> Self {
         Self {
             random: fastrand::Rng::with_seed(seed),
+            dice: fastrand::Rng::with_seed(!seed),
             under_way: VecDeque::new(),
+            late: VecDeque::new(),
             idle_from: Duration::ZERO,
             counters: Counters::default(),
+            told: Counters::default(),
         }
     }
 
@@ -67,6 +85,7 @@ impl Shaper {
     pub(super) fn push(&mut self, now: Duration, frame: &[u8], link: &Link) {
         // Drawn for every frame, so that what is lost does not depend on anything else.
         let lost = self.random.f64() < link.loss;
+        let late = self.dice.f64() < link.reorder;
         let start = self.idle_from.max(now);
         let full = link
             .bandwidth
@@ -80,27 +99,39 @@ impl Shaper {
             None => now,
         };
         self.idle_from = sent;
+        let (queue, due) = if late {
+            (&mut self.late, sent + link.latency + LATE)
+        } else {
+            (&mut self.under_way, sent + link.latency)
+        };
         // A frame does not overtake another when the latency has become shorter.
-        let earliest = self
-            .under_way
-            .back()
-            .map_or(Duration::ZERO, |(due, _)| *due);
-        self.under_way
-            .push_back(((sent + link.latency).max(earliest), frame.to_vec()));
+        let earliest = queue.back().map_or(Duration::ZERO, |(due, _)| *due);
+        queue.push_back((due.max(earliest), frame.to_vec()));
     }
 
     /// The next frame that has arrived by now.
     pub(super) fn pop(&mut self, now: Duration) -> Option<Vec<u8>> {
-        if self.next_due()? > now {
+        let next = self.next_due()?;
+        if next > now {
             return None;
         }
         self.counters.passed += 1;
-        self.under_way.pop_front().map(|(_, frame)| frame)
+        let is_next = |(due, _): &(Duration, Vec<u8>)| *due == next;
+        let queue = if self.under_way.front().is_some_and(is_next) {
+            &mut self.under_way
+        } else {
+            self.counters.late += 1;
+            &mut self.late
+        };
+        queue.pop_front().map(|(_, frame)| frame)
     }
 
     /// When the next frame arrives.
     pub(super) fn next_due(&self) -> Option<Duration> {
-        self.under_way.front().map(|(due, _)| *due)
+        let queues = [&self.under_way, &self.late].into_iter();
+        queues
+            .filter_map(|queue| queue.front().map(|(due, _)| *due))
+            .min()
     }
 }
 
@@ -131,7 +162,7 @@ mod tests {
             shaper.counters,
             Counters {
                 passed: 100,
-                dropped: 0
+                ..Counters::default()
             }
         );
     }
@@ -211,6 +242,35 @@ mod tests {
     }
 
     #[test]
+    fn some_frames_are_overtaken_and_none_is_lost_or_doubled() {
+        let link = Link {
+            latency: MS,
+            reorder: 0.1,
+            ..Link::default()
+        };
+        let mut shaper = Shaper::new(3);
+        let mut came = Vec::new();
+        for n in 0..1000u32 {
+            let now = n * MS;
+            shaper.push(now, &n.to_le_bytes(), &link);
+            came.extend(drain(&mut shaper, now));
+        }
+        came.extend(drain(&mut shaper, 2000 * MS));
+        let behind = came.windows(2).filter(|pair| {
+            let [one, two] = [&pair[0], &pair[1]].map(|n| [n[0], n[1]]);
+            u16::from_le_bytes(two) < u16::from_le_bytes(one)
+        });
+        let (behind, late) = (behind.count() as u64, shaper.counters.late);
+        assert!((50..150).contains(&late), "{late}");
+        // Two in a row that are late are in order.
+        assert!(behind > late / 2 && behind <= late, "{behind} of {late}");
+        came.sort();
+        came.dedup();
+        assert_eq!(came.len(), 1000);
+        assert_eq!(shaper.counters.dropped, 0);
+    }
+
+    #[test]
     fn nothing_passes_a_partition_but_what_is_under_way_arrives() {
         let mut shaper = Shaper::new(1);
         let link = Link {
@@ -224,7 +284,8 @@ mod tests {
             shaper.counters,
             Counters {
                 passed: 1,
-                dropped: 1
+                dropped: 1,
+                late: 0
             }
         );
     }

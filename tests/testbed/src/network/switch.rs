@@ -1,5 +1,6 @@
 //! The learning switch between the nodes of a network, with a shaper for each pair of ports.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -133,6 +134,9 @@ impl Switch {
         let to = self.destination(from, target).filter(|_| !to_all);
         for other in (0..self.ports.len()).filter(|&other| other != from) {
             if to.is_none_or(|to| to == other) && self.visible(from, other) {
+                let Some(frame) = self.translated(from, other, frame) else {
+                    continue;
+                };
                 let link = self
                     .shared
                     .link(&self.ports[from].node, &self.ports[other].node);
@@ -141,9 +145,27 @@ impl Switch {
                     .shapers
                     .entry((from, other))
                     .or_insert_with(|| Shaper::new(seed));
-                shaper.push(now, frame, &link);
+                shaper.push(now, &frame, &link);
             }
         }
+    }
+
+    /// A frame as it comes out of the gateways on its way, if it does.
+    fn translated<'f>(&self, from: usize, to: usize, frame: &'f [u8]) -> Option<Cow<'f, [u8]>> {
+        let mut frame = Cow::Borrowed(frame);
+        let (from, to) = (&self.ports[from], &self.ports[to]);
+        // Services are on the node's side.
+        if from.service.is_none() && to.service.is_none() {
+            if let Some(gateway) = self.shared.translation(&from.node) {
+                gateway.out(frame.to_mut());
+            }
+            if let Some(gateway) = self.shared.translation(&to.node)
+                && !gateway.into(frame.to_mut())
+            {
+                return None;
+            }
+        }
+        Some(frame)
     }
 
     /// The port with this address as `from` knows it.
@@ -164,14 +186,15 @@ impl Switch {
     fn deliver(&mut self) {
         let now = self.start.elapsed();
         for (&(from, to), shaper) in &mut self.shapers {
-            let before = shaper.counters;
             while let Some(frame) = shaper.pop(now) {
                 if !self.ports[to].queue(&frame) {
                     shaper.counters.passed -= 1;
                     shaper.counters.dropped += 1;
                 }
             }
-            if shaper.counters != before {
+            // Also what was dropped when it came.
+            if shaper.counters != shaper.told {
+                shaper.told = shaper.counters;
                 let ends = (self.ports[from].node.clone(), self.ports[to].node.clone());
                 self.shared.lock().counters.insert(ends, shaper.counters);
             }

@@ -34,9 +34,17 @@ impl Card {
     }
 
     fn send(&mut self, to: u8, content: &[u8]) {
+        self.send_kind(to, [0x88, 0xb5], content);
+    }
+
+    fn send_ip(&mut self, to: u8, content: &[u8]) {
+        self.send_kind(to, [0x08, 0x00], content);
+    }
+
+    fn send_kind(&mut self, to: u8, kind: [u8; 2], content: &[u8]) {
         let mut frame = vec![to; 6];
         frame.extend([self.mac & 0xfe; 6]);
-        frame.extend([0x88, 0xb5]);
+        frame.extend(kind);
         frame.extend(content);
         let mut wire = (frame.len() as u32).to_be_bytes().to_vec();
         wire.extend(frame);
@@ -212,4 +220,30 @@ fn garbage_from_one_node_does_not_disturb_the_others() {
     a.send(4, b"short");
     b.send(2, b"x");
     assert_eq!(a.receive(), b"x");
+}
+
+#[test]
+fn a_gateway_hides_a_nodes_address_from_others() {
+    let (network, mut a, mut b, mut c, _folder) = three();
+    let (inside, outside) = ([10, 1, 0, 2], [10, 1, 0, 99]);
+    network.translate("a", inside.into(), outside.into());
+    // What a UDP datagram's IP header begins with, without checksums that anybody looks at.
+    let packet = |from: [u8; 4], to: [u8; 4]| {
+        let mut packet = [0x45, 0, 0, 28, 0, 1, 0, 0, 64, 17, 0, 0].to_vec();
+        packet.extend(from.into_iter().chain(to));
+        packet.extend([0; 8]);
+        packet
+    };
+    let addresses = |packet: Vec<u8>| packet[12..20].to_vec();
+    a.send_ip(BROADCAST, &packet(inside, [10, 1, 0, 1]));
+    for card in [&mut b, &mut c] {
+        assert_eq!(addresses(card.receive()), [10, 1, 0, 99, 10, 1, 0, 1]);
+    }
+    b.send_ip(2, &packet([10, 1, 0, 1], inside));
+    b.send_ip(2, &packet([10, 1, 0, 1], outside));
+    assert_eq!(addresses(a.receive()), [10, 1, 0, 1, 10, 1, 0, 2]);
+    assert!(a.is_silent());
+    network.translate_no_more("a");
+    b.send_ip(2, &packet([10, 1, 0, 1], inside));
+    assert_eq!(addresses(a.receive()), [10, 1, 0, 1, 10, 1, 0, 2]);
 }

@@ -8,12 +8,13 @@
 //! Beside them: a process that only carries frames between the TAPs as they
 //! are, which is the least that an overlay in a process can cost; the tenants
 //! joined by nothing but a cable, which is what they themselves cost; others'
-//! encrypted overlays ([`peers`]); guests' ports ([`guests`]); and guests of one
-//! node ([`local`]).
+//! encrypted overlays ([`peers`]); guests' ports ([`guests`]); guests of one node
+//! ([`local`]); and what more of everything costs ([`scale`]).
 
 mod guests;
 mod local;
 mod peers;
+mod scale;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -171,17 +172,16 @@ fn measure(host: &Host, number: u32, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Builds the process that only carries frames, as the programs for nodes are
-/// built.
-fn build_least(workspace: &Workspace, progress: &Progress) -> Result<PathBuf> {
-    let step = progress.step("build the least");
+/// Builds an example of the overlay's, as the programs for nodes are built.
+fn example(workspace: &Workspace, progress: &Progress, name: &str) -> Result<PathBuf> {
+    let step = progress.step(&format!("build the example `{name}`"));
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     let flags = format!("{flags} -C target-feature=+crt-static");
     let mut command = workspace.cargo();
     command.env("RUSTFLAGS", flags).args([
         "build",
         "--example",
-        "least",
+        name,
         "--package",
         "blanket-overlay",
         "--target",
@@ -191,7 +191,8 @@ fn build_least(workspace: &Workspace, progress: &Progress) -> Result<PathBuf> {
     ]);
     checked(&step, &mut command, Output::IfItFails)?;
     step.done("");
-    Ok(workspace.programs(build::RELEASE).join("examples/least"))
+    let examples = workspace.programs(build::RELEASE).join("examples");
+    Ok(examples.join(name))
 }
 
 /// Measures all of it.
@@ -213,7 +214,8 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let step = progress.step("build Blanket for release");
     build::programs(workspace, &step, build::RELEASE)?;
     step.done("");
-    let least = build_least(workspace, progress)?;
+    let least = example(workspace, progress, "least")?;
+    let scale = example(workspace, progress, "scale")?;
     let others = peers::install(workspace, progress)?;
     let step = progress.step("two nodes and two tenants");
     let programs = workspace.programs(build::RELEASE);
@@ -262,12 +264,16 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     host.sh("kill $(cat /run/switch1.pid /run/switch2.pid /run/idle.pid)")
         .text()?;
     let [ours, open_vswitch] = local::measure(&host, progress)?;
+    let step = progress.step("many addresses, ports and nodes");
+    let many = scale::measure(&step, &scale)?;
+    step.done("");
     let mut rows = rows(&all, &others, &ports, &idle);
     for (name, metric, unit) in local::names() {
         let figures = |of: &Figures| of.get(name).cloned().unwrap_or_default();
         let row = Row::new(&metric, unit, &figures(&ours));
         rows.extend(row.map(|row| row.against("OVS-DPDK", &figures(&open_vswitch))));
     }
+    rows.extend(many);
     Ok(rows)
 }
 
