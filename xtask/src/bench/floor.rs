@@ -6,11 +6,9 @@
 //! own.
 //!
 //! A payload without a real kernel does, natively, what no kernel can do
-//! without. [`answers`]: an answer of somebody who sleeps. [`transfer`]: moving
-//! memory.
+//! without. [`answers`]: an answer of somebody who sleeps.
 
 mod answer;
-mod transfer;
 mod vm;
 
 use std::path::Path;
@@ -18,7 +16,6 @@ use std::path::Path;
 use anyhow::Result;
 
 pub use answer::{Answerer, answers};
-pub use transfer::transfer;
 use vm::Operation;
 
 /// Batches of each measurement. Each is shorter than a time slice, so that on a

@@ -13,8 +13,8 @@ use blanket_system_tests::{Member, Vm, native_with};
 use blanket_testbed::{Client, GuestImages, Host};
 use serde_json::{Value, json};
 
+use super::load;
 use super::row::{Row, median};
-use super::{floor, load};
 use crate::build;
 use crate::progress::Progress;
 use crate::setup;
@@ -327,12 +327,8 @@ fn between_nodes(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
             tls.push(there);
         }
     }
-    let (mut loopback, mut least) = (Vec::new(), Vec::new());
-    host.sh("iperf3 -s -D").text()?;
     for _ in 0..RUNS {
         raw.push(link()?);
-        loopback.push(load::iperf(&host, "iperf3", "127.0.0.1", "-P 2")?);
-        least.push(floor::transfer(FILLED as usize / 2, 2)?);
     }
     a.says("rm --force web");
     step.done("");
@@ -369,16 +365,5 @@ fn between_nodes(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
         Row::new("a disk from node to node, not encrypted", "Gb/s", &disks),
     ];
     let against = |row: Row| row.against("iperf3, 2 streams, not encrypted", &raw);
-    let least = Row::new(
-        "the least: as much from memory to fresh memory, nothing else",
-        "Gb/s",
-        &least,
-    );
-    let least = least.map(|row| row.against("iperf3, 2 streams, both over loopback", &loopback));
-    Ok(rows
-        .into_iter()
-        .flatten()
-        .map(against)
-        .chain(least)
-        .collect())
+    Ok(rows.into_iter().flatten().map(against).collect())
 }

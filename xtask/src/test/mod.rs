@@ -26,7 +26,7 @@ pub struct Options {
     /// Leave out the whole-system tests.
     #[arg(long)]
     unit: bool,
-    /// Run only the tests whose names contain this, and no lints.
+    /// Run only the tests whose names, or whose suites' names, contain this, and no lints.
     filter: Option<String>,
 }
 

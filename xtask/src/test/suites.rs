@@ -48,8 +48,10 @@ impl Session<'_> {
             .env(PAYLOADS_VARIABLE, self.workspace.payloads())
             .env(PROGRAMS_VARIABLE, self.workspace.programs(build::TESTING))
             .args(["nextest", subcommand])
-            .args(packages)
-            .args(&self.options.filter);
+            .args(packages);
+        if let Some(filter) = &self.options.filter {
+            command.arg("-E").arg(expression(filter));
+        }
         if self.options.all {
             command.args(["--run-ignored", "all"]);
         }
@@ -140,6 +142,21 @@ impl Session<'_> {
     }
 }
 
+/// What nextest calls the tests that a filter asks for: by their names, or by that of the suite
+/// that they are in.
+fn expression(filter: &str) -> String {
+    let escaped: String = filter
+        .chars()
+        .flat_map(|c| {
+            matches!(c, '\\' | '(' | ')' | ',')
+                .then_some('\\')
+                .into_iter()
+                .chain([c])
+        })
+        .collect();
+    format!("test(~{escaped}) | binary(~{escaped})")
+}
+
 /// A test that nextest knows and that the filter, if any, lets through.
 #[derive(Debug, PartialEq, Eq)]
 struct Listed {
@@ -168,6 +185,12 @@ fn listed(list: &serde_json::Value) -> Vec<Listed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_filter_is_part_of_a_test_or_of_its_suite() {
+        assert_eq!(expression("disks"), "test(~disks) | binary(~disks)");
+        assert_eq!(expression("a(b)"), r"test(~a\(b\)) | binary(~a\(b\))");
+    }
 
     #[test]
     fn the_list_has_what_the_filter_lets_through_and_what_is_ignored() {

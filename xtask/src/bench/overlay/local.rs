@@ -22,16 +22,17 @@ const SIZES: [(u32, &str, &str); 2] = [(60, "small", "64"), (1496, "large", "150
 /// Open vSwitch with two ports to which it connects. Its memory is not of huge pages, as is the
 /// guests'.
 const OPEN_VSWITCH: &str = r#"set -e
-for package in /payload/openvswitch/*.deb; do dpkg-deb -x $package /; done
 mkdir -p /run/openvswitch /run/ovs
 cd /run/ovs
-ovsdb-tool create conf.db /usr/share/openvswitch/vswitch.ovsschema
+for package in /payload/openvswitch/*.deb; do dpkg-deb -x $package root; done
+ln -s /run/ovs/root/usr/bin/ovs-vsctl /usr/local/bin/ovs-vsctl
+ovsdb-tool create conf.db root/usr/share/openvswitch/vswitch.ovsschema
 ovsdb-server conf.db --remote=punix:/run/openvswitch/db.sock --pidfile=/run/ovs/db.pid --detach --no-chdir \
   >/run/ovs/db.log 2>&1
 ovs-vsctl --no-wait init
 ovs-vsctl --no-wait set Open_vSwitch . other_config:dpdk-init=true other_config:pmd-cpu-mask=2 \
   'other_config:dpdk-extra=--no-huge --legacy-mem -m 3072 --no-pci --no-shconf --no-telemetry --file-prefix=ovs'
-/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk --pidfile=/run/ovs/switch.pid --detach --no-chdir \
+root/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk --pidfile=/run/ovs/switch.pid --detach --no-chdir \
   >/run/ovs/switch.log 2>&1
 ovs-vsctl --timeout=30 add-br br0 -- set bridge br0 datapath_type=netdev
 for i in 1 2; do
