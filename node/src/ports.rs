@@ -3,7 +3,7 @@
 //! A port is there from before its VM's monitor starts until that has ended. It
 //! is called like the VM, and is known by its socket.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -146,6 +146,13 @@ fn owner(user: &str) -> Result<(u32, u32)> {
     Ok((number(user)?, number(group)?))
 }
 
+/// The security groups that are there.
+fn groups(home: &Home) -> Result<BTreeSet<String>> {
+    let all: Vec<GroupStatus> = ask(home, Method::GET, "/groups", None::<&()>)?;
+    let there = all.into_iter().filter(|group| group.rules.is_some());
+    Ok(there.map(|group| group.name).collect())
+}
+
 /// The security groups that an interface is in.
 fn groups_of(net: &NetConfig) -> impl Iterator<Item = &str> {
     net.group.iter().flat_map(|groups| groups.split('+'))
@@ -158,12 +165,9 @@ fn check_groups(home: &Home, config: &VmConfig) -> Result<()> {
     if wanted.peek().is_none() {
         return Ok(());
     }
-    let known: Vec<GroupStatus> = ask(home, Method::GET, "/groups", None::<&()>)?;
+    let known = groups(home)?;
     for name in wanted {
-        if !known
-            .iter()
-            .any(|group| group.name == name && group.rules.is_some())
-        {
+        if !known.contains(name) {
             return Err(failure(
                 format!("there is no security group '{name}' on this node's switch"),
                 format!("make it: blanket net group create {name}"),
@@ -414,13 +418,10 @@ pub(crate) fn make_networks(
     if ports.is_empty() {
         return Ok(());
     }
-    let known: Vec<GroupStatus> = ask(home, Method::GET, "/groups", None::<&()>)?;
+    let known = groups(home)?;
     let rules: BTreeMap<_, _> = ports.iter().flat_map(|port| &port.rules).collect();
     for (name, rules) in rules {
-        if !known
-            .iter()
-            .any(|group| group.name == *name && group.rules.is_some())
-        {
+        if !known.contains(name) {
             let () = ask(home, Method::PUT, &format!("/groups/{name}"), Some(rules))?;
         }
     }

@@ -64,9 +64,11 @@ struct Beneath {
 const RULESET_VERSION: u32 = 1;
 const PATH_BENEATH: libc::c_int = 1;
 
-/// The version of the kernel's Landlock; none: it has none.
-#[must_use]
-pub fn abi() -> Option<u32> {
+/// The version of the kernel's Landlock.
+///
+/// # Errors
+/// It has none (`ENOSYS`), or it is switched off (`EOPNOTSUPP`).
+pub fn abi() -> io::Result<u32> {
     // SAFETY: with this flag no ruleset is read: the pointer is null and the
     // size zero, as landlock_create_ruleset(2) has it.
     let abi = unsafe {
@@ -77,7 +79,7 @@ pub fn abi() -> Option<u32> {
             RULESET_VERSION,
         )
     };
-    u32::try_from(abi).ok().filter(|abi| *abi > 0)
+    u32::try_from(abi).map_err(|_| io::Error::last_os_error())
 }
 
 /// Leaves this thread, and those that it starts from now on, these rights at
@@ -89,7 +91,7 @@ pub fn abi() -> Option<u32> {
 /// The kernel refuses, as without [no new
 /// privileges](super::privileges::no_new_privileges).
 pub fn restrict(rules: &[(PathBuf, Rights)]) -> io::Result<Option<u32>> {
-    let Some(abi) = abi() else {
+    let Ok(abi) = abi() else {
         return Ok(None);
     };
     let files = known(abi);

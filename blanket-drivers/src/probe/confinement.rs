@@ -3,6 +3,7 @@
 use std::io;
 
 use super::{Finding, read};
+use crate::jail::landlock;
 
 pub(super) fn seccomp() -> Finding {
     let action: u32 = libc::SECCOMP_RET_KILL_PROCESS;
@@ -25,25 +26,12 @@ pub(super) fn seccomp() -> Finding {
     )
 }
 
-/// `LANDLOCK_CREATE_RULESET_VERSION`: asks for the ABI's version.
-const RULESET_VERSION: u32 = 1;
-
 pub(super) fn landlock() -> Finding {
     const COST: &str = "a monitor's view of the file system is limited by its user alone";
-    // SAFETY: with this flag no ruleset is read: the pointer is null and the
-    // size zero, as landlock_create_ruleset(2) has it.
-    let abi = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            std::ptr::null::<libc::c_void>(),
-            0_usize,
-            RULESET_VERSION,
-        )
+    let error = match landlock::abi() {
+        Ok(abi) => return Finding::ok(format!("ABI {abi}")).fact("abi", u64::from(abi)),
+        Err(error) => error,
     };
-    if abi >= 1 {
-        return Finding::ok(format!("ABI {abi}")).fact("abi", abi.unsigned_abs());
-    }
-    let error = io::Error::last_os_error();
     if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
         return Finding::missing(
             "switched off at boot",

@@ -55,6 +55,11 @@ fn forwards(size: Size) -> Result<()> {
     let before = resident()?;
     let mut world = World::new(size);
     let bytes = resident()? - before;
+    let known = world.directory.len();
+    ensure!(
+        known == size.stations as usize,
+        "{known} stations are known"
+    );
     // A large prime: each station has its turn, and no two that are neighbours.
     let mut next = 0;
     let mut go = |frames: u32| {

@@ -1,6 +1,5 @@
 //! A switch that knows many stations, and many nodes that tell each other.
 #![allow(clippy::expect_used, reason = "what cannot be set up is not measured")]
-#![allow(dead_code, reason = "the example and the test use a part of it each")]
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -23,33 +22,6 @@ pub(crate) struct Size {
     pub(crate) ports: u32,
     /// Nodes, this one included.
     pub(crate) nodes: u32,
-}
-
-impl Size {
-    /// What the overlay is made for.
-    pub(crate) const FULL: Self = Self {
-        stations: 10_000,
-        ports: 1000,
-        nodes: 100,
-    };
-
-    /// So many times as much.
-    pub(crate) fn times(self, factor: u32) -> Self {
-        Self {
-            stations: self.stations * factor,
-            ports: self.ports * factor,
-            nodes: self.nodes * factor,
-        }
-    }
-
-    /// A tenth.
-    pub(crate) fn tenth(self) -> Self {
-        Self {
-            stations: self.stations / 10,
-            ports: self.ports / 10,
-            nodes: self.nodes / 10,
-        }
-    }
 }
 
 /// This node.
@@ -97,7 +69,8 @@ pub(crate) struct World {
     key: Key,
     layers: Layers,
     bytes: Vec<u8>,
-    out: Outputs,
+    /// Where the last frame went.
+    pub(crate) out: Outputs,
 }
 
 impl World {
@@ -160,25 +133,18 @@ impl World {
     /// Sends a frame from the first port to a station; whether it goes to
     /// where that is, and to nobody else.
     pub(crate) fn forward(&mut self, number: u32) -> bool {
-        self.key.dst = mac(number);
-        let mut frame = Frame {
-            head: Head::of(&self.bytes),
-            body: &[],
-            offload: Offload::default(),
-        };
-        let from = Place::Port(PortId(1));
-        let (key, layers, out) = (&self.key, &self.layers, &mut self.out);
-        let sent = self.bridge.forward(NOW, from, key, layers, &mut frame, out);
+        let is_sent = self.send(mac(number));
         let is_there = |place| match place {
             Place::Port(id) => id.0 == number + 1 && number < self.size.ports,
             Place::Node(_) => number >= self.size.ports,
         };
-        sent.is_ok() && matches!(out.list[..], [one] if is_there(one.to))
+        is_sent && matches!(self.out.list[..], [one] if is_there(one.to))
     }
 
-    /// The same from the first port to all; to how many places it goes.
-    pub(crate) fn flood(&mut self) -> usize {
-        self.key.dst = Mac([0xff; 6]);
+    /// Sends a frame from the first port to that address; whether it goes
+    /// somewhere: [`World::out`].
+    pub(crate) fn send(&mut self, to: Mac) -> bool {
+        self.key.dst = to;
         let mut frame = Frame {
             head: Head::of(&self.bytes),
             body: &[],
@@ -187,7 +153,7 @@ impl World {
         let from = Place::Port(PortId(1));
         let (key, layers, out) = (&self.key, &self.layers, &mut self.out);
         let sent = self.bridge.forward(NOW, from, key, layers, &mut frame, out);
-        sent.map_or(0, |()| self.out.list.len())
+        sent.is_ok()
     }
 }
 
