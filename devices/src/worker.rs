@@ -4,6 +4,8 @@
 //! per ring, no lock on the data path. Whoever needs a handler (to pause, save
 //! or reset it) takes it off the worker and has it for itself.
 
+mod patience;
+
 use std::any::Any;
 use std::io;
 use std::sync::Arc;
@@ -12,6 +14,9 @@ use std::thread::JoinHandle;
 use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
+
+use self::patience::Patience;
+pub(crate) use self::patience::expect;
 
 /// Bytes of a thread's stack. Less than a huge page: a stack that the kernel
 /// makes one of would count whole.
@@ -35,6 +40,7 @@ struct Slot(Box<dyn Handler>);
 
 impl MutEventSubscriber for Slot {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
+        patience::woken();
         self.0.process(events, ops);
     }
     fn init(&mut self, ops: &mut EventOps) {
@@ -98,9 +104,10 @@ impl Worker {
     pub fn spawn(name: &str, setup: ThreadSetup) -> io::Result<Self> {
         let mut manager = EventManager::<Slot>::new().map_err(io::Error::other)?;
         let endpoint = manager.remote_endpoint();
+        let mut patience = Patience::new();
         let thread = spawn(name, setup, move || {
             while !STOP.with(std::cell::Cell::get) {
-                if let Err(error) = manager.run() {
+                if let Err(error) = patience.run(&mut manager) {
                     tracing::error!(%error, "event loop");
                     break;
                 }
@@ -178,6 +185,7 @@ impl Drop for Worker {
 mod tests {
     use super::*;
     use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
     use vmm_sys_util::epoll::EventSet;
     use vmm_sys_util::eventfd::EventFd;
 
@@ -193,6 +201,7 @@ mod tests {
         fn process(&mut self, _: Events, _: &mut EventOps) {
             self.event.read().unwrap();
             self.seen.send("event").unwrap();
+            expect();
         }
     }
 
@@ -217,8 +226,12 @@ mod tests {
             }))
             .unwrap();
         assert_eq!(got.recv().unwrap(), "kick");
-        event.write(1).unwrap();
-        assert_eq!(got.recv().unwrap(), "event");
+        // Those that come soon are looked for, the last one is slept for.
+        for pause in [0, 0, 0, 0, 0, 20] {
+            std::thread::sleep(Duration::from_millis(pause));
+            event.write(1).unwrap();
+            assert_eq!(got.recv().unwrap(), "event");
+        }
         let handler = worker.remove(id).unwrap();
         assert_eq!(got.recv().unwrap(), "quiesce");
         assert!((handler as Box<dyn Any>).downcast::<Echo>().is_ok());

@@ -1,6 +1,7 @@
 //! Building what runs on nodes and in guests.
 
-use std::process::ExitCode;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 
@@ -53,18 +54,22 @@ pub fn run(workspace: &Workspace, progress: &Progress, options: &Options) -> Res
 /// # Errors
 /// They do not build.
 pub fn programs(workspace: &Workspace, step: &Step, profile: &str) -> Result<()> {
-    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    let mut command = workspace.cargo();
-    command
-        .env(
-            "RUSTFLAGS",
-            format!("{flags} -C target-feature=+crt-static"),
-        )
-        .args(["build", "--bins", "--target", TARGET, "--profile", profile]);
+    let mut command = for_nodes(workspace, profile);
+    command.arg("--bins");
     for package in PACKAGES {
         command.args(["--package", package]);
     }
     checked(step, &mut command, Output::IfItFails).map(drop)
+}
+
+/// Builds what runs on nodes.
+fn for_nodes(workspace: &Workspace, profile: &str) -> Command {
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    let flags = format!("{flags} -C target-feature=+crt-static");
+    let mut command = workspace.cargo();
+    command.env("RUSTFLAGS", flags);
+    command.args(["build", "--target", TARGET, "--profile", profile]);
+    command
 }
 
 /// Builds the guest payloads into [`Workspace::payloads`].
@@ -75,4 +80,23 @@ pub fn payloads(workspace: &Workspace, step: &Step) -> Result<()> {
     let mut command = workspace.cargo_in("firmware");
     command.args(["build", "--release"]);
     checked(step, &mut command, Output::IfItFails).map(drop)
+}
+
+/// Builds a package's example as its programs for a release, for a benchmark:
+/// where it is.
+///
+/// # Errors
+/// It does not build.
+pub fn example(
+    workspace: &Workspace,
+    progress: &Progress,
+    package: &str,
+    name: &str,
+) -> Result<PathBuf> {
+    let step = progress.step(&format!("build the example `{name}`"));
+    let mut command = for_nodes(workspace, RELEASE);
+    command.args(["--package", package, "--example", name]);
+    checked(&step, &mut command, Output::IfItFails)?;
+    step.done("");
+    Ok(workspace.programs(RELEASE).join("examples").join(name))
 }

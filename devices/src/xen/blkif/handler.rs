@@ -15,7 +15,7 @@ use super::request::{
 };
 use crate::disk::{self, Engine, Identity, Outcome, Refused};
 use crate::virtio::queue::watch;
-use crate::worker::Handler;
+use crate::worker::{self, Handler};
 use crate::xen::channel::Channel;
 use crate::xen::grant::{Access, GrantTable};
 use crate::xen::ring::{self, Indices, Ring};
@@ -33,6 +33,14 @@ const PATIENCE: Duration = Duration::from_micros(200);
 
 /// A disk's ring.
 pub(super) type DiskRing = Ring<REQUEST, RESPONSE>;
+
+/// Requests that the store has before it starts on them, and answers before the
+/// guest sees them: few enough that guest, worker and device work at the same time,
+/// and enough that starting and telling do not cost more than the requests.
+const AT_ONCE: usize = 8;
+
+/// Bytes of data that the store starts on at once.
+const BYTES_AT_ONCE: usize = 128 << 10;
 
 /// What is needed to answer a request, and its pages.
 struct Answer {
@@ -112,7 +120,7 @@ impl RingHandler {
         }
         let full = self.fill()?;
         self.engine.commit();
-        self.reap();
+        self.reap(usize::MAX);
         if !full && self.expects_more()? {
             return Ok(true);
         }
@@ -143,25 +151,34 @@ impl RingHandler {
 
     /// Hands requests to the store. True if the store takes no more for now.
     fn fill(&mut self) -> Result<bool, ring::Error> {
+        let (mut requests, mut bytes) = (0, 0);
         for _ in 0..self.ring.entries() {
             let Some(request) = self.ring.pop()? else {
                 break;
             };
-            if !self.start(&request) {
+            let Some(moved) = self.start(&request) else {
                 self.ring.rewind(1);
                 return Ok(true);
+            };
+            requests += 1;
+            bytes += moved;
+            if requests == AT_ONCE || bytes >= BYTES_AT_ONCE {
+                self.engine.commit();
+                (requests, bytes) = (0, 0);
             }
         }
         Ok(false)
     }
 
     /// Starts one request. Answers it right away if there is nothing to do.
-    /// False if the store is full: the request has to come again.
-    fn start(&mut self, request: &[u8; REQUEST]) -> bool {
+    /// How many bytes it moves; none if the store is full: the request has to
+    /// come again.
+    fn start(&mut self, request: &[u8; REQUEST]) -> Option<usize> {
         let (id, operation) = (request::id(request), request::operation(request));
         match self.prepare(request) {
             Ok((request, pages)) => {
-                self.pace.moves(IoVec::total(&request.vectors));
+                let bytes = IoVec::total(&request.vectors);
+                self.pace.moves(bytes);
                 let answer = Answer {
                     id,
                     operation,
@@ -170,8 +187,8 @@ impl RingHandler {
                 // SAFETY: the pages keep guest memory mapped, and the engine
                 // gives them back when the request is done, or waits.
                 match unsafe { self.engine.submit(request, answer) } {
-                    Ok(()) => return true,
-                    Err(Refused::Full(_)) => return false,
+                    Ok(()) => return Some(bytes),
+                    Err(Refused::Full(_)) => return None,
                     Err(Refused::Broken(_)) => self.answer(id, operation, Status::Error),
                 }
             }
@@ -180,7 +197,7 @@ impl RingHandler {
                 self.answer(id, operation, status);
             }
         }
-        true
+        Some(0)
     }
 
     /// The store's request, and the pages that it uses.
@@ -241,16 +258,21 @@ impl RingHandler {
         Ok((request, pages))
     }
 
-    /// Answers what the store has completed.
-    fn reap(&mut self) {
+    /// Answers what the store has completed; see [`Self::answer_all`].
+    fn reap(&mut self, at_once: usize) {
         let mut done = std::mem::take(&mut self.done);
         self.engine.reap(false, &mut done);
-        self.answer_all(&mut done);
+        self.answer_all(&mut done, at_once);
         self.done = done;
     }
 
-    fn answer_all(&mut self, done: &mut Vec<(Answer, Outcome)>) {
-        for (answer, outcome) in done.drain(..) {
+    /// Puts answers into the ring. Where there are more than `at_once`, the guest
+    /// goes on with the first of them meanwhile.
+    fn answer_all(&mut self, done: &mut Vec<(Answer, Outcome)>, at_once: usize) {
+        for (number, (answer, outcome)) in done.drain(..).enumerate() {
+            if number > 0 && number % at_once == 0 {
+                self.show();
+            }
             let status = match outcome {
                 Outcome::Done(_) => Status::Okay,
                 Outcome::Failed => Status::Error,
@@ -275,6 +297,10 @@ impl RingHandler {
     /// Shows the guest the answers, and tells it if it waits for them.
     fn publish(&mut self) {
         self.pace.publishes(self.ring.unpublished());
+        self.show();
+    }
+
+    fn show(&mut self) {
         if self.ring.publish() {
             self.channel.notify();
         }
@@ -311,11 +337,13 @@ impl MutEventSubscriber for RingHandler {
         match events.data() {
             KICK => self.channel.take(),
             _ => {
-                self.reap();
+                self.reap(AT_ONCE);
                 self.publish();
             }
         }
         self.serve();
+        // The store completes what it has, and whoever has been answered asks again.
+        worker::expect();
     }
 }
 
@@ -328,7 +356,7 @@ impl Handler for RingHandler {
     fn quiesce(&mut self) {
         let mut done = Vec::new();
         self.engine.drain(false, &mut done);
-        self.answer_all(&mut done);
+        self.answer_all(&mut done, usize::MAX);
         self.publish();
         // Marks of kept pages would outlive a saved guest's mappings.
         self.pages.release();

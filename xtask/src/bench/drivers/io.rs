@@ -3,8 +3,8 @@
 //! a network namespace behind the same kind of interface.
 //!
 //! And what keeps a guest from it, whatever its devices do: the same fio on a
-//! device of the guest's own kernel that does nothing, and the same iperf3 from
-//! the guest to itself.
+//! device of the guest's own kernel that does nothing, the same iperf3 from the
+//! guest to itself, and through a process that does nothing but carry frames.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -55,6 +55,8 @@ const GUESTS_IPERF: &str = "chroot /mnt iperf3";
 #[derive(Default)]
 struct Runs {
     node: BTreeMap<String, Vec<f64>>,
+    /// Of the process that does nothing but carry frames.
+    cable: BTreeMap<String, Vec<f64>>,
     guests: [BTreeMap<String, Vec<f64>>; GUESTS.len()],
 }
 
@@ -75,7 +77,7 @@ impl<'a> Guest<'a> {
         // Past this machine's page cache, as fio's own I/O on it.
         let flags = format!(
             "--memory 512M --on-reboot exit --disk path=/payload/workloads.ext4,readonly=on \
-             --disk path=/disk{number},direct=on --net tap,host_ip=10.9.{number}.1/24 {}",
+             --disk path=/srv/disk{number},direct=on --net tap,host_ip=10.9.{number}.1/24 {}",
             GUESTS[number].1
         );
         let cmdline = format!("blanket.ip={address}/24");
@@ -94,16 +96,23 @@ impl<'a> Guest<'a> {
     }
 }
 
-/// `payloads` are the guests that measure what the least is.
-pub(super) fn rows(programs: &Path, payloads: &Path, progress: &Progress) -> Result<Vec<Row>> {
+/// `cable` carries frames between two TAPs, and `payloads` are the guests that
+/// measure what the least is.
+pub(super) fn rows(
+    programs: &Path,
+    cable: &Path,
+    payloads: &Path,
+    progress: &Progress,
+) -> Result<Vec<Row>> {
     let host = native_with("bench", programs)?
+        .inject(cable, "/usr/bin/cable")
         .inject(workloads()?, "/payload/workloads.ext4")
         .open()?;
     load::mount(&host, "-o loop /payload/workloads.ext4")?;
     // The last one is the node's own.
     host.sh(
-        "for n in 0 1 2; do dd if=/dev/urandom of=/disk$n bs=1M count=512 2>/dev/null; done; \
-         touch /mnt/tmp/disk; mount --bind /disk2 /mnt/tmp/disk",
+        "for n in 0 1 2; do dd if=/dev/urandom of=/srv/disk$n bs=1M count=512 2>/dev/null; done; \
+         touch /mnt/tmp/disk; mount --bind /srv/disk2 /mnt/tmp/disk",
     )
     .timeout(LIMIT)
     .text()?;
@@ -112,6 +121,14 @@ pub(super) fn rows(programs: &Path, payloads: &Path, progress: &Progress) -> Res
         "ip netns add far; ip link add v0 type veth peer name v1 netns far; \
          ip addr add 10.8.0.1/24 dev v0; ip link set v0 up; \
          ip netns exec far sh -c 'ip addr add 10.8.0.2/24 dev v1; ip link set v1 up; iperf3 -s -D'",
+    )
+    .text()?;
+    // The same namespace once more, behind a process.
+    host.sh(
+        "cable c0 c1 >/run/cable.log 2>&1 & echo $! >/run/cable.pid; \
+         for n in $(seq 50); do [ -e /sys/class/net/c1 ] && break; sleep 0.1; done; \
+         ip link set dev c1 netns far; ip addr add 10.7.0.1/24 dev c0; ip link set dev c0 up; \
+         ip -n far addr add 10.7.0.2/24 dev c1; ip -n far link set dev c1 up",
     )
     .text()?;
     let guests: Vec<_> = (0..GUESTS.len())
@@ -127,7 +144,7 @@ pub(super) fn rows(programs: &Path, payloads: &Path, progress: &Progress) -> Res
     for guest in guests {
         guest.vm.blanket("rm", "--force")?;
     }
-    host.sh("pkill -x iperf3 || true; ip netns del far")
+    host.sh("kill $(cat /run/cable.pid); pkill -x iperf3 || true; ip netns del far")
         .text()?;
     let mut rows = table(&runs);
     rows.extend(least(payloads)?);
@@ -177,10 +194,21 @@ const TO: &str = "TCP to it";
 const FROM: &str = "TCP from it";
 const WITHIN: &str = "TCP from it to itself";
 
+/// As to a guest and from it.
+const CABLE: [(&str, &str); 2] = [
+    (
+        TO,
+        "TCP through a process between two TAPs, without a guest",
+    ),
+    (FROM, "TCP back through that process"),
+];
+
 fn network(host: &Client, guests: &[Guest], runs: &mut Runs) -> Result<()> {
     for (title, flag) in [(TO, ""), (FROM, "-R")] {
         let figure = load::iperf(host, "iperf3", "10.8.0.2", flag)?;
         add(&mut runs.node, title, figure);
+        let figure = load::iperf(host, "iperf3", "10.7.0.2", flag)?;
+        add(&mut runs.cable, title, figure);
         for (guest, figures) in guests.iter().zip(&mut runs.guests) {
             let figure = load::iperf(host, "iperf3", &guest.address, flag)?;
             add(figures, title, figure);
@@ -217,6 +245,12 @@ fn table(runs: &Runs) -> Vec<Row> {
         lines.push((title.into(), title, "us"));
     }
     let mut rows = Vec::new();
+    for (beside, title) in CABLE {
+        let figures = runs.cable.get(beside).map_or(&[][..], Vec::as_slice);
+        let node = runs.node.get(beside).map_or(&[][..], Vec::as_slice);
+        let row = Row::new(title, "Gb/s", figures);
+        rows.extend(row.map(|row| row.against("the node itself", node)));
+    }
     for ((place, _), figures) in GUESTS.iter().zip(&runs.guests) {
         for (title, beside, unit) in &lines {
             let ours = figures.get(title).map_or(&[][..], Vec::as_slice);

@@ -30,12 +30,13 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let step = progress.step("build Blanket for release");
     build::programs(workspace, &step, build::RELEASE)?;
     step.done("");
+    let cable = build::example(workspace, progress, "blanket-drivers", "cable")?;
     let step = progress.step("images of the guests, from Debian's packages");
     GuestImages::get()?;
     workloads()?;
     step.done("");
     let programs = workspace.programs(build::RELEASE);
-    let mut rows = io::rows(&programs, &workspace.payloads(), progress)?;
+    let mut rows = io::rows(&programs, &cable, &workspace.payloads(), progress)?;
     rows.extend(probing::rows(&programs, progress)?);
     rows.extend(grants::rows(&programs, progress)?);
     Ok(rows)

@@ -17,7 +17,6 @@ mod peers;
 mod scale;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -28,8 +27,7 @@ use serde_json::Value;
 use super::row::{Row, median};
 use crate::build;
 use crate::progress::Progress;
-use crate::run::{Output, checked};
-use crate::workspace::{TARGET, Workspace};
+use crate::workspace::Workspace;
 
 /// Runs of everything; the rows have their medians.
 const RUNS: usize = 5;
@@ -172,29 +170,6 @@ fn measure(host: &Host, number: u32, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Builds an example of the overlay's, as the programs for nodes are built.
-fn example(workspace: &Workspace, progress: &Progress, name: &str) -> Result<PathBuf> {
-    let step = progress.step(&format!("build the example `{name}`"));
-    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    let flags = format!("{flags} -C target-feature=+crt-static");
-    let mut command = workspace.cargo();
-    command.env("RUSTFLAGS", flags).args([
-        "build",
-        "--example",
-        name,
-        "--package",
-        "blanket-overlay",
-        "--target",
-        TARGET,
-        "--profile",
-        build::RELEASE,
-    ]);
-    checked(&step, &mut command, Output::IfItFails)?;
-    step.done("");
-    let examples = workspace.programs(build::RELEASE).join("examples");
-    Ok(examples.join(name))
-}
-
 /// Measures all of it.
 ///
 /// # Errors
@@ -214,8 +189,8 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let step = progress.step("build Blanket for release");
     build::programs(workspace, &step, build::RELEASE)?;
     step.done("");
-    let least = example(workspace, progress, "least")?;
-    let scale = example(workspace, progress, "scale")?;
+    let least = build::example(workspace, progress, "blanket-overlay", "least")?;
+    let scale = build::example(workspace, progress, "blanket-overlay", "scale")?;
     let others = peers::install(workspace, progress)?;
     let step = progress.step("two nodes and two tenants");
     let programs = workspace.programs(build::RELEASE);
