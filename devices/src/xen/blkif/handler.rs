@@ -39,8 +39,29 @@ pub(super) type DiskRing = Ring<REQUEST, RESPONSE>;
 /// and enough that starting and telling do not cost more than the requests.
 const AT_ONCE: usize = 8;
 
-/// Bytes of data that the store starts on at once.
-const BYTES_AT_ONCE: usize = 128 << 10;
+/// Pages of data that the store starts on, or that the guest gets back, at once.
+const PAGES_AT_ONCE: usize = 32;
+
+/// What has gathered of either.
+#[derive(Default)]
+struct Gathered {
+    requests: usize,
+    pages: usize,
+}
+
+impl Gathered {
+    /// One more, with so many pages. True if it is time to go on with them: they
+    /// are `most` requests, or many pages.
+    fn add(&mut self, pages: usize, most: usize) -> bool {
+        self.requests += 1;
+        self.pages += pages;
+        let enough = self.requests >= most || self.pages >= PAGES_AT_ONCE;
+        if enough {
+            *self = Self::default();
+        }
+        enough
+    }
+}
 
 /// What is needed to answer a request, and its pages.
 struct Answer {
@@ -151,34 +172,31 @@ impl RingHandler {
 
     /// Hands requests to the store. True if the store takes no more for now.
     fn fill(&mut self) -> Result<bool, ring::Error> {
-        let (mut requests, mut bytes) = (0, 0);
+        let mut gathered = Gathered::default();
         for _ in 0..self.ring.entries() {
             let Some(request) = self.ring.pop()? else {
                 break;
             };
-            let Some(moved) = self.start(&request) else {
+            let Some(pages) = self.start(&request) else {
                 self.ring.rewind(1);
                 return Ok(true);
             };
-            requests += 1;
-            bytes += moved;
-            if requests == AT_ONCE || bytes >= BYTES_AT_ONCE {
+            if gathered.add(pages, AT_ONCE) {
                 self.engine.commit();
-                (requests, bytes) = (0, 0);
             }
         }
         Ok(false)
     }
 
     /// Starts one request. Answers it right away if there is nothing to do.
-    /// How many bytes it moves; none if the store is full: the request has to
+    /// How many pages it uses; none if the store is full: the request has to
     /// come again.
     fn start(&mut self, request: &[u8; REQUEST]) -> Option<usize> {
         let (id, operation) = (request::id(request), request::operation(request));
         match self.prepare(request) {
             Ok((request, pages)) => {
-                let bytes = IoVec::total(&request.vectors);
-                self.pace.moves(bytes);
+                self.pace.moves(IoVec::total(&request.vectors));
+                let count = pages.len();
                 let answer = Answer {
                     id,
                     operation,
@@ -187,7 +205,7 @@ impl RingHandler {
                 // SAFETY: the pages keep guest memory mapped, and the engine
                 // gives them back when the request is done, or waits.
                 match unsafe { self.engine.submit(request, answer) } {
-                    Ok(()) => return Some(bytes),
+                    Ok(()) => return Some(count),
                     Err(Refused::Full(_)) => return None,
                     Err(Refused::Broken(_)) => self.answer(id, operation, Status::Error),
                 }
@@ -266,13 +284,16 @@ impl RingHandler {
         self.done = done;
     }
 
-    /// Puts answers into the ring. Where there are more than `at_once`, the guest
-    /// goes on with the first of them meanwhile.
+    /// Puts answers into the ring. Where there are more than `at_once`, or of
+    /// many pages, the guest goes on with the first of them meanwhile.
     fn answer_all(&mut self, done: &mut Vec<(Answer, Outcome)>, at_once: usize) {
-        for (number, (answer, outcome)) in done.drain(..).enumerate() {
-            if number > 0 && number % at_once == 0 {
+        let mut gathered = Gathered::default();
+        let mut enough = false;
+        for (answer, outcome) in done.drain(..) {
+            if enough {
                 self.show();
             }
+            enough = gathered.add(answer.pages.len(), at_once);
             let status = match outcome {
                 Outcome::Done(_) => Status::Okay,
                 Outcome::Failed => Status::Error,
