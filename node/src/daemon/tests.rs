@@ -83,10 +83,10 @@ impl Place {
     async fn end(&mut self) {
         self.node.stop_listening().await;
         let other = Self::new();
-        let old = std::mem::replace(&mut self.node, Arc::clone(&other.node));
-        let weak = Arc::downgrade(&old);
-        drop(old);
-        while weak.upgrade().is_some() {
+        let mut old = std::mem::replace(&mut self.node, Arc::clone(&other.node));
+        // Where another one lets go of it last, its store may still be open after that.
+        while let Err(held) = Arc::try_unwrap(old) {
+            old = held;
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

@@ -47,6 +47,8 @@ impl Session<'_> {
         command
             .env(PAYLOADS_VARIABLE, self.workspace.payloads())
             .env(PROGRAMS_VARIABLE, self.workspace.programs(build::TESTING))
+            // What failed says where; traces would bury it.
+            .env("RUST_BACKTRACE", "0")
             .args(["nextest", subcommand])
             .args(packages);
         if let Some(filter) = &self.options.filter {
