@@ -26,7 +26,7 @@ struct Counts {
 }
 
 fn pass(from: &mut VhostUser, to: &mut VhostUser, counts: &mut Counts) -> io::Result<usize> {
-    let done = from.receive(BURST, &mut |frame: Frame<'_>| match to.send(&frame) {
+    let done = from.receive(BURST, &mut |frame: &mut Frame<'_>| match to.send(frame) {
         Ok(()) => counts.passed += 1,
         Err(_) => counts.lost += 1,
     })?;

@@ -32,7 +32,7 @@ impl Cable {
                     let (from, to) = if from == 0 { (one, two) } else { (two, one) };
                     done += from
                         .receive(BURST, &mut |frame| {
-                            if to.send(&frame).is_err() {
+                            if to.send(frame).is_err() {
                                 count.fetch_add(1, Ordering::Relaxed);
                             }
                         })

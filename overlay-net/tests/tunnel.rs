@@ -113,7 +113,7 @@ impl End {
     /// One turn of a worker; the frames that came.
     fn turn(&mut self) -> Vec<Vec<u8>> {
         let (now, mut got) = (self.start.elapsed(), Vec::new());
-        let each = &mut |_, _, frame: Frame<'_>| got.push(frame.to_vec());
+        let each = &mut |_, _, frame: &mut Frame<'_>| got.push(frame.to_vec());
         let (tunnels, out) = (&mut self.tunnels, &mut self.out);
         self.links.receive(now, tunnels, out, each).unwrap();
         tunnels.tick(now, out);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::directory::NodeId;
 use crate::drops::Reason;
-use crate::frame::{Frame, Head, Key, Kind, Layers, Mac, PortId, Vni};
+use crate::frame::{Frame, Head, Key, Layers, Mac, PortId, Vni};
 
 use super::many::Many;
 use super::table::{Origin, Place, Station};
@@ -38,15 +38,7 @@ impl Sent<'_, '_> {
 
     /// Bytes of the packet, or of each that it will be cut into.
     pub(super) fn packet(&self) -> usize {
-        let network = self.layers.network;
-        match self.frame.offload.segments {
-            // Cut by IP into what fits.
-            Some(segments) if segments.kind == Kind::Fragments => 0,
-            Some(segments) if self.layers.payload > network => {
-                self.layers.payload - network + usize::from(segments.size)
-            }
-            _ => self.frame.len().saturating_sub(network),
-        }
+        self.layers.packet(self.frame)
     }
 }
 
@@ -78,12 +70,27 @@ impl Bridge {
         out.list.clear();
         out.reply = None;
         out.held = false;
+        out.known = false;
         let result = self.decide(now, from, key, layers, frame, out);
         if let Err(reason) = result {
             out.list.clear();
             self.count(from, reason);
         }
         result
+    }
+
+    /// Bytes of the largest packet that takes the way of one before it, whose
+    /// addresses are the same; none: each has to be looked at.
+    pub(crate) fn most_on(&self, from: Place, way: &Output) -> Option<usize> {
+        if let Place::Port(id) = from
+            && self.ports.get(&id).is_none_or(|port| port.rate.is_some())
+        {
+            return None;
+        }
+        match way.to {
+            Place::Port(id) => self.ports.get(&id).map(|port| port.config.mtu),
+            Place::Node(id) => self.nodes.get(&id).map(|node| node.config.mtu),
+        }
     }
 
     pub(super) fn count(&mut self, from: Place, reason: Reason) {
@@ -172,6 +179,7 @@ impl Bridge {
         let Some(found) = self.table.find(sent.now, &station) else {
             return self.unknown(&sent, out);
         };
+        out.known = true;
         let from_node = matches!(sent.from, Place::Node(_));
         // What was sent after a guest on its way waits here; what others send
         // goes to where the guest still is.

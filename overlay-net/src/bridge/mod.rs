@@ -86,6 +86,8 @@ pub struct Outputs {
     pub reply: Option<Reply>,
     /// It waits for its port to be activated.
     pub held: bool,
+    /// It is known where its destination is.
+    pub known: bool,
 }
 
 #[derive(Debug)]

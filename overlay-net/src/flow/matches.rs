@@ -91,16 +91,17 @@ impl Match {
         if !self.has(needs) {
             return Err(MatchError::Needs { field, needs });
         }
-        let mask = if mask == field.all() {
+        let before = self.mask.get(field);
+        if (self.value.get(field) ^ value) & before & mask != 0 {
+            return Err(MatchError::Twice(field));
+        }
+        self.value.set(field, value, mask);
+        // Several masks may make a whole.
+        let mask = if (before | mask) & field.all() == field.all() {
             fields::exact(field)
         } else {
             mask
         };
-        let both = self.mask.get(field) & mask;
-        if (self.value.get(field) ^ value) & both != 0 {
-            return Err(MatchError::Twice(field));
-        }
-        self.value.set(field, value, mask);
         self.mask.set(field, u128::MAX, mask);
         Ok(())
     }

@@ -115,6 +115,22 @@ impl Pipeline {
         normal
     }
 
+    /// Whether no entry looks at anything, so that all frames are alike.
+    #[must_use]
+    pub fn looks_at_nothing(&self) -> bool {
+        self.words.is_empty()
+    }
+
+    /// Counts frames, where all are alike, that took the way of one for which
+    /// [`Pipeline::is_normal`] was so.
+    pub fn count_alike(&mut self, now: Duration, frames: u64, bytes: u64) {
+        if frames > 0 {
+            let at = self.lookup(&Key::default(), Start::default());
+            self.cache.count(at, frames, bytes, millis(now));
+            self.cache.hits += frames - 1;
+        }
+    }
+
     /// Does with a frame what the tables say: `sink` takes what comes out.
     pub fn run(&mut self, now: Duration, packet: &mut Packet<'_, '_>, sink: &mut dyn Sink) {
         self.go(now, Start::default(), RECIRCULATIONS, packet, sink);

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use thiserror::Error;
 
-use super::{Mac, PortId, Vni};
+use super::{Frame, Kind, Mac, PortId, Vni};
 
 /// Ethertypes.
 pub mod ethertype {
@@ -117,6 +117,21 @@ pub struct Layers {
     pub transport: usize,
     /// The transport's payload (TCP, UDP); 0: there is none.
     pub payload: usize,
+}
+
+impl Layers {
+    /// Bytes of the frame's packet, or of each that it will be cut into.
+    #[must_use]
+    pub fn packet(&self, frame: &Frame<'_>) -> usize {
+        match frame.offload.segments {
+            // Cut by IP into what fits.
+            Some(segments) if segments.kind == Kind::Fragments => 0,
+            Some(segments) if self.payload > self.network => {
+                self.payload - self.network + usize::from(segments.size)
+            }
+            _ => frame.len().saturating_sub(self.network),
+        }
+    }
 }
 
 /// A frame that no station sends.

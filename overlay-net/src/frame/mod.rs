@@ -4,6 +4,7 @@ use std::fmt;
 
 use vm_memory::VolatileSlice;
 
+pub(crate) mod copy;
 pub mod key;
 mod offload;
 mod segment;
@@ -277,7 +278,7 @@ impl fmt::Debug for Head {
 
 /// A frame: Ethernet, without its checksum, with what is left to be done for
 /// it by whoever takes it over.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Frame<'a> {
     /// The first bytes.
     pub head: Head,

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use vm_memory::VolatileSlice;
 
+use super::copy;
 use super::key::{self, ethertype, protocol};
 use super::{Checksum, Frame, Head, Kind, Layers, Offload, PortId, Vni};
 use crate::drops::Reason;
@@ -59,7 +60,7 @@ impl<'a> Pieces<'a> {
         let mut done = 0;
         while done < to.len() && self.start < self.len {
             let piece = &mut self.list[self.start];
-            let len = piece.copy_to(&mut to[done..]);
+            let len = copy::to_bytes(piece, &mut to[done..]);
             done += len;
             match piece.offset(len) {
                 Ok(rest) if !rest.is_empty() => *piece = rest,

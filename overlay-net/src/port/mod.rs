@@ -66,7 +66,7 @@ pub trait Port: Send {
     /// # Errors
     ///
     /// The port is of no use any more; what to do is in the message.
-    fn receive(&mut self, most: usize, each: &mut dyn FnMut(Frame<'_>)) -> io::Result<usize>;
+    fn receive(&mut self, most: usize, each: &mut dyn FnMut(&mut Frame<'_>)) -> io::Result<usize>;
 
     /// Copies a frame out. The other side need not see it before
     /// [`Port::flush`].

@@ -67,7 +67,7 @@ impl TapPort {
 }
 
 impl Port for TapPort {
-    fn receive(&mut self, most: usize, each: &mut dyn FnMut(Frame<'_>)) -> io::Result<usize> {
+    fn receive(&mut self, most: usize, each: &mut dyn FnMut(&mut Frame<'_>)) -> io::Result<usize> {
         for count in 0..most {
             let len = match self.queue.read(&mut self.buffer) {
                 Ok(len) => len,
@@ -90,7 +90,7 @@ impl Port for TapPort {
             let head = Head::of(frame);
             let rest = frame.get_mut(HEAD..).unwrap_or_default();
             let body = [VolatileSlice::from(rest)];
-            each(Frame {
+            each(&mut Frame {
                 head,
                 body: if body[0].is_empty() { &[] } else { &body },
                 offload,

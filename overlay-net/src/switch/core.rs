@@ -12,6 +12,7 @@
 //! | `foreign` | peers that are no switches |
 //! | `vips` | one address for many servers |
 //! | `way` | the way of a frame: flows, bridge, ports and tunnels |
+//! | `alike` | frames that go the way of the one before |
 //! | `groups` | security groups |
 //! | `datapath` | a network as its OpenFlow controllers see it |
 
@@ -27,6 +28,7 @@ use crate::drops::Drops;
 use crate::frame::{Mac, Offload, PortId, Vni};
 use crate::port::Port;
 
+mod alike;
 mod captures;
 mod datapath;
 mod figures;
@@ -111,6 +113,8 @@ pub struct Switch {
     bridge: Bridge,
     /// Where a frame goes: used again for each.
     outputs: Outputs,
+    /// What the frame before was, within a turn.
+    alike: Option<alike::Alike>,
     later: Vec<Later>,
     /// Frames to guests that have moved, which wait for older ones.
     settling: HashMap<(Vni, Mac), Settling>,

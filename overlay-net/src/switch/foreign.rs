@@ -309,7 +309,7 @@ impl Foreign {
     /// datagrams or trains there were.
     pub(super) fn receive(
         &mut self,
-        each: &mut dyn FnMut(NodeId, Vni, Frame<'_>),
+        each: &mut dyn FnMut(NodeId, Vni, &mut Frame<'_>),
     ) -> io::Result<usize> {
         let (mut total, mut outcome) = (0, Ok(()));
         for (index, socket) in self.sockets.iter_mut().enumerate() {
@@ -373,15 +373,20 @@ fn take<'d>(
     }
 }
 
-fn hand_on(node: NodeId, vni: Vni, bytes: &mut [u8], each: &mut dyn FnMut(NodeId, Vni, Frame<'_>)) {
+fn hand_on(
+    node: NodeId,
+    vni: Vni,
+    bytes: &mut [u8],
+    each: &mut dyn FnMut(NodeId, Vni, &mut Frame<'_>),
+) {
     let head = Head::of(bytes);
     let body = [VolatileSlice::from(
         bytes.get_mut(HEAD..).unwrap_or_default(),
     )];
-    let frame = Frame {
+    let mut frame = Frame {
         head,
         body: if body[0].is_empty() { &[] } else { &body },
         offload: Offload::default(),
     };
-    each(node, vni, frame);
+    each(node, vni, &mut frame);
 }

@@ -224,7 +224,7 @@ impl Remote {
     pub(super) fn receive(
         &mut self,
         now: Duration,
-        each: &mut dyn FnMut(NodeId, Vni, Frame<'_>),
+        each: &mut dyn FnMut(NodeId, Vni, &mut Frame<'_>),
     ) -> io::Result<usize> {
         let foreign = self.foreign.receive(each).unwrap_or_else(|error| {
             tracing::debug!("a socket without encryption: {error}");

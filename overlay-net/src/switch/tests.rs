@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
+use vm_memory::VolatileSlice;
+
 use super::{Error, Stream, Switch};
 use crate::api::metrics;
 use crate::api::observe::{CaptureSpec, MirrorSpec, PingSpec};
@@ -19,9 +21,10 @@ use crate::api::types::{Attachment, NetworkSpec, PortSpec};
 use crate::bridge::PortConfig;
 use crate::capture::{Block, Direction, Reader};
 use crate::drops::{Drops, Reason};
-use crate::frame::{Frame, Head, Mac, Offload, PortId, Vni};
+use crate::frame::{Frame, HEAD, Head, Mac, Offload, PortId, Vni};
 use crate::port::Port;
 
+mod alike;
 mod controllers;
 mod groups;
 
@@ -47,7 +50,7 @@ struct Memory {
 }
 
 impl Port for Memory {
-    fn receive(&mut self, most: usize, each: &mut dyn FnMut(Frame<'_>)) -> io::Result<usize> {
+    fn receive(&mut self, most: usize, each: &mut dyn FnMut(&mut Frame<'_>)) -> io::Result<usize> {
         for count in 0..most {
             let next = {
                 let mut wire = self.wire.lock().unwrap();
@@ -56,10 +59,14 @@ impl Port for Memory {
                 }
                 wire.sent.pop_front()
             };
-            let Some(bytes) = next else { return Ok(count) };
-            each(Frame {
-                head: Head::of(&bytes),
-                body: &[],
+            let Some(mut bytes) = next else {
+                return Ok(count);
+            };
+            let head = Head::of(&bytes);
+            let rest = VolatileSlice::from(bytes.get_mut(HEAD..).unwrap_or_default());
+            each(&mut Frame {
+                head,
+                body: &[rest],
                 offload: Offload::default(),
             });
         }

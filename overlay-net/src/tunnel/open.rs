@@ -37,7 +37,7 @@ impl<'b> Received<'b> {
 }
 
 /// Who takes frames.
-pub type Each<'e> = dyn FnMut(PeerId, Vni, Frame<'_>) + 'e;
+pub type Each<'e> = dyn FnMut(PeerId, Vni, &mut Frame<'_>) + 'e;
 
 /// Chunks of a frame that have come in order, where they lie.
 struct Run<'b> {
@@ -195,12 +195,12 @@ impl Tunnels {
     fn hand_on(&mut self, id: PeerId, facts: &Facts, bytes: &mut [u8], each: &mut Each<'_>) {
         let (head, body) = bytes.split_at_mut(bytes.len().min(HEAD));
         let piece = [VolatileSlice::from(body)];
-        let frame = Frame {
+        let mut frame = Frame {
             head: Head::of(head),
             body: if facts.len > HEAD { &piece } else { &[] },
             offload: facts.offload,
         };
-        each(id, facts.vni, frame);
+        each(id, facts.vni, &mut frame);
         self.count(id, facts.len, false, false);
     }
 
@@ -250,12 +250,12 @@ impl Tunnels {
                 run.pieces[0] = rest;
             }
             let from = usize::from(run.pieces[0].is_empty());
-            let frame = Frame {
+            let mut frame = Frame {
                 head,
                 body: &run.pieces[from..run.count],
                 offload: facts.offload,
             };
-            each(peer, facts.vni, frame);
+            each(peer, facts.vni, &mut frame);
             run.count = 0;
             self.count(peer, facts.len, true, false);
         }
@@ -290,12 +290,12 @@ impl Tunnels {
         if let Some(mut bytes) = whole {
             let (head, body) = bytes.split_at_mut(HEAD.min(facts.len));
             let piece = [VolatileSlice::from(body)];
-            let frame = Frame {
+            let mut frame = Frame {
                 head: Head::of(head),
                 body: if facts.len > HEAD { &piece } else { &[] },
                 offload: facts.offload,
             };
-            each(peer, facts.vni, frame);
+            each(peer, facts.vni, &mut frame);
             self.assembler.recycle(bytes);
             self.count(peer, facts.len, false, true);
         }

@@ -15,7 +15,10 @@ use crate::drops::{Drops, Reason};
 use crate::frame::{Frame, Pieces, Segmenter, finish_checksum};
 
 /// Buffers that one frame is merged into at most.
-const MERGED: usize = 80;
+const MERGED: u16 = 80;
+
+/// Buffers ahead of the next one that are fetched while a frame is sent.
+const AHEAD: u16 = 8;
 
 /// All rings, and what they have in common.
 pub(super) struct Device {
@@ -157,7 +160,7 @@ impl Device {
     }
 
     /// Receives from all pairs, beginning with another one each time.
-    pub(super) fn receive(&mut self, most: usize, each: &mut dyn FnMut(Frame<'_>)) -> usize {
+    pub(super) fn receive(&mut self, most: usize, each: &mut dyn FnMut(&mut Frame<'_>)) -> usize {
         let pairs = self.rings.len() / 2;
         let mut done = 0;
         for i in 0..pairs {
@@ -181,7 +184,7 @@ impl Device {
         &mut self,
         index: usize,
         most: usize,
-        each: &mut dyn FnMut(Frame<'_>),
+        each: &mut dyn FnMut(&mut Frame<'_>),
     ) -> Result<usize, Broken> {
         let ring = self.rings.get_mut(index).and_then(Option::as_mut);
         // One that is not enabled yet waits, as with DPDK: after a restart of
@@ -195,6 +198,7 @@ impl Device {
         }
         let log = noted(&self.log, self.features);
         let mut pieces = Pieces::default();
+        ring.fetch(&self.memory, 0, count as u16);
         for _ in 0..count {
             pieces.clear();
             let (mut len, mut fits) = (0_usize, true);
@@ -211,17 +215,18 @@ impl Device {
                 }
             };
             ring.take(1);
-            let frame = if fits {
-                packet::frame(&mut pieces, len, self.features)
+            // The head is filled where it stays.
+            let mut frame = Frame::default();
+            let taken = if fits {
+                packet::take(&mut pieces, len, self.features, &mut frame.head)
             } else {
                 Err(Reason::TooBig)
             };
-            match frame {
-                Ok((head, offload)) => each(Frame {
-                    head,
-                    body: pieces.list(),
-                    offload,
-                }),
+            match taken {
+                Ok(offload) => {
+                    (frame.body, frame.offload) = (pieces.list(), offload);
+                    each(&mut frame);
+                }
                 Err(reason) => self.drops.add(reason),
             }
             ring.hand_back(head, 0, log);
@@ -286,13 +291,14 @@ impl Device {
         let merges = has(self.features, net::VIRTIO_NET_F_MRG_RXBUF);
         let most = if merges { MERGED } else { 1 };
         let mut source = Source::new(&header[..header_len], frame);
-        let mut chains = [(0_u16, 0_u32); MERGED];
-        let (mut count, mut budget) = (0, CHAIN);
+        let (mut count, mut budget) = (0_u16, CHAIN);
         while source.left() > 0 {
             if count == most {
+                ring.keep(count);
                 return Ok(Err(Reason::TooBig));
             }
-            if count >= usize::from(ring.available()?) && count >= usize::from(ring.look()?) {
+            if count >= ring.available()? && count >= ring.look()? {
+                ring.keep(count);
                 return Ok(Err(Reason::Full));
             }
             let before = source.left();
@@ -302,17 +308,16 @@ impl Device {
                     log.note(at, len);
                 }
             };
-            let head = ring.chain(&self.memory, count as u16, true, &mut budget, &mut fill)?;
-            chains[count] = (head, (before - source.left()) as u32);
+            let head = ring.chain(&self.memory, count, true, &mut budget, &mut fill)?;
+            ring.hand_back(head, (before - source.left()) as u32, log);
             count += 1;
         }
         if merges {
-            source.set_count(count as u16);
+            source.set_count(count);
         }
-        ring.take(count as u16);
-        for (head, len) in &chains[..count] {
-            ring.hand_back(*head, *len, log);
-        }
+        ring.take(count);
+        // What the next frames may be put into.
+        ring.fetch(&self.memory, AHEAD, 1);
         Ok(Ok(()))
     }
 

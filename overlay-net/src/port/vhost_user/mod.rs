@@ -272,7 +272,7 @@ impl VhostUser {
 }
 
 impl Port for VhostUser {
-    fn receive(&mut self, most: usize, each: &mut dyn FnMut(Frame<'_>)) -> io::Result<usize> {
+    fn receive(&mut self, most: usize, each: &mut dyn FnMut(&mut Frame<'_>)) -> io::Result<usize> {
         self.serve();
         Ok(self.device.receive(most, each))
     }

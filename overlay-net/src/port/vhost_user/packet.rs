@@ -5,7 +5,7 @@ use vm_memory::VolatileSlice;
 
 use super::features::has;
 use crate::drops::Reason;
-use crate::frame::{Frame, HEAD, Head, Kind, OFFLOAD_BYTES, Offload, Pieces, Segments};
+use crate::frame::{Frame, HEAD, Head, Kind, OFFLOAD_BYTES, Offload, Pieces, Segments, copy};
 
 /// Bytes of a frame at most: 64 KiB of IP with Ethernet and two tags.
 const LONGEST: usize = 65535 + 40 + 22;
@@ -27,11 +27,12 @@ pub(super) fn header_len(features: u64) -> usize {
 
 /// Takes the header and head out of a frame of `len` bytes, of which `pieces`
 /// are the body then.
-pub(super) fn frame(
+pub(super) fn take(
     pieces: &mut Pieces<'_>,
     len: usize,
     features: u64,
-) -> Result<(Head, Offload), Reason> {
+    head: &mut Head,
+) -> Result<Offload, Reason> {
     let header_len = header_len(features);
     let len = len.checked_sub(header_len).ok_or(Reason::Malformed)?;
     if len > LONGEST {
@@ -49,9 +50,8 @@ pub(super) fn frame(
     {
         return Err(Reason::Offload);
     }
-    let mut head = Head::default();
     pieces.take(head.room(len.min(HEAD)));
-    Ok((head, offload))
+    Ok(offload)
 }
 
 /// Whether the guest may leave this to be cut.
@@ -135,8 +135,7 @@ impl<'s, 'm> Source<'s, 'm> {
         let before = self.left;
         self.keep_count(&to);
         for head in &mut self.heads {
-            let len = head.len().min(to.len());
-            to.copy_from(&head[..len]);
+            let len = copy::from_bytes(head, &to);
             *head = &head[len..];
             self.left -= len;
             to = rest(to, len);

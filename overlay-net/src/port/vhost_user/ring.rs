@@ -101,6 +101,30 @@ impl Descriptor {
     }
 }
 
+/// Bytes of a cache's line, and those of a buffer that are fetched ahead: a
+/// small frame with its header.
+const LINE: usize = 64;
+const FETCHED: usize = 2 * LINE;
+
+/// Has the processor fetch what is at `place`, which may be anywhere.
+fn prefetch(place: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: nothing is read, and nothing happens if nothing is there.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(place.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+/// An entry's number. It lies apart from others: a processor that has written one
+/// and reads two at once waits until all that it has written is where others see
+/// it, and to guests' memory that takes longer than all else with a frame.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(align(4))]
+struct Index(u16);
+
 /// A ring that is served.
 #[derive(Debug)]
 pub(super) struct Ring {
@@ -112,13 +136,13 @@ pub(super) struct Ring {
     event_idx: bool,
     indirect: bool,
     /// The next entry to take, and the end of those known to be available.
-    next: u16,
-    seen: u16,
+    next: Index,
+    seen: Index,
     /// The next entry to hand back, the end of those that the driver knows
     /// of, and of those that it was told of.
-    used: u16,
-    published: u16,
-    told: u16,
+    used: Index,
+    published: Index,
+    told: Index,
     /// Tells of available buffers, and of used ones.
     kick: Kick,
     pub(super) call: Option<OwnedFd>,
@@ -155,11 +179,11 @@ impl Ring {
             size: setup.size,
             event_idx: false,
             indirect: false,
-            next: 0,
-            seen: 0,
-            used: 0,
-            published: 0,
-            told: 0,
+            next: Index::default(),
+            seen: Index::default(),
+            used: Index::default(),
+            published: Index::default(),
+            told: Index::default(),
             kick: setup.kick,
             call: setup.call,
             enabled: setup.enabled,
@@ -167,8 +191,8 @@ impl Ring {
         ring.set_features(setup.features);
         let at = ring.used_word(2).load(Ordering::Acquire);
         let at = u16::from_le(at);
-        (ring.next, ring.seen) = (at, at);
-        (ring.used, ring.published, ring.told) = (at, at, at);
+        (ring.next.0, ring.seen.0) = (at, at);
+        (ring.used.0, ring.published.0, ring.told.0) = (at, at, at);
         Some(ring)
     }
 
@@ -193,7 +217,7 @@ impl Ring {
 
     /// The next entry that it would take.
     pub(super) fn position(&self) -> u16 {
-        self.used
+        self.used.0
     }
 
     fn word(&self, base: NonNull<u8>, offset: usize) -> &AtomicU16 {
@@ -221,7 +245,7 @@ impl Ring {
     ///
     /// More than the ring has.
     pub(super) fn available(&mut self) -> Result<u16, Broken> {
-        let have = self.seen.wrapping_sub(self.next);
+        let have = self.seen.0.wrapping_sub(self.next.0);
         if have > 0 {
             return Ok(have);
         }
@@ -230,8 +254,8 @@ impl Ring {
 
     /// As [`Ring::available`], looking anew.
     pub(super) fn look(&mut self) -> Result<u16, Broken> {
-        self.seen = u16::from_le(self.available_word(2).load(Ordering::Acquire));
-        let have = self.seen.wrapping_sub(self.next);
+        self.seen.0 = u16::from_le(self.available_word(2).load(Ordering::Acquire));
+        let have = self.seen.0.wrapping_sub(self.next.0);
         if have > self.size {
             return Err(Broken::Available);
         }
@@ -240,7 +264,7 @@ impl Ring {
 
     /// The head of the chain `ahead` of the next one.
     fn head(&self, ahead: u16) -> Result<u16, Broken> {
-        let slot = self.slot(self.next.wrapping_add(ahead));
+        let slot = self.slot(self.next.0.wrapping_add(ahead));
         let head = self.available_word(4 + 2 * slot).load(Ordering::Relaxed);
         let head = u16::from_le(head);
         (head < self.size).then_some(head).ok_or(Broken::Index)
@@ -266,10 +290,7 @@ impl Ring {
         let mut index = head;
         loop {
             *budget = budget.checked_sub(1).ok_or(Broken::Chain)?;
-            let place = self.places.descriptors.as_ptr().cast::<[u64; 2]>();
-            // SAFETY: the table has `size` entries, and `index` is one.
-            let descriptor = unsafe { place.add(index.into()).read_volatile() };
-            let descriptor = Descriptor::parse(descriptor);
+            let descriptor = self.descriptor(index);
             if descriptor.flags & INDIRECT != 0 {
                 // It is the last one of its chain.
                 if !self.indirect || descriptor.flags & NEXT != 0 {
@@ -342,15 +363,46 @@ impl Ring {
             .ok_or(Broken::Buffer)
     }
 
+    /// Has the processor fetch the first buffers of the `count` chains from
+    /// `ahead` on, of those that are known to be available: what another
+    /// processor has written is far away, and to fetch many at a time takes
+    /// little longer than one. What is read for it is not relied on.
+    pub(super) fn fetch(&self, memory: &Memory, ahead: u16, count: u16) {
+        let have = self.seen.0.wrapping_sub(self.next.0);
+        for ahead in ahead..ahead.saturating_add(count).min(have) {
+            let Ok(index) = self.head(ahead) else {
+                return;
+            };
+            let descriptor = self.descriptor(index);
+            if let Some(buffer) = memory.slice(descriptor.addr, FETCHED) {
+                for line in (0..FETCHED).step_by(LINE) {
+                    prefetch(buffer.ptr_guard().as_ptr().wrapping_add(line));
+                }
+            }
+        }
+    }
+
+    /// A descriptor of the table; `index` is less than the ring's size.
+    fn descriptor(&self, index: u16) -> Descriptor {
+        let place = self.places.descriptors.as_ptr().cast::<[u64; 2]>();
+        // SAFETY: the table has `size` entries, and `index` is one.
+        let words = unsafe {
+            place
+                .add(usize::from(index & (self.size - 1)))
+                .read_volatile()
+        };
+        Descriptor::parse(words)
+    }
+
     /// Takes `count` chains, of those that are available.
     pub(super) fn take(&mut self, count: u16) {
-        self.next = self.next.wrapping_add(count);
+        self.next.0 = self.next.0.wrapping_add(count);
     }
 
     /// Hands a chain back with `len` bytes written; the driver learns of it by
     /// [`Ring::publish`].
     pub(super) fn hand_back(&mut self, head: u16, len: u32, log: Option<&Log>) {
-        let offset = 4 + 8 * self.slot(self.used);
+        let offset = 4 + 8 * self.slot(self.used.0);
         let element = (u64::from(head) | u64::from(len) << 32).to_le();
         // SAFETY: the used ring has `size` elements, and is in memory. It is
         // aligned to 4 bytes only.
@@ -360,7 +412,13 @@ impl Ring {
             place.add(1).write_volatile((element >> 32) as u32);
         }
         self.note(log, offset, 8);
-        self.used = self.used.wrapping_add(1);
+        self.used.0 = self.used.0.wrapping_add(1);
+    }
+
+    /// Keeps the last `count` chains that were handed back, which have not been
+    /// published.
+    pub(super) fn keep(&mut self, count: u16) {
+        self.used.0 = self.used.0.wrapping_sub(count);
     }
 
     fn note(&self, log: Option<&Log>, offset: usize, len: usize) {
@@ -372,23 +430,23 @@ impl Ring {
     /// Lets the driver know of what was handed back, and tells it if it wants
     /// to be told.
     pub(super) fn publish(&mut self, log: Option<&Log>) {
-        if self.published != self.used {
+        if self.published.0 != self.used.0 {
             self.used_word(2)
-                .store(self.used.to_le(), Ordering::Release);
+                .store(self.used.0.to_le(), Ordering::Release);
             self.note(log, 2, 2);
-            self.published = self.used;
+            self.published.0 = self.used.0;
         }
-        if self.told == self.published {
+        if self.told.0 == self.published.0 {
             return;
         }
-        let before = std::mem::replace(&mut self.told, self.published);
+        let before = std::mem::replace(&mut self.told.0, self.published.0);
         // What it wants is read after what was published is seen.
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
             let at = 4 + 2 * usize::from(self.size);
             let event = u16::from_le(self.available_word(at).load(Ordering::Relaxed));
-            let since = self.published.wrapping_sub(event).wrapping_sub(1);
-            since < self.published.wrapping_sub(before)
+            let since = self.published.0.wrapping_sub(event).wrapping_sub(1);
+            since < self.published.0.wrapping_sub(before)
         } else {
             u16::from_le(self.available_word(0).load(Ordering::Relaxed)) & NO_EVENT == 0
         };
@@ -413,7 +471,7 @@ impl Ring {
             if wanted {
                 let at = 4 + 8 * usize::from(self.size);
                 self.used_word(at)
-                    .store(self.next.to_le(), Ordering::Relaxed);
+                    .store(self.next.0.to_le(), Ordering::Relaxed);
                 self.note(log, at, 2);
             }
         } else {

@@ -44,6 +44,7 @@ impl Switch {
             drops: Drops::default(),
             bridge: Bridge::new(Config::default()),
             outputs: Outputs::default(),
+            alike: None,
             later: Vec::new(),
             settling: HashMap::new(),
             token: 0,

@@ -87,6 +87,7 @@ impl Switch {
             Some(id) => self.service_port(id),
             None => self.service_uplinks(),
         };
+        self.end_alike();
         if !self.later.is_empty() {
             self.catch_up();
         }
@@ -134,7 +135,8 @@ impl Switch {
         };
         let received = remote.receive(self.now, &mut |node, vni, frame| {
             if vni.number() == CONTROL {
-                self.hear(node, &frame);
+                self.end_alike();
+                self.hear(node, frame);
             } else {
                 self.forward(Place::Node(node), vni, frame);
             }

@@ -21,7 +21,7 @@ pub(super) const SOMEWHERE: Place = Place::Node(NodeId(0));
 
 impl Switch {
     /// A frame has come in.
-    pub(super) fn forward(&mut self, from: Place, vni: Vni, mut frame: Frame<'_>) {
+    pub(super) fn forward(&mut self, from: Place, vni: Vni, frame: &mut Frame<'_>) {
         let len = frame.len();
         let (mut port, mut screened) = (PEERS, false);
         if let Place::Port(id) = from {
@@ -35,34 +35,44 @@ impl Switch {
             }
         }
         let Ok((key, layers)) = parse(frame.head.bytes(), len, port, vni) else {
-            return self.lose(from, Reason::Malformed, vni, &frame);
+            return self.lose(from, Reason::Malformed, vni, frame);
         };
+        if let Some(alike) = &mut self.alike {
+            if alike.takes(from, &key, &layers, frame) {
+                alike.frames += 1;
+                alike.bytes += len as u64;
+                let to = alike.to;
+                return self.emit(&to, &key, frame);
+            }
+            // Whatever becomes of this one may change what becomes of those.
+            self.end_alike();
+        }
         if self.is_watched() {
-            self.watch(from, vni, capture::Direction::In, &frame);
+            self.watch(from, vni, capture::Direction::In, frame);
         }
         if screened {
             let looked_at = (&key, layers, frame.head.bytes());
             if let Err(reason) = self.screen(port, vni, Direction::Out, looked_at) {
-                return self.lose(from, reason, vni, &frame);
+                return self.lose(from, reason, vni, frame);
             }
         }
         let Some(flows) = self.flows.get_mut(&vni) else {
-            return self.lose(from, Reason::NoNetwork, vni, &frame);
+            return self.lose(from, Reason::NoNetwork, vni, frame);
         };
         if flows.is_open() {
-            return self.bridge(from, &key, &layers, &mut frame);
+            self.bridge(from, &key, &layers, frame);
+            return;
         }
         let Some(mut pipeline) = flows.pipeline.take() else {
-            return self.lose(from, Reason::NoNetwork, vni, &frame);
+            return self.lose(from, Reason::NoNetwork, vni, frame);
         };
         if pipeline.is_normal(self.now, &key, len) {
-            self.bridge(from, &key, &layers, &mut frame);
+            let way = self.bridge(from, &key, &layers, frame);
+            if !screened && pipeline.looks_at_nothing() {
+                self.begin_alike(from, &key, way);
+            }
         } else {
-            let mut packet = Packet {
-                frame: &mut frame,
-                key,
-                layers,
-            };
+            let mut packet = Packet { frame, key, layers };
             let now = self.now;
             let mut out = Out::new(self, from);
             pipeline.run(now, &mut packet, &mut out);
@@ -72,20 +82,21 @@ impl Switch {
         }
     }
 
-    /// The way through the bridge.
+    /// The way through the bridge: the one that others of the same addresses
+    /// take until anything changes, and the largest packet on it, if there is one.
     pub(super) fn bridge(
         &mut self,
         from: Place,
         key: &Key,
         layers: &Layers,
         frame: &mut Frame<'_>,
-    ) {
+    ) -> Option<(Output, usize)> {
         let mut balanced;
         let mut key = key;
         if !self.vips.is_empty() {
             balanced = *key;
             if !self.balance(from, &mut balanced, frame) {
-                return;
+                return None;
             }
             key = &balanced;
         }
@@ -103,6 +114,13 @@ impl Switch {
                 }
             }
         }
+        let way = match outputs.list[..] {
+            [output] if outputs.known && self.vips.is_empty() && self.settling.is_empty() => {
+                let most = self.bridge.most_on(from, &output);
+                most.map(|most| (output, most))
+            }
+            _ => None,
+        };
         if let Some(mut reply) = outputs.reply.take() {
             let (to, mut offload) = (reply.output, Offload::default());
             // Its sender has its turn, and cannot be sent to now.
@@ -111,6 +129,7 @@ impl Switch {
             }
         }
         self.outputs = outputs;
+        way
     }
 
     /// Out of all ports of a network but one, and to all other nodes in it

@@ -252,7 +252,7 @@ impl Net {
             segment: packet.segment,
         };
         let got = &mut node.got;
-        let mut each = |peer, vni, frame: Frame<'_>| {
+        let mut each = |peer, vni, frame: &mut Frame<'_>| {
             got.push((peer, vni, frame.to_vec(), frame.offload));
         };
         node.tunnels.open(now, [received], &mut node.out, &mut each);

@@ -420,7 +420,7 @@ impl Worker {
             done += from
                 .receive(BURST, &mut |frame| {
                     // What does not fit is lost.
-                    let _ = to.send(&frame);
+                    let _ = to.send(frame);
                 })
                 .unwrap();
             to.flush().unwrap();
