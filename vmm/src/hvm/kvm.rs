@@ -58,7 +58,7 @@ pub(super) fn open(config: &VmConfig) -> Result<Host, Error> {
     })
 }
 
-/// Gives a VM with interrupt controllers what only an hvm machine has.
+/// Gives a VM what only an hvm machine has.
 pub(super) fn prepare(vm: &VmFd) -> Result<(), Error> {
     vm.set_tss_address(TSS_ADDRESS)
         .map_err(kvm("place the TSS"))

@@ -31,7 +31,7 @@ use crate::jail::Class;
 use crate::machine::health::{self, Health};
 use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
-    self, Error, RequestError, TargetError, dirty, kvm, lock, map_memory, memory_metrics, named,
+    self, Error, RequestError, TargetError, dirty, furnish, kvm, lock, memory_metrics, named,
     resource, setup, spawn_workers,
 };
 use crate::vcpu::state::{VcpuState, set_cpuid};
@@ -79,7 +79,7 @@ impl Machine {
         let entry = parts.payload.load(&parts.ram, config.cpus())?;
         let vm = Arc::new(parts.vm);
         let rings = dirty::enable(&vm, config)?;
-        map_memory(&vm, &parts.ram)?;
+        furnish(&vm, &parts.ram)?;
         let wiring = KvmWiring::new(vm.clone()).map_err(resource("set up interrupts"))?;
         let line = |gsi| wiring.line(gsi).map_err(resource("set up an interrupt"));
         let power = Power::new(line(platform::POWER_GSI)?);

@@ -1,11 +1,11 @@
 //! A VM that is made while its machine's parts are still being opened.
 //!
-//! KVM takes milliseconds for the first memory that a VM gets, whatever its size:
-//! it waits until no processor uses what was there before, and has nothing ready
-//! for that yet. So a thread makes a VM first thing in the process's life, gives
-//! it a page, and takes that away again. What comes later takes no time to speak
-//! of. It is done before the process gives up its privileges, as each thread has
-//! its own.
+//! KVM takes its time for a VM and for the first memory that it gets, whatever its
+//! size: it waits until no processor uses what was there before, and has nothing
+//! ready for that yet. So a thread makes a VM first thing in the process's life,
+//! gives it a page, and takes that away again. What comes later takes no time to
+//! speak of, [up to interrupt controllers](super::furnish). It is done before the
+//! process gives up its privileges, as each thread has its own.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -80,8 +80,8 @@ impl Drop for Ahead {
     }
 }
 
-/// The VM that was made ahead, or one that is made now: with interrupt controllers,
-/// and without memory.
+/// The VM that was made ahead, or one that is made now: without memory, and without
+/// interrupt controllers.
 pub(crate) fn take(ahead: Option<Ahead>, host: &Kvm) -> Result<VmFd, Error> {
     match ahead.and_then(Ahead::wait) {
         Some(vm) => Ok(vm),
@@ -90,10 +90,7 @@ pub(crate) fn take(ahead: Option<Ahead>, host: &Kvm) -> Result<VmFd, Error> {
 }
 
 fn make(host: &Kvm) -> Result<VmFd, Error> {
-    let vm = host.create_vm().map_err(kvm("create a VM"))?;
-    vm.create_irq_chip()
-        .map_err(kvm("create interrupt controllers"))?;
-    Ok(vm)
+    host.create_vm().map_err(kvm("create a VM"))
 }
 
 /// Gives a VM a page, and takes it away.
@@ -128,14 +125,14 @@ mod tests {
         let made = ahead.made();
         let vm = take(Some(ahead), &host).unwrap();
         assert!(made.get().is_some(), "it was this one");
-        // Its place in memory is free, and it has interrupt controllers already.
-        assert!(vm.create_irq_chip().is_err());
+        // Its place in memory is free.
         let ram = blanket_memory::build(&blanket_memory::Spec {
             size: 32 << 20,
             backing: blanket_memory::Backing::Small,
             shared: false,
         });
-        super::super::map_memory(&vm, &ram.unwrap()).unwrap();
+        super::super::furnish(&vm, &ram.unwrap()).unwrap();
+        assert!(vm.create_irq_chip().is_err(), "there are some");
         vm.create_vcpu(0).unwrap();
         // Nobody made one ahead.
         take(None, &host).unwrap().create_vcpu(0).unwrap();

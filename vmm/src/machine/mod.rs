@@ -303,9 +303,13 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Gives the guest its memory.
-pub(crate) fn map_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
-    map_memory_with(vm, ram, 0)
+/// Gives a VM its memory, and then interrupt controllers. In this order: those are
+/// on KVM's buses, whose old lists it forgets some milliseconds later, and until
+/// then it takes no other memory (8 ms against 0.4, whatever its size).
+pub(crate) fn furnish(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+    map_memory_with(vm, ram, 0)?;
+    vm.create_irq_chip()
+        .map_err(kvm("create interrupt controllers"))
 }
 
 /// The same with flags of KVM's (`KVM_MEM_*`), which may change as it runs.

@@ -36,7 +36,7 @@ use crate::jail::Class;
 use crate::machine::health::{self, Health};
 use crate::machine::open::{Attachment, Disk, Interface};
 use crate::machine::{
-    self, Error, RequestError, TargetError, dirty, kvm, lock, map_memory, memory_metrics, named,
+    self, Error, RequestError, TargetError, dirty, furnish, kvm, lock, memory_metrics, named,
     resource, setup, spawn_workers,
 };
 use crate::vcpu::state::set_cpuid;
@@ -100,7 +100,7 @@ impl Machine {
     /// KVM or the kernel refuses something.
     pub fn build(config: &VmConfig, parts: Parts, sink: &EventSink) -> Result<Self, Error> {
         let rings = dirty::enable(&parts.vm, config)?;
-        map_memory(&parts.vm, &parts.ram)?;
+        furnish(&parts.vm, &parts.ram)?;
         let count = config.cpus();
         let interrupts = wire_interrupts(&parts.vm, count.into());
         let interrupts = interrupts.map_err(resource("set up interrupts"))?;

@@ -6,12 +6,14 @@
 //! own.
 //!
 //! A payload without a real kernel does, natively, what no kernel can do
-//! without. [`answers`]: an answer of somebody who sleeps.
+//! without. [`answers`]: an answer of somebody who sleeps. [`started`]: a new
+//! VM's first exit.
 
 mod answer;
 mod vm;
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 
@@ -50,6 +52,15 @@ const FORK_CALLS: f64 = 4.0;
 /// taken apart; an address for each page that is copied.
 const FORK_FLUSHES: f64 = 2.0;
 const FORK_INVALIDATIONS: f64 = 4.0;
+
+/// The time from nothing but memory to the first exit of a new VM's guest, which
+/// has no devices.
+///
+/// # Errors
+/// As [`measure`].
+pub fn started(payloads: &Path) -> Result<Duration> {
+    vm::first_exit(&payloads.join("floor"))
+}
 
 /// Measures them with the payload in the folder `payloads`, natively.
 ///

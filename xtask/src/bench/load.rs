@@ -9,7 +9,7 @@ use serde_json::Value;
 /// Seconds of each run.
 const SECONDS: u32 = 2;
 
-const LIMIT: Duration = Duration::from_secs(120);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 /// A kind of disk access.
 #[derive(Clone, Copy, Debug)]

@@ -24,8 +24,11 @@ use crate::workspace::Workspace;
 const RUNS: usize = 5;
 /// Runs of the guest that writes to its memory.
 const BUSY_RUNS: usize = 10;
-/// MiB of random bytes that are to move.
-const FILLED: u64 = 384;
+/// MiB of random bytes in memory that are to move: so many that what each migration
+/// takes, whatever moves, does not count for much.
+const FILLED: u64 = 3072;
+/// The same on a disk.
+const DISK: u64 = 1024;
 /// What a guest may stand still while it writes at half the link's rate.
 const TARGET_MS: u64 = 100;
 
@@ -227,7 +230,7 @@ fn fill(guest: &Client, mib: u64) -> Result<()> {
         "mkdir -p /fill && mount -t tmpfs -o size=90% fill /fill && \
          dd if=/dev/urandom of=/fill/x bs=1M count={mib} 2>/dev/null"
     );
-    guest.sh(fill).text()?;
+    guest.sh(fill).timeout(load::LIMIT).text()?;
     Ok(())
 }
 
@@ -292,6 +295,22 @@ fn busy(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
     Ok(rows.into_iter().flatten().collect())
 }
 
+/// Peers of what goes from node to node.
+const LINK: &str = "iperf3, 2 streams, not encrypted";
+const COPY: &str = "iperf3 from file to file";
+
+/// How fast a file becomes one on the other node, in Gb/s.
+fn file(host: &Client) -> Result<f64> {
+    host.sh("rm -f /srv/copy; ip netns exec n2 iperf3 -s -1 -D -p 5202 -F /srv/copy")
+        .text()?;
+    load::iperf(
+        host,
+        "ip netns exec n1 iperf3",
+        "10.7.0.2",
+        "-p 5202 -F /srv/file",
+    )
+}
+
 /// Memory and a disk from node to node, over a veth pair each and a bridge.
 fn between_nodes(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
     let step = progress.step("two nodes of a cluster");
@@ -310,7 +329,7 @@ fn between_nodes(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
     let step = progress.step(&format!("a guest with {FILLED} MiB of random bytes moves"));
     a.says(
         "run web --machine pv --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.cpio \
-         --cmdline 'console=hvc0 quiet loglevel=1 panic=-1' --memory 1G",
+         --cmdline 'console=hvc0 quiet loglevel=1 panic=-1' --memory 4G",
     );
     fill(&a.vm("web").guest()?, FILLED)?;
     let (mut raw, mut plain, mut tls) = (Vec::new(), Vec::new(), Vec::new());
@@ -332,13 +351,18 @@ fn between_nodes(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
     }
     a.says("rm --force web");
     step.done("");
-    let step = progress.step(&format!("a guest with a disk of {FILLED} MiB moves"));
-    let disk = format!("dd if=/dev/urandom of=/var/tmp/disk bs=1M count={FILLED} 2>/dev/null");
-    host.sh(disk).text()?;
-    let mut disks = Vec::new();
+    let step = progress.step(&format!("a guest with a disk of {DISK} MiB moves"));
+    // Both on the file system itself that this machine has.
+    let disk = format!(
+        "mkdir -p /srv/disks /var/lib/blanket/disks && \
+         mount --bind /srv/disks /var/lib/blanket/disks && \
+         dd if=/dev/urandom of=/srv/disk bs=1M count={DISK} 2>/dev/null && cp /srv/disk /srv/file"
+    );
+    host.sh(disk).timeout(load::LIMIT).text()?;
+    let (mut disks, mut files) = (Vec::new(), Vec::new());
     a.says(
         "run web --machine pv --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.cpio \
-         --cmdline 'console=hvc0 quiet loglevel=1 panic=-1' --memory 128M --disk /var/tmp/disk",
+         --cmdline 'console=hvc0 quiet loglevel=1 panic=-1' --memory 128M --disk /srv/disk",
     );
     drop(a.vm("web").guest()?);
     for run in 0..=RUNS {
@@ -351,19 +375,34 @@ fn between_nodes(programs: &Path, progress: &Progress) -> Result<Vec<Row>> {
             bytes += number(round, "bytes")?;
             us += number(round, "us")?;
         }
+        let file = file(&host)?;
         if run > 0 {
             disks.push(bytes * 8.0 / us / 1e3);
+            files.push(file);
         }
     }
     let last = if RUNS.is_multiple_of(2) { b } else { a };
     last.says("rm --force web");
     host.sh("pkill -x iperf3").text()?;
     step.done("");
+    let row = |title, ours: &[f64], peer, its: &[f64]| {
+        let row = Row::new(title, "Gb/s", ours);
+        row.map(|row| row.against(peer, its))
+    };
     let rows = [
-        Row::new("memory from node to node, not encrypted", "Gb/s", &plain),
-        Row::new("memory from node to node, TLS", "Gb/s", &tls),
-        Row::new("a disk from node to node, not encrypted", "Gb/s", &disks),
+        row(
+            "memory from node to node, not encrypted",
+            &plain,
+            LINK,
+            &raw,
+        ),
+        row("memory from node to node, TLS", &tls, LINK, &raw),
+        row(
+            "a disk from node to node, not encrypted",
+            &disks,
+            COPY,
+            &files,
+        ),
     ];
-    let against = |row: Row| row.against("iperf3, 2 streams, not encrypted", &raw);
-    Ok(rows.into_iter().flatten().map(against).collect())
+    Ok(rows.into_iter().flatten().collect())
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use blanket_memory::{Backing, GuestRam, Spec};
@@ -97,11 +98,17 @@ impl Machine {
         batches: u64,
         rounds: u64,
     ) -> Result<Self> {
-        let ram = blanket_memory::build(&Spec {
-            size: MEMORY,
-            backing: Backing::Transparent,
-            shared: false,
-        })?;
+        let (ram, entry) = loaded(path)?;
+        Self::with(ram, entry, operation, batches, rounds)
+    }
+
+    fn with(
+        ram: GuestRam,
+        entry: u64,
+        operation: Operation,
+        batches: u64,
+        rounds: u64,
+    ) -> Result<Self> {
         let kvm = Kvm::new().context("/dev/kvm")?;
         let vm = kvm.create_vm()?;
         for (slot, region) in ram.iter().enumerate() {
@@ -115,11 +122,6 @@ impl Machine {
             // SAFETY: `ram` is kept for as long as the VM is.
             unsafe { vm.set_user_memory_region(mapping) }?;
         }
-        let mut file = File::open(path).with_context(|| format!("{}", path.display()))?;
-        let entry = Elf::load(&ram, None, &mut file, None)?.kernel_load.0;
-        page_tables(&ram)?;
-        view(&ram, USER_VIEW, true)?;
-        view(&ram, KERNEL_VIEW, false)?;
         let vcpu = vcpu(&kvm, &vm)?;
         vcpu.set_regs(&kvm_regs {
             rip: entry,
@@ -146,6 +148,34 @@ impl Machine {
         let at = self.vcpu.get_regs()?.rip;
         bail!("the floor payload ends with {exit} at {at:#x}");
     }
+}
+
+/// The memory of a machine with the payload at `path`, and where it begins.
+fn loaded(path: &Path) -> Result<(GuestRam, u64)> {
+    let ram = blanket_memory::build(&Spec {
+        size: MEMORY,
+        backing: Backing::Transparent,
+        shared: false,
+    })?;
+    let mut file = File::open(path).with_context(|| format!("{}", path.display()))?;
+    let entry = Elf::load(&ram, None, &mut file, None)?.kernel_load.0;
+    page_tables(&ram)?;
+    view(&ram, USER_VIEW, true)?;
+    view(&ram, KERNEL_VIEW, false)?;
+    Ok((ram, entry))
+}
+
+/// What it takes from nothing but memory to a guest's first exit: a VM, its
+/// memory, a vCPU, and nothing else.
+///
+/// # Errors
+/// KVM or the payload does not do what it must.
+pub(super) fn first_exit(path: &Path) -> Result<Duration> {
+    let (ram, entry) = loaded(path)?;
+    let start = Instant::now();
+    let mut machine = Machine::with(ram, entry, Operation::Exit, 1, 1)?;
+    machine.go_on()?;
+    Ok(start.elapsed())
 }
 
 /// Runs `operation`, `rounds` times in each of `batches`; the nanoseconds that
