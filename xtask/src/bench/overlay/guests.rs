@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use blanket_testbed::Host;
 use serde_json::Value;
 
@@ -153,28 +153,6 @@ pub(super) fn measure(host: &Host, figures: &mut Figures) -> Result<()> {
     let (cpu, _, _) = during(host)?;
     add("cpu", cpu);
     Ok(())
-}
-
-/// The processor time of both nodes for a GB of trains that carry nothing.
-///
-/// # Errors
-/// Nothing comes through.
-pub(super) fn trains(host: &Host) -> Result<f64> {
-    let said = host.sh(format!(
-        "ip netns exec n2 trains u2 192.0.2.2:4792 {} >/run/taken & \
-         ip netns exec n1 trains u1 192.0.2.1:4792 {SECONDS} 192.0.2.2:4792; wait $!; cat /run/taken",
-        SECONDS + 1.0
-    ));
-    let said = said.text()?;
-    let numbers: Vec<f64> = said
-        .split_ascii_whitespace()
-        .map_while(|word| word.parse().ok())
-        .collect();
-    let [_, sending, bytes, taking] = numbers[..] else {
-        bail!("`trains` says {said}");
-    };
-    ensure!(bytes > 0.0, "no train has come");
-    Ok((sending + taking) / bytes * 1e9)
 }
 
 /// How much of a processor a switch takes that has 100 ports and nothing to

@@ -190,7 +190,6 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     build::programs(workspace, &step, build::RELEASE)?;
     step.done("");
     let least = build::example(workspace, progress, "blanket-overlay", "least")?;
-    let trains = build::example(workspace, progress, "blanket-overlay", "trains")?;
     let scale = build::example(workspace, progress, "blanket-overlay", "scale")?;
     let others = peers::install(workspace, progress)?;
     let step = progress.step("two nodes and two tenants");
@@ -201,7 +200,6 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     let mut builder = native_with("bench", &programs)?
         .inject(programs.join("blanket-switch"), "/usr/bin/blanket-switch")
         .inject(least, "/usr/bin/least")
-        .inject(trains, "/usr/bin/trains")
         .inject(large, "/payload/large.pcap");
     for (program, name) in others {
         builder = builder.inject(program, format!("/usr/bin/{name}"));
@@ -232,8 +230,6 @@ pub(super) fn run(workspace: &Workspace, progress: &Progress) -> Result<Vec<Row>
     for number in 1..=RUNS {
         let step = progress.step(&format!("guests, run {number} of {RUNS}"));
         guests::measure(&host, &mut ports)?;
-        let figures = ports.entry("trains").or_default();
-        figures.push(guests::trains(&host)?);
         step.done("");
     }
     let step = progress.step("a switch with nothing to do");
@@ -311,11 +307,6 @@ fn rows(all: &[Figures; 4], others: &[Figures; 2], ports: &Figures, idle: &[f64]
     ] {
         add(format!("{guest}: {what}"), unit, ports, name, peer, &nodes);
     }
-    if let Some(both) = nodes.get("cpu").cloned() {
-        nodes.insert("trains", both);
-    }
-    let metric = "trains of datagrams with nothing in them: processor time".to_owned();
-    add(metric, "s/GB", ports, "trains", peer, &nodes);
     rows.extend(Row::new("a switch with 100 idle ports", "%", idle));
     rows
 }
